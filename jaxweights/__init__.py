@@ -1,0 +1,1 @@
+"""Change the weights of trained models in JAX."""

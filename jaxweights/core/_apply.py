@@ -1,0 +1,119 @@
+"""apply: runs a transform once over a tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core._context import Context, Progress
+from jaxweights.core._layout import Layout, conventional_layout
+from jaxweights.core._paths import (
+    Flat,
+    Params,
+    Path,
+    check_pattern,
+    fail,
+    flatten,
+    matching,
+    nearest,
+    unflatten,
+)
+from jaxweights.core._stats import Stats
+from jaxweights.core._transform import Transform
+from jaxweights.weights._axes import Axes
+
+LayoutLike = Layout | Mapping[str, Axes] | None
+
+
+def apply(
+    tx: Transform,
+    params: Params,
+    *,
+    stats: Stats | None = None,
+    models: Sequence[Params] | None = None,
+    grads: Params | None = None,
+    key: jax.Array | None = None,
+    step: int | jax.Array | None = None,
+    layout: LayoutLike = None,
+    progress: Progress | None = None,
+) -> Params:
+    """Transforms a tree: builds the context, initialises, updates once, drops the state.
+
+    Tied leaves (one array at several paths) are transformed once and stay tied.
+
+    Args:
+      tx: The transform.
+      params: Tree of arrays and represented weights, concrete, traced or abstract.
+      stats: Statistics from `calibrate`.
+      models: Other models, for transforms that read them; trees like `params`.
+      grads: Gradients; a tree like `params`.
+      key: Randomness; every leaf gets a key of its own from it.
+      step: Updates so far.
+      layout: Axes of the leaves: a `Layout` from `infer_layout`, or a mapping from patterns to
+        `Axes`, which wins over what the statistics' or the conventional layout says.
+      progress: Called on the host with (path, done, total) after each leaf.
+
+    Returns:
+      The tree, transformed.
+
+    Raises:
+      ValueError: If something that the transform needs is missing, or a leaf does not suit it.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}}
+      >>> pruned = jw.apply(jw.sparsify.magnitude(sparsity=0.5), params)
+      >>> float(pruned["dense"]["kernel"].mask.mean())
+      0.5
+    """
+    flat, treedef = flatten(params)
+    unique, representative = _untie(flat)
+    context = Context(
+        stats=stats,
+        models=None if models is None else tuple(flatten(model)[0] for model in models),
+        grads=None if grads is None else flatten(grads)[0],
+        step=None if step is None else jnp.asarray(step, jnp.int32),
+        key=key,
+        layout=resolve_layout(flat, layout, stats),
+        progress=progress,
+    )
+    new, _ = tx.update(unique, tx.init(unique), context)
+    return unflatten(treedef, {path: new[representative[path]] for path in flat})
+
+
+def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = None) -> Layout:
+    """The layout to use: the caller's, else the statistics', else the conventional one."""
+    if isinstance(layout, Layout):
+        return layout
+    found = stats.layout if stats is not None and len(stats.layout) else conventional_layout(params)
+    if not layout:
+        return found
+    paths = flatten(params)[0]
+    entries: dict[Path, Axes] = dict(found)
+    problems = []
+    for pattern, axes in layout.items():
+        check_pattern("apply: layout", pattern)
+        matched = matching(pattern, paths)
+        entries |= dict.fromkeys(matched, axes)
+        if not matched:
+            problems.append(
+                f"pattern {pattern!r} matches no leaf. The nearest paths: "
+                f"{nearest(re.sub(r'[.*]+', '', pattern), paths)}."
+            )
+    fail("apply: layout", problems)
+    return Layout(tuple(entries.items()), traced=found.traced)
+
+
+def _untie(flat: Flat) -> tuple[Flat, dict[Path, Path]]:
+    """Keeps the first path of every array; maps each path to the one that was kept."""
+    first: dict[int, Path] = {}
+    representative: dict[Path, Path] = {}
+    for path, leaf in flat.items():
+        tieable = isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim > 0
+        representative[path] = first.setdefault(id(leaf), path) if tieable else path
+    return {path: flat[path] for path in flat if representative[path] == path}, representative

@@ -1,0 +1,109 @@
+"""Layout: which axes of each leaf are stacked, contracted and produced."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxweights.core._paths import Params, Path, flatten
+from jaxweights.weights._axes import CONV_HWIO, EMBEDDING, Axes
+
+# Segments of a path that say a leaf is no matrix to transform unless a rule names it.
+_NOT_A_TARGET = re.compile(
+    r"(?:^|.*[/_.])(?:"
+    r"(?:\w*_)?embed(?:ding|dings|der)?(?:_\w+)?|wte|wpe|lm_head|head|router|gate_logits|\w*norm\w*|ln_\w+"
+    r")(?:[/_.].*|$)",
+    re.IGNORECASE,
+)
+_VECTOR_NAMES = re.compile(r"(?:.*/)?(?:bias|scale|b|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE)
+_EMBEDDING_NAMES = re.compile(r"(?:.*/)?(?:embedding|embeddings|wte|wpe)(?:/value)?", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(Mapping[Path, Axes]):
+    """Axes of the leaves that are matrices; vectors and scalars have no entry.
+
+    A frozen, hashable mapping, so that it can be static under `jit`.
+
+    Args:
+      entries: Pairs of path and axes.
+      traced: Whether it was read off a model's trace, so that a leaf without an entry is known
+        not to be a matrix of the model.
+
+    Example:
+      >>> Layout.of({"attn/q/kernel": Axes(inputs=(-3,), outputs=(-2, -1))})["attn/q/kernel"].inputs
+      (-3,)
+    """
+
+    entries: tuple[tuple[Path, Axes], ...] = ()
+    traced: bool = False
+
+    @classmethod
+    def of(cls, axes: Mapping[Path, Axes], *, traced: bool = False) -> Layout:
+        """Builds a layout from a mapping."""
+        return cls(tuple(axes.items()), traced)
+
+    def __getitem__(self, path: Path) -> Axes:
+        """Axes of a leaf."""
+        return self._index[path]
+
+    def __iter__(self) -> Iterator[Path]:
+        """Paths, in tree order."""
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        """Number of matrices."""
+        return len(self.entries)
+
+    @property
+    def _index(self) -> dict[Path, Axes]:
+        cached = self.__dict__.get("_cached_index")
+        if cached is None:
+            cached = dict(self.entries)
+            object.__setattr__(self, "_cached_index", cached)
+        return cached
+
+
+def conventional_layout(params: Params) -> Layout:
+    """Reads the layout off names and ranks, where there is no model to trace.
+
+    Float leaves of rank 2 are `(in, out)`, tables named like an embedding are `(vocab, dim)`,
+    kernels of rank 4 named `kernel` under a path with `conv` are HWIO. A leaf of rank 3 or more that
+    is none of these gets no entry: it is ambiguous, and a transform that wants it says so.
+
+    Args:
+      params: Tree of arrays, abstract arrays or represented weights.
+
+    Returns:
+      The layout.
+    """
+    axes: dict[Path, Axes] = {}
+    for path, leaf in flatten(params)[0].items():
+        if not is_float(leaf) or is_vector(path, leaf):
+            continue
+        if _EMBEDDING_NAMES.fullmatch(path) and len(leaf.shape) == 2:
+            axes[path] = EMBEDDING
+        elif len(leaf.shape) == 2:
+            axes[path] = Axes()
+        elif len(leaf.shape) == 4 and "conv" in path.lower():
+            axes[path] = CONV_HWIO
+    return Layout.of(axes)
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is a real floating array or stands for one."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_vector(path: Path, leaf: Any) -> bool:
+    """Whether a leaf is a bias or a norm, stacked or not."""
+    return len(leaf.shape) < 2 or bool(_VECTOR_NAMES.fullmatch(path))
+
+
+def is_default_target(path: Path) -> bool:
+    """Whether methods touch a matrix that no rule names: not embeddings, heads, routers, norms."""
+    return not _NOT_A_TARGET.fullmatch(path)

@@ -1,0 +1,292 @@
+"""leafwise: lifts the maths of one matrix over a tree."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core._context import Context
+from jaxweights.core._layout import is_default_target, is_float, is_vector
+from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
+from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Statistic
+from jaxweights.core._transform import Transform, stateless
+from jaxweights.weights._axes import View
+from jaxweights.weights._weight import Weight, is_weight, materialize
+
+MatrixFn = Callable[..., Any]
+Wrap = Callable[[Any, Any, View], Any]
+Check = Callable[[Path, Any, View], str | None]
+Verify = Callable[[Path, Any], str | None]
+
+
+def leafwise(
+    fn: MatrixFn,
+    *,
+    name: str,
+    needs: Collection[Statistic] = (),
+    wrap: Wrap | None = None,
+    accepts: tuple[type[Weight], ...] = (),
+    refusal: str = "Apply it to the dense weight, before it is represented.",
+    randomized: bool = False,
+    masked: bool = False,
+    mapping: Literal["vmap", "map"] = "vmap",
+    check: Check | None = None,
+    verify: Verify | None = None,
+    checks_finite: bool = True,
+    moves_inputs: bool = False,
+) -> Transform:
+    """Makes a transform of a tree from a function of one `(in, out)` matrix.
+
+    The function never sees stacks, heads or names: each leaf is rearranged into
+    `(*stack, in, out)` as the layout says, the function is mapped over the stack, and one
+    compiled program serves all leaves of one shape.
+
+    Args:
+      fn: `fn(weight, **inputs)` with `weight` `(in, out)` in the leaf's dtype. Inputs, by
+        keyword: each needed statistic of this matrix; `key` if `randomized`; `mask`
+        `(in, out)` bool if `masked` and the weight has one. Returns a pytree of arrays, or the new matrix when
+        `wrap` is None.
+      name: What errors call the transform.
+      needs: Statistics that `fn` takes.
+      wrap: `wrap(leaf, result, view)` builds the new leaf from the result, whose arrays have got the
+        stack axes in front. None puts the new matrix in place of the old one.
+      accepts: Representations that may be transformed; `fn` sees their dense value.
+      refusal: What to do instead, for other representations.
+      randomized: Whether `fn` draws random numbers.
+      masked: Whether `fn` takes the mask of a weight that has one.
+      mapping: `"vmap"` for all matrices at once, `"map"` for one after another, in the memory
+        of one.
+      check: `check(path, leaf, view)` says what is wrong with a leaf, from its shape.
+      verify: `verify(path, result)` says what went wrong with a result; concrete runs only.
+      checks_finite: Whether a leaf with NaN or infinity is refused (concrete runs only). Off for
+        functions whose own `verify` does it without another pass over memory.
+      moves_inputs: As in `Transform`.
+
+    Returns:
+      The transform. By default it acts on the matrices of the layout, not on embeddings, heads,
+      routers and norms; those are for `partition` to name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxweights.core import apply, leafwise
+      >>> halve = leafwise(lambda weight: weight / 2, name="halve")
+      >>> apply(halve, {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})["bias"]
+      Array([1., 1., 1.], dtype=float32)
+    """
+    wanted = frozenset(needs)
+
+    @functools.partial(jax.jit, static_argnames=("view",))
+    def run(leaf: Any, inputs: dict[str, Any], view: View) -> tuple[Any, jax.Array]:
+        dense = materialize(leaf)
+        if "mask" in inputs:
+            inputs = inputs | {"mask": view.to_matrix(inputs["mask"])}
+        result = _map_over_stack(fn, view.to_matrix(dense), inputs, mapping)
+        finite = jnp.isfinite(jnp.max(jnp.abs(dense))) if checks_finite and dense.size else True
+        return result, jnp.asarray(finite)
+
+    def update(params: Params, context: Context) -> Params:
+        flat, treedef = flatten(params)
+        targets = _targets(flat, context, name, accepts, refusal, check, wanted)
+        key = context.require("key", name) if randomized and targets else None
+        new, finite = dict(flat), {}
+        for done, (path, view) in enumerate(targets.items(), start=1):
+            leaf = flat[path]
+            inputs = _statistics(context, path, wanted, view)
+            if randomized:
+                inputs["key"] = _stack_keys(path_key(key, path), leaf, view)
+            if masked and (mask := getattr(leaf, "mask", None)) is not None:
+                inputs["mask"] = mask
+            result, finite[path] = run(leaf, inputs, view)
+            new[path] = (_put_value if wrap is None else wrap)(leaf, result, view)
+            if verify is not None and not _is_abstract(result):
+                fail(name, [problem] if (problem := verify(path, result)) else [])
+            if context.progress is not None:
+                context.progress(path, done, len(targets))
+        _refuse_nonfinite(name, flat, finite)
+        return unflatten(treedef, new)
+
+    def declare(params: Params, *, named: bool = False) -> Needs:
+        if not wanted:
+            return {}
+        flat = flatten(params)[0]
+        return {path: wanted for path, leaf in flat.items() if _may_be_target(path, leaf, named)}
+
+    return stateless(
+        update,
+        name=name,
+        needs=declare,
+        reads_statistics=bool(wanted),
+        moves_inputs=moves_inputs,
+    )
+
+
+def _may_be_target(path: Path, leaf: Any, named: bool) -> bool:
+    if not is_float(leaf) or len(leaf.shape) < 2:
+        return False
+    return named or (is_default_target(path) and not is_vector(path, leaf))
+
+
+def _targets(
+    flat: Flat,
+    context: Context,
+    name: str,
+    accepts: tuple[type[Weight], ...],
+    refusal: str,
+    check: Check | None,
+    wanted: frozenset[Statistic],
+) -> dict[Path, View]:
+    """The leaves to transform with their views; every leaf that cannot be is one error."""
+    targets: dict[Path, View] = {}
+    problems: list[str] = []
+    for path, leaf in flat.items():
+        axes = context.layout.get(path)
+        if not context.named and not _is_target(path, leaf, context):
+            continue
+        problem = _unfit(path, leaf, axes, accepts, refusal, context)
+        if problem is None and axes is not None:
+            view = View.of(leaf.shape, axes)
+            problem = check(path, leaf, view) if check is not None else None
+            problem = problem or _unfit_statistics(path, leaf, view, context, wanted, name)
+            targets[path] = view
+        if problem is not None:
+            problems.append(problem)
+    fail(name, problems)
+    return targets
+
+
+def _is_target(path: Path, leaf: Any, context: Context) -> bool:
+    if not _may_be_target(path, leaf, named=False):
+        return False
+    axes = context.layout.get(path)
+    if axes is None:
+        # A trace proves that the leaf is no matrix; a convention only does not know.
+        return not context.layout.traced
+    return axes.kind != "embedding"
+
+
+def _unfit(
+    path: Path,
+    leaf: Any,
+    axes: Any,
+    accepts: tuple[type[Weight], ...],
+    refusal: str,
+    context: Context,
+) -> str | None:
+    if not is_float(leaf):
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
+        return f"{path!r}: is {kind}, not a floating array. Leave it out with `partition`."
+    if is_weight(leaf) and not isinstance(leaf, accepts):
+        return f"{path!r}: is already a {type(leaf).__name__}. {refusal}"
+    if axes is None:
+        shape = tuple(leaf.shape)
+        if len(shape) < 2:
+            return f"{path!r}: has shape {shape}, which is no matrix. Leave it out with `partition`."
+        if context.layout.traced:
+            return (
+                f"{path!r}: the traced model never multiplies this leaf {shape} with activations, so "
+                "it has no input and output axes. Leave it out with `partition`, or state its axes "
+                "with layout={pattern: Axes(inputs=..., outputs=...)}."
+            )
+        return (
+            f"{path!r}: has shape {shape}; which of its axes are inputs and outputs is ambiguous. "
+            f"Pass layout=infer_layout(fn, params, *inputs), or state it, for example "
+            f"layout={{{path!r}: Axes(inputs=(-2,), outputs=(-1,))}} where the other axes are stacked."
+        )
+    return None
+
+
+def _unfit_statistics(
+    path: Path,
+    leaf: Any,
+    view: View,
+    context: Context,
+    wanted: frozenset[Statistic],
+    name: str,
+) -> str | None:
+    if not wanted:
+        return None
+    stats = context.require("stats", name)
+    stack = _stack_sizes(leaf, view)
+    for statistic in sorted(wanted):
+        value = stats.get(path, statistic)
+        if value is None:
+            return stats.why_missing(path, statistic)
+        expected = {
+            "count": stack,
+            "gram": (*stack, view.in_dim, view.in_dim),
+            **dict.fromkeys(GRADIENT_STATISTICS, tuple(leaf.shape)),
+        }.get(statistic, (*stack, view.in_dim))
+        if tuple(value.shape) != expected:
+            return (
+                f"{path!r}: the statistic {statistic!r} has shape {tuple(value.shape)}, but a weight "
+                f"of shape {tuple(leaf.shape)} needs {expected}. These statistics belong to another "
+                "model or layout; calibrate this one."
+            )
+    return None
+
+
+def _stack_sizes(leaf: Any, view: View) -> tuple[int, ...]:
+    return tuple(leaf.shape[a] for a in view.stack_axes(len(leaf.shape)))
+
+
+def _statistics(
+    context: Context, path: Path, wanted: frozenset[Statistic], view: View
+) -> dict[str, Any]:
+    if not wanted or context.stats is None:
+        return {}
+    inputs = {name: context.stats.get(path, name) for name in sorted(wanted)}
+    for name in wanted & frozenset(GRADIENT_STATISTICS):
+        inputs[name] = view.to_matrix(inputs[name])
+    return inputs
+
+
+def _stack_keys(key: jax.Array, leaf: Any, view: View) -> jax.Array:
+    sizes = _stack_sizes(leaf, view)
+    return jax.random.split(key, sizes) if sizes else key
+
+
+def _map_over_stack(fn: MatrixFn, matrix: jax.Array, inputs: dict[str, Any], mapping: str) -> Any:
+    stack = matrix.shape[:-2]
+    if not stack:
+        return fn(matrix, **inputs)
+    flat_stack = lambda x: x.reshape(-1, *x.shape[len(stack) :])  # noqa: E731
+    operands = jax.tree.map(flat_stack, (matrix, inputs))
+    call = lambda one: fn(one[0], **one[1])  # noqa: E731
+    results = jax.vmap(call)(operands) if mapping == "vmap" else jax.lax.map(call, operands)
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
+
+
+def _put_value(leaf: Any, result: jax.Array, view: View) -> Any:
+    del leaf
+    return view.from_matrix(result)
+
+
+def _is_abstract(tree: Any) -> bool:
+    return any(
+        isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)
+    )
+
+
+def _refuse_nonfinite(name: str, flat: Flat, finite: dict[Path, jax.Array]) -> None:
+    if _is_abstract(finite):
+        return
+    problems = []
+    for path, good in finite.items():
+        if not good:
+            problems.append(describe_nonfinite(path, flat[path]))
+    fail(name, problems)
+
+
+def describe_nonfinite(path: Path, leaf: Any) -> str:
+    """Says how many values of a leaf are not finite, and where the first one is."""
+    values = np.asarray(materialize(leaf)).astype(np.float32)
+    bad = np.argwhere(~np.isfinite(values))
+    return (
+        f"{path!r}: {len(bad)} of {values.size} values are not finite, the first at "
+        f"{bad[0].tolist()}. Repair the checkpoint, or leave this weight out with `partition`."
+    )

@@ -1,0 +1,112 @@
+"""partition: which transform acts on which leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any
+
+from jaxweights.core._context import Context
+from jaxweights.core._paths import (
+    Flat,
+    Params,
+    check_pattern,
+    fail,
+    flatten,
+    matching,
+    nearest,
+    unflatten,
+)
+from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._transform import Transform
+
+Rule = tuple[str | types.EllipsisType, Transform]
+
+
+def partition(*rules: Rule) -> Transform:
+    """Gives every leaf to the first rule that names it.
+
+    A rule is a pair of a pattern and a transform. The pattern is a regular expression for the whole path, or
+    `...` for all leaves that no earlier rule took. Leaves that no rule takes stay as they are. A
+    leaf that a pattern names is transformed even where the transform would leave it alone by
+    default (an embedding, a head), and refused where it cannot be; the leaves under `...` follow
+    the transform's default.
+
+    Args:
+      *rules: Pairs of pattern and transform.
+
+    Returns:
+      One transform.
+
+    Raises:
+      ValueError: When built, if a pattern is no regular expression or stands behind `...`; when it
+        first sees a tree, if a pattern takes no leaf.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> tx = jw.partition(
+      ...     (".*/mlp/.*", jw.sparsify.magnitude(sparsity=0.5)),
+      ...     (..., jw.identity()),
+      ... )
+    """
+    for i, (pattern, transform) in enumerate(rules):
+        if not isinstance(transform, Transform):
+            raise TypeError(f"partition: rule {i}: {transform!r} is no transform.")
+        if pattern is ...:
+            if i + 1 < len(rules):
+                raise ValueError(f"partition: rule {i}: rules behind `...` can match nothing.")
+        else:
+            check_pattern("partition", pattern)
+
+    def assign(flat: Flat) -> list[Flat]:
+        left = dict(flat)
+        parts: list[Flat] = []
+        problems: list[str] = []
+        for pattern, _ in rules:
+            paths = list(left) if isinstance(pattern, types.EllipsisType) else matching(pattern, left)
+            if not paths and isinstance(pattern, str):
+                shadowed = matching(pattern, flat)
+                problems.append(
+                    f"pattern {pattern!r} takes no leaf: earlier rules took all that it matches, "
+                    f"such as {shadowed[0]!r}. Put it before them."
+                    if shadowed
+                    else f"pattern {pattern!r} matches no leaf. The nearest paths: "
+                    f"{nearest(pattern, flat)}."
+                )
+            parts.append({path: left.pop(path) for path in paths})
+        fail("partition", problems)
+        return parts
+
+    def inner_context(pattern: str | types.EllipsisType, context: Context) -> Context:
+        return dataclasses.replace(context, named=context.named or pattern is not ...)
+
+    def init(params: Params) -> tuple[Any, ...]:
+        parts = assign(flatten(params)[0])
+        return tuple(tx.init(part) for (_, tx), part in zip(rules, parts, strict=True))
+
+    def update(params: Params, state: tuple[Any, ...], context: Context) -> tuple[Params, Any]:
+        flat, treedef = flatten(params)
+        merged, new_state = dict(flat), []
+        for (pattern, tx), part, inner in zip(rules, assign(flat), state, strict=True):
+            if part:
+                part, inner = tx.update(part, inner, inner_context(pattern, context))
+                merged |= part
+            new_state.append(inner)
+        return unflatten(treedef, merged), tuple(new_state)
+
+    def needs(params: Params, *, named: bool = False) -> Needs:
+        parts = assign(flatten(params)[0])
+        return union_needs(
+            tx.needs(part, named=named or pattern is not ...)
+            for (pattern, tx), part in zip(rules, parts, strict=True)
+        )
+
+    transforms = [tx for _, tx in rules]
+    return Transform(
+        init,
+        update,
+        needs,
+        name=f"partition({', '.join(tx.name for tx in transforms)})",
+        reads_statistics=any(tx.reads_statistics for tx in transforms),
+        moves_inputs=any(tx.moves_inputs for tx in transforms),
+    )

@@ -1,0 +1,89 @@
+"""Paths: the one name that a leaf has in patterns, statistics, errors, keys and checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxweights.weights._weight import is_weight
+
+Path = str
+Params = Any  # a pytree of arrays and represented weights
+Flat = dict[Path, Any]  # itself a pytree, with the same paths as the tree it came from
+
+
+def flatten(tree: Params) -> tuple[Flat, Any]:
+    """Lists the leaves of a tree by path; represented weights are leaves.
+
+    Args:
+      tree: Any pytree.
+
+    Returns:
+      A dict from path to leaf in tree order, and the structure that `unflatten` needs.
+
+    Raises:
+      ValueError: If two leaves would share one path.
+
+    Example:
+      >>> flatten({"mlp": {"kernel": 1.0}})[0]
+      {'mlp/kernel': 1.0}
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_weight)
+    flat: Flat = {}
+    for key_path, leaf in leaves:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if path in flat:
+            raise ValueError(
+                f"core.flatten: {path!r}: two leaves have this path. Paths join keys with '/'; "
+                "rename a key that contains one."
+            )
+        flat[path] = leaf
+    return flat, treedef
+
+
+def unflatten(treedef: Any, flat: Mapping[Path, Any]) -> Params:
+    """Rebuilds the tree that `flatten` took apart, from leaves in the same order."""
+    return jax.tree.unflatten(treedef, list(flat.values()))
+
+
+def path_key(key: jax.Array, path: Path) -> jax.Array:
+    """A key of its own for every path, which adding other leaves does not change."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def matching(pattern: str, paths: Iterable[Path]) -> list[Path]:
+    """Paths that a regular expression matches from start to end."""
+    compiled = re.compile(pattern)
+    return [path for path in paths if compiled.fullmatch(path)]
+
+
+def check_pattern(asker: str, pattern: object) -> None:
+    """Refuses a pattern that is no regular expression, before any tree is seen."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"{asker}: pattern {pattern!r} must be a string, a regular expression.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{asker}: pattern {pattern!r} is not a regular expression: {error}. "
+            "A path is matched from start to end; '.*/kernel' names every kernel."
+        ) from error
+
+
+def nearest(wanted: str, candidates: Iterable[str], count: int = 5) -> list[str]:
+    """The candidates most like `wanted`, best first."""
+    pool = list(candidates)
+    close = difflib.get_close_matches(wanted, pool, n=count, cutoff=0.3)
+    return close or pool[:count]
+
+
+def fail(asker: str, problems: Iterable[str], error: type[Exception] = ValueError) -> None:
+    """Raises one error that lists every problem; does nothing when there is none."""
+    lines = list(problems)
+    if lines:
+        raise error("\n".join(f"{asker}: {line}" for line in lines))

@@ -1,0 +1,128 @@
+"""Calibration statistics: what the model's data said about each weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.core._layout import Layout
+from jaxweights.core._paths import Path, nearest
+
+Statistic = str
+
+INPUT_STATISTICS: tuple[Statistic, ...] = ("count", "sum", "second_moment", "gram", "min", "max")
+GRADIENT_STATISTICS: tuple[Statistic, ...] = ("grad_abs", "grad_sq")
+STATISTICS = INPUT_STATISTICS + GRADIENT_STATISTICS
+
+Needs = dict[Path, frozenset[Statistic]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Statistics per weight, as raw sums, so that two halves of the data add up to the whole.
+
+    Per weight, with `stack` the sizes of its stack axes and `in` its flattened input axes:
+
+    - `count` `(*stack,)`: tokens seen; `examples` `()`: examples whose gradients were taken.
+    - `sum`, `second_moment`, `min`, `max` `(*stack, in)`: of the inputs; sums, not means.
+    - `gram` `(*stack, in, in)`: sum of the outer products of the inputs.
+    - `grad_abs`, `grad_sq`, shaped like the weight: sums over examples of |g| and g².
+
+    Weights that read the same input share one entry.
+
+    Args:
+      values: Arrays by path of the entry's owner, then by name of the statistic.
+      owners: Pairs (path, owner) for weights whose input statistics another path holds.
+      layout: Layout that calibration saw in the model's trace.
+    """
+
+    values: dict[Path, dict[Statistic, jax.Array]]
+    owners: tuple[tuple[Path, Path], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+    layout: Layout = dataclasses.field(
+        default_factory=Layout, metadata={"static": True}
+    )
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every weight that has statistics."""
+        return [*self.values, *(path for path, _ in self.owners if path not in self.values)]
+
+    def get(self, path: Path, name: Statistic) -> jax.Array | None:
+        """One statistic of one weight, or None."""
+        owner = path if name in GRADIENT_STATISTICS else dict(self.owners).get(path, path)
+        entry = self.values.get(owner, {})
+        if name == "second_moment" and name not in entry and "gram" in entry:
+            return jnp.diagonal(entry["gram"], axis1=-2, axis2=-1)
+        return entry.get(name)
+
+    def why_missing(self, path: Path, name: Statistic) -> str:
+        """The sentence that an error needs when `get` gave None."""
+        if path in self.paths:
+            has = sorted(set(self.values.get(dict(self.owners).get(path, path), {})))
+            return (
+                f"{path!r}: the statistic {name!r} is missing; collected were {has}. "
+                "Calibrate with needs=tx.needs(params)."
+            )
+        return (
+            f"{path!r}: the statistic {name!r} is missing; no statistics of this weight were "
+            f"collected. The nearest paths that have some: {nearest(path, self.paths)}. Calibrate "
+            "this model with needs=tx.needs(params), or leave the weight out with `partition`."
+        )
+
+    def __add__(self, other: Stats) -> Stats:
+        """Statistics of both sets of data together."""
+        return merge_stats(self, other)
+
+
+def combine(name: Statistic, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Joins one statistic of two sets of data."""
+    if name == "min":
+        return jnp.minimum(first, second)
+    if name == "max":
+        return jnp.maximum(first, second)
+    return first + second
+
+
+def merge_stats(first: Stats, second: Stats) -> Stats:
+    """Adds statistics of two disjoint sets of data, leaf by leaf.
+
+    Args:
+      first: Statistics of one part.
+      second: Statistics of the other, of the same model and needs.
+
+    Returns:
+      Statistics of the whole.
+
+    Raises:
+      ValueError: If they are statistics of different models or of different needs.
+    """
+    keys = lambda stats: {(p, n) for p, entry in stats.values.items() for n in entry}  # noqa: E731
+    if keys(first) != keys(second) or first.owners != second.owners:
+        odd = sorted(f"{p}: {n}" for p, n in keys(first) ^ keys(second))
+        raise ValueError(
+            f"core.merge_stats: {odd[:5]}: collected on one side only, or shared differently. "
+            "Merge statistics of the same model, collected for the same needs."
+        )
+    values = {
+        path: {
+            name: combine(name, value, second.values[path][name]) for name, value in entry.items()
+        }
+        for path, entry in first.values.items()
+    }
+    return dataclasses.replace(first, values=values)
+
+
+def union_needs(parts: Iterable[Mapping[Path, frozenset[Statistic]]]) -> Needs:
+    """Statistics that any of the parts needs, per path."""
+    total: dict[Path, frozenset[Any]] = {}
+    for needs in parts:
+        for path, names in needs.items():
+            total[path] = total.get(path, frozenset()) | names
+    return total

@@ -1,0 +1,85 @@
+"""Transform: the one abstraction, and its neutral element."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxweights.core._context import Context
+from jaxweights.core._paths import Params
+from jaxweights.core._stats import Needs
+
+State = Any
+
+
+class NeedsFn(Protocol):
+    """Says which statistics a transform wants of which leaves; shapes suffice."""
+
+    def __call__(self, params: Params, *, named: bool = False) -> Needs:
+        """Returns the needs; `named` as in `Context`."""
+        ...
+
+
+def needs_nothing(params: Params, *, named: bool = False) -> Needs:
+    """The needs of a transform that reads no statistics."""
+    del params, named
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A pure change of a parameter tree: optax's pair plus a declaration of needs.
+
+    Args:
+      init: `params -> state`.
+      update: `(params, state, context) -> (params, state)`.
+      needs: `params -> {path: statistics}`, over-complete: it may list leaves that turn out to
+        be no matrices of the model.
+      name: What errors and plans call it, such as `sparsify.wanda`.
+      reads_statistics: Whether `update` reads `context.stats`.
+      moves_inputs: Whether it permutes, rotates or rescales input axes, after which statistics
+        of the model before it are no longer true.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Params, State, Context], tuple[Params, State]]
+    needs: NeedsFn = needs_nothing
+    name: str = "transform"
+    reads_statistics: bool = False
+    moves_inputs: bool = False
+
+
+def stateless(
+    update: Callable[[Params, Context], Params],
+    *,
+    name: str,
+    needs: NeedsFn = needs_nothing,
+    reads_statistics: bool = False,
+    moves_inputs: bool = False,
+) -> Transform:
+    """A transform from a function of parameters and context.
+
+    Args:
+      update: `(params, context) -> params`.
+      name: What errors call it.
+      needs: As in `Transform`.
+      reads_statistics: As in `Transform`.
+      moves_inputs: As in `Transform`.
+
+    Returns:
+      The transform, whose state is empty.
+    """
+    return Transform(
+        init=lambda params: (),
+        update=lambda params, state, context: (update(params, context), state),
+        needs=needs,
+        name=name,
+        reads_statistics=reads_statistics,
+        moves_inputs=moves_inputs,
+    )
+
+
+def identity() -> Transform:
+    """Leaves every leaf as it is."""
+    return stateless(lambda params, context: params, name="identity")

@@ -1,0 +1,12 @@
+"""Representations: small frozen pytrees that stand for a dense weight."""
+
+from jaxweights.weights._axes import CONV_HWIO as CONV_HWIO
+from jaxweights.weights._axes import EMBEDDING as EMBEDDING
+from jaxweights.weights._axes import Axes as Axes
+from jaxweights.weights._axes import View as View
+from jaxweights.weights._weight import MatrixWeight as MatrixWeight
+from jaxweights.weights._weight import Weight as Weight
+from jaxweights.weights._weight import is_weight as is_weight
+from jaxweights.weights._weight import materialize as materialize
+from jaxweights.weights._weight import static as static
+from jaxweights.weights._weight import weight_dataclass as weight_dataclass

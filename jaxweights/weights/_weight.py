@@ -1,0 +1,267 @@
+"""The contract of a represented weight, and what all matrix representations share."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxweights.weights._axes import View
+
+W = TypeVar("W", bound=type)
+
+
+class Weight(abc.ABC):
+    """A weight that is not a dense array: a small frozen pytree that stands for one.
+
+    Subclasses are frozen dataclasses registered with `jax.tree_util.register_dataclass`, whose
+    array fields all carry the stack axes first, so that slicing every field along axis 0 slices
+    the weight. Methods that return None say "there is no cheap way": the caller materialises.
+    """
+
+    # `x @ weight` on an array must never silently densify.
+    __array_ufunc__ = None
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """Dtype of the dense weight."""
+
+    @abc.abstractmethod
+    def materialize(self) -> jax.Array:
+        """The dense weight, of `shape` and `dtype`."""
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the dense weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the dense weight."""
+        return math.prod(self.shape)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Lengths of the leading axes that may be sliced away together with every field."""
+        return ()
+
+    def astype(self, dtype: DTypeLike) -> Weight | None:
+        """The weight that materialises to another dtype."""
+        del dtype
+        return None
+
+    def dot(
+        self,
+        x: jax.Array,
+        dimension_numbers: tuple[Any, Any],
+        *,
+        precision: Any = None,
+        preferred_element_type: DTypeLike | None = None,
+    ) -> jax.Array | None:
+        """`jax.lax.dot_general(x, weight, dimension_numbers)` without the dense weight."""
+        del x, dimension_numbers, precision, preferred_element_type
+        return None
+
+    def conv(self, x: jax.Array, **params: Any) -> jax.Array | None:
+        """`jax.lax.conv_general_dilated(x, weight, **params)` without the dense weight."""
+        del x, params
+        return None
+
+    def take(self, indices: jax.Array) -> jax.Array | None:
+        """Entries `indices` of axis 0, as `jnp.take(weight, indices, axis=0)` gives them."""
+        del indices
+        return None
+
+    def transpose(self, permutation: Sequence[int]) -> Weight | None:
+        """The weight with its axes permuted."""
+        del permutation
+        return None
+
+    def reshape(self, shape: Sequence[int]) -> Weight | None:
+        """The weight in another shape."""
+        del shape
+        return None
+
+    def unstacked(self) -> Weight:
+        """Called once on every slice after axis 0 was taken away from all fields."""
+        return self
+
+
+def is_weight(x: object) -> bool:
+    """Whether `x` is a represented weight."""
+    return isinstance(x, Weight)
+
+
+def materialize(tree: Any) -> Any:
+    """Replaces every represented weight of a tree by its dense array.
+
+    Example:
+      >>> materialize({"kernel": jnp.ones((2, 2))})["kernel"].shape
+      (2, 2)
+    """
+    return jax.tree.map(lambda x: x.materialize() if is_weight(x) else x, tree, is_leaf=is_weight)
+
+
+def weight_dataclass(cls: W) -> W:
+    """Makes a class a frozen dataclass that is a pytree; fields with `static=True` are metadata."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(cls)
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is metadata of the pytree, not an array."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class MatrixWeight(Weight):
+    """A weight held as factors of its canonical `(*stack, in, out)` matrix.
+
+    Subclasses have a static field `view` and say how the matrix acts; axes, dimension numbers,
+    transposition and reshaping are settled here.
+    """
+
+    view: View
+
+    @abc.abstractmethod
+    def matrix(self) -> jax.Array:
+        """Dense matrix, `(*stack, in, out)`."""
+
+    def multiply(self, x: jax.Array, **options: Any) -> jax.Array | None:
+        """`x @ matrix` for `x` of shape `(*stack, tokens, in)`."""
+        return jnp.matmul(x, self.matrix().astype(x.dtype), **options)
+
+    def multiply_transposed(self, x: jax.Array, **options: Any) -> jax.Array | None:
+        """`x @ matrix.T` for `x` of shape `(*stack, tokens, out)`."""
+        return jnp.matmul(x, jnp.swapaxes(self.matrix().astype(x.dtype), -1, -2), **options)
+
+    def columns(self, indices: jax.Array) -> jax.Array | None:
+        """Columns of an unstacked matrix as rows, `(n, in)`."""
+        del indices
+        return None
+
+    def materialize(self) -> jax.Array:
+        """The dense weight."""
+        return self.view.from_matrix(self.matrix()).astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.view.shape(self._stack)
+
+    @property
+    @abc.abstractmethod
+    def _stack(self) -> tuple[int, ...]:
+        """Stack sizes, read off a field."""
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Leading stack axes of the dense weight."""
+        axes = self.view.stack_axes(self.ndim)
+        leading = [i for i, axis in enumerate(axes) if i == axis]
+        return self._stack[: len(leading)]
+
+    def transpose(self, permutation: Sequence[int]) -> Weight | None:
+        """Permutes the axes by changing the view only."""
+        view = self.view.transposed(self.ndim, permutation)
+        return None if view is None else dataclasses.replace(self, view=view)  # type: ignore
+
+    def reshape(self, shape: Sequence[int]) -> Weight | None:
+        """Reshapes by changing the view only, where the matrix stays the same."""
+        view = self.view.reshaped(self.shape, shape)
+        return None if view is None else dataclasses.replace(self, view=view)  # type: ignore
+
+    def dot(
+        self,
+        x: jax.Array,
+        dimension_numbers: tuple[Any, Any],
+        *,
+        precision: Any = None,
+        preferred_element_type: DTypeLike | None = None,
+    ) -> jax.Array | None:
+        """Contracts activations with all inputs or all outputs; stack axes must be batch axes."""
+        return dot_through_matrix(
+            self,
+            x,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+
+    def take(self, indices: jax.Array) -> jax.Array | None:
+        """Looks up rows of an embedding table."""
+        if self.view.axes.outputs != (-self.ndim,) or self._stack:
+            return None
+        rows = self.columns(indices.reshape(-1))
+        if rows is None:
+            return None
+        # Inputs may be stored in another order than the leaf has them.
+        order = tuple(np.argsort(self.view.axes.inputs) + 1)
+        rows = rows.reshape(-1, *self.view.in_shape).transpose(0, *order)
+        return rows.reshape(*indices.shape, *self.shape[1:]).astype(self.dtype)
+
+
+def dot_through_matrix(
+    weight: MatrixWeight,
+    x: jax.Array,
+    dimension_numbers: tuple[Any, Any],
+    *,
+    precision: Any = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array | None:
+    """Reduces `dot_general(x, weight, ...)` to `(*stack, tokens, in) @ (*stack, in, out)`.
+
+    Returns:
+      The product with axes (batch, free axes of x, free axes of the weight), or None where the
+      contraction is neither over all inputs nor over all outputs, or cuts across the stack.
+    """
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    view, ndim = weight.view, weight.ndim
+    stack = view.stack_axes(ndim)
+    if set(w_batch) != set(stack):
+        return None
+    inputs = tuple(a % ndim for a in view.axes.inputs)
+    outputs = tuple(a % ndim for a in view.axes.outputs)
+    if set(w_contract) == set(inputs):
+        contracted, kept, kept_shape = inputs, outputs, view.out_shape
+        product = weight.multiply
+    elif set(w_contract) == set(outputs):
+        contracted, kept, kept_shape = outputs, inputs, view.in_shape
+        product = weight.multiply_transposed
+    else:
+        return None
+
+    batch_of = dict(zip(w_batch, x_batch, strict=True))
+    contract_of = dict(zip(w_contract, x_contract, strict=True))
+    front = [batch_of[a] for a in stack]
+    back = [contract_of[a] for a in contracted]
+    free = [a for a in range(x.ndim) if a not in front and a not in back]
+    sizes = [x.shape[a] for a in free]
+    stack_sizes = [x.shape[a] for a in front]
+    rows = jnp.transpose(x, (*front, *free, *back)).reshape(
+        *stack_sizes, math.prod(sizes), math.prod(x.shape[a] for a in back)
+    )
+    result_dtype = preferred_element_type or jnp.result_type(x.dtype, weight.dtype)
+    y = product(rows, precision=precision, preferred_element_type=result_dtype)
+    if y is None:
+        return None
+    y = y.reshape(*stack_sizes, *sizes, *kept_shape)
+    # Batch axes come in dot_general's order, free weight axes in the leaf's order.
+    batch_order = [stack.index(a) for a in w_batch]
+    first_free = len(stack)
+    first_kept = first_free + len(free)
+    kept_order = [first_kept + i for i in np.argsort(kept)]
+    order = (*batch_order, *range(first_free, first_kept), *kept_order)
+    return jnp.transpose(y, order).astype(result_dtype)
