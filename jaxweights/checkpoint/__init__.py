@@ -1,0 +1,9 @@
+"""Checkpoints: safetensors, GGUF and Orbax, read without trust and written whole or not at all."""
+
+from jaxweights.checkpoint._atomic import atomic_directory as atomic_directory
+from jaxweights.checkpoint._atomic import atomic_file as atomic_file
+from jaxweights.checkpoint._safetensors import SafetensorsReader as SafetensorsReader
+from jaxweights.checkpoint._safetensors import open_safetensors as open_safetensors
+from jaxweights.checkpoint._safetensors_header import TensorInfo as TensorInfo
+from jaxweights.checkpoint._write_safetensors import LazyTensor as LazyTensor
+from jaxweights.checkpoint._write_safetensors import write_safetensors as write_safetensors

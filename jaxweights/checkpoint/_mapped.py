@@ -1,0 +1,46 @@
+"""Files mapped into memory for reading, with every access checked against their length."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+
+class MappedFile:
+    """A regular file whose bytes are read where they are needed, without copying.
+
+    Arrays made from it keep the mapping alive, so it needs no closing; they are read-only.
+    """
+
+    def __init__(self, path: Path, *, function: str):
+        """Maps a file; `function` starts the error messages."""
+        self.path = path
+        try:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{function}: '{path}' does not exist.") from None
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{function}: '{path}' is not a regular file.")
+            self.size: int = status.st_size
+            # An empty file cannot be mapped.
+            self._map = (
+                mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ) if self.size else b""
+            )
+        finally:
+            os.close(descriptor)
+
+    def view(self, start: int, count: int) -> np.ndarray:
+        """Bytes `start` to `start + count`, `(count,)` uint8, without copying."""
+        assert 0 <= start <= start + count <= self.size, "ranges are checked when a file is opened"
+        return np.frombuffer(self._map, np.uint8, count, start)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes `start` to `start + count`, copied."""
+        assert 0 <= start <= start + count <= self.size, "ranges are checked when a file is opened"
+        return self._map[start : start + count]
