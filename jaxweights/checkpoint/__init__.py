@@ -2,6 +2,9 @@
 
 from jaxweights.checkpoint._atomic import atomic_directory as atomic_directory
 from jaxweights.checkpoint._atomic import atomic_file as atomic_file
+from jaxweights.checkpoint._gguf import GGUFReader as GGUFReader
+from jaxweights.checkpoint._gguf import GGUFTensorInfo as GGUFTensorInfo
+from jaxweights.checkpoint._gguf import open_gguf as open_gguf
 from jaxweights.checkpoint._safetensors import SafetensorsReader as SafetensorsReader
 from jaxweights.checkpoint._safetensors import open_safetensors as open_safetensors
 from jaxweights.checkpoint._safetensors_header import TensorInfo as TensorInfo
