@@ -5,7 +5,15 @@ from jaxweights.models._bert import BertConfig as BertConfig
 from jaxweights.models._bert import sentence_embedding as sentence_embedding
 from jaxweights.models._cache import KVCache as KVCache
 from jaxweights.models._cache import init_cache as init_cache
+from jaxweights.models._convert import checkpoint_from_params as checkpoint_from_params
+from jaxweights.models._convert import param_shapes as param_shapes
+from jaxweights.models._convert import params_from_checkpoint as params_from_checkpoint
 from jaxweights.models._generate import generate as generate
+from jaxweights.models._hf_config import config_to_dict as config_to_dict
 from jaxweights.models._llama import Llama as Llama
 from jaxweights.models._llama_config import LlamaConfig as LlamaConfig
+from jaxweights.models._registry import ModelConfig as ModelConfig
+from jaxweights.models._registry import build as build
+from jaxweights.models._registry import config_from_dict as config_from_dict
+from jaxweights.models._registry import config_from_gguf as config_from_gguf
 from jaxweights.models._rope import RopeScaling as RopeScaling

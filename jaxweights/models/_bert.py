@@ -69,8 +69,8 @@ class Bert(nn.Module):
     """Encodes every token in the light of all others.
 
     Parameters: `embed/word|position|type/embedding`, `embed/norm/scale|bias`; `layers/...` with a
-    leading layer axis: `attn/q|k|v|o/kernel|bias`, `attn_norm/scale|bias`, `mlp/up|down/kernel|bias`,
-    `mlp_norm/scale|bias`; kernels are (in, out).
+    leading layer axis: `attn/q|k|v|o/kernel|bias`, `attn_norm/scale|bias`,
+    `mlp/up|down/kernel|bias`, `mlp_norm/scale|bias`; kernels are (in, out).
 
     Attributes:
       config: Sizes.

@@ -61,7 +61,7 @@ def init_cache(
 
 
 def advance(cache: KVCache, positions: jax.Array, valid: jax.Array) -> KVCache:
-    """Notes position and validity of tokens about to be read, `(batch, time)`; fills no keys yet."""
+    """Notes position and validity of tokens to be read, `(batch, time)`; fills no keys yet."""
     start = (0, cache.length)
     return cache._replace(
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),

@@ -242,8 +242,8 @@ def _count_positions(valid: jax.Array, cache: KVCache | None) -> jax.Array:
 def _masks(window, positions, valid, cache, start):
     """Masks with and without the window, `(batch, time, slots)`; the same one if there is none.
 
-    Order of reading decides what lies in the past, positions decide what lies in the window: padding
-    between tokens then takes no room in it.
+    Order of reading decides what lies in the past, positions decide what lies in the window:
+    padding between tokens then takes no room in it.
     """
     slot_positions, slot_valid = (positions, valid) if cache is None else cache[2:4]
     reader = start + jnp.arange(positions.shape[1], dtype=jnp.int32)
