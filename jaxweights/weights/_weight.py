@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ class Weight(abc.ABC):
     the weight. Methods that return None say "there is no cheap way": the caller materialises.
     """
 
+    # Dtype of the dense weight: a static field in some classes, a property in others.
+    dtype: Any
+
     # `x @ weight` on an array must never silently densify.
     __array_ufunc__ = None
 
@@ -33,11 +36,6 @@ class Weight(abc.ABC):
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
-
-    @property
-    @abc.abstractmethod
-    def dtype(self) -> Any:
-        """Dtype of the dense weight."""
 
     @abc.abstractmethod
     def materialize(self) -> jax.Array:
@@ -95,6 +93,16 @@ class Weight(abc.ABC):
         del shape
         return None
 
+    def ragged_dot(self, x: jax.Array, group_sizes: jax.Array, **options: Any) -> jax.Array | None:
+        """`jax.lax.ragged_dot(x, weight, group_sizes)` for a weight `(groups, in, out)`."""
+        del x, group_sizes, options
+        return None
+
+    def partition(self, spec: Any, mesh: Any) -> Any:
+        """Partition specs of the fields, as a pytree like the weight, for a spec of the weight."""
+        del spec, mesh
+        return None
+
     def unstacked(self) -> Weight:
         """Called once on every slice after axis 0 was taken away from all fields."""
         return self
@@ -115,15 +123,16 @@ def materialize(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.materialize() if is_weight(x) else x, tree, is_leaf=is_weight)
 
 
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is metadata of the pytree, not an array."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def weight_dataclass(cls: W) -> W:
     """Makes a class a frozen dataclass that is a pytree; fields with `static=True` are metadata."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     return jax.tree_util.register_dataclass(cls)
-
-
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is metadata of the pytree, not an array."""
-    return dataclasses.field(default=default, metadata={"static": True})
 
 
 class MatrixWeight(Weight):

@@ -1,0 +1,3 @@
+"""lift: any JAX function on represented weights."""
+
+from jaxweights.lift._lift import lift as lift

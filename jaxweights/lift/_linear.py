@@ -1,0 +1,199 @@
+"""Rules for primitives that contract, look up, slice or rearrange a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.lift import _compat
+from jaxweights.lift._walk import Named, Walk, rule
+
+
+@rule("dot_general")
+def _dot_general(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    params = eqn.params
+    left, right = values
+    if params.get("out_sharding") is not None:
+        return None
+    if isinstance(left, Named) and isinstance(right, Named):
+        left = walk.dense(left, "dot_general")
+    (left_contract, right_contract), (left_batch, right_batch) = params["dimension_numbers"]
+    weight_first = isinstance(left, Named)
+    if weight_first:
+        named, x = left, right
+        numbers = ((right_contract, left_contract), (right_batch, left_batch))
+    else:
+        named, x = right, left
+        numbers = params["dimension_numbers"]
+    walk.observe(named, x, "dot", {"dimension_numbers": numbers})
+    y = named.weight.dot(
+        x,
+        numbers,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    if y is None:
+        return None
+    if weight_first:
+        # The weight's free axes come first when it stands on the left.
+        batch = len(left_batch)
+        x_free = x.ndim - batch - len(right_contract)
+        y = jnp.moveaxis(y, range(batch, batch + x_free), range(y.ndim - x_free, y.ndim))
+    return [y]
+
+
+@rule(_compat.RAGGED_DOT_NAME)
+def _ragged_dot(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    x, named, group_sizes = values
+    params = eqn.params
+    numbers = params["ragged_dot_dimension_numbers"]
+    plain = (
+        isinstance(named, Named)
+        and not isinstance(x, Named)
+        and numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+        and params.get("group_offset") is None
+    )
+    if not plain:
+        return None
+    walk.observe(named, x, "ragged_dot", {"group_sizes": group_sizes})
+    y = named.weight.ragged_dot(
+        x,
+        group_sizes,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return None if y is None else [y]
+
+
+@rule("conv_general_dilated")
+def _conv(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    x, named = values
+    if isinstance(x, Named):
+        return None
+    walk.observe(named, x, "conv", dict(eqn.params))
+    y = named.weight.conv(x, **eqn.params)
+    return None if y is None else [y]
+
+
+@rule("gather")
+def _gather(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Looks up entries of axis 0: an embedding's rows, or matrices of a stack."""
+    del walk
+    named, indices = values
+    if not isinstance(named, Named) or isinstance(indices, Named):
+        return None
+    params, weight = eqn.params, named.weight
+    numbers = params["dimension_numbers"]
+    rows = indices.ndim - 1
+    whole_rows = (
+        tuple(numbers.collapsed_slice_dims) == (0,)
+        and tuple(numbers.start_index_map) == (0,)
+        and not getattr(numbers, "operand_batching_dims", ())
+        and tuple(params["slice_sizes"]) == (1, *weight.shape[1:])
+        and tuple(numbers.offset_dims) == tuple(range(rows, rows + weight.ndim - 1))
+    )
+    if not whole_rows:
+        return None
+    positions, last = indices[..., 0], weight.shape[0] - 1
+    mode = params["mode"]
+    fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    safe = jnp.clip(positions, 0, last)
+    if weight.stack_shape and rows == 1 and not fills:
+        taken = jax.tree.map(lambda field: jnp.take(field, safe, axis=0, mode="clip"), weight)
+        return named.become(taken)
+    y = weight.take(safe)
+    if y is None:
+        return None
+    if fills:
+        fill = params["fill_value"]
+        fill = jnp.nan if fill is None else fill
+        inside = (positions >= 0) & (positions <= last)
+        y = jnp.where(inside.reshape(*inside.shape, *[1] * (weight.ndim - 1)), y, fill)
+    return [y.astype(weight.dtype)]
+
+
+@rule("slice")
+def _slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """A range of layers."""
+    del walk
+    (named,) = values
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    weight = named.weight
+    rest_is_whole = all(
+        start == 0 and limit == length and stride == 1
+        for start, limit, stride, length in list(
+            zip(starts, limits, strides, weight.shape, strict=True)
+        )[1:]
+    )
+    if not weight.stack_shape or not rest_is_whole:
+        return None
+    part = slice(starts[0], limits[0], strides[0])
+    return named.become(jax.tree.map(lambda field: field[part], weight))
+
+
+@rule("dynamic_slice")
+def _dynamic_slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """A range of layers that starts at a traced index."""
+    del walk
+    named, start, *others = values
+    sizes = eqn.params["slice_sizes"]
+    whole = all(
+        isinstance(other, int) or not isinstance(other, Named) for other in others
+    ) and tuple(sizes[1:]) == tuple(named.weight.shape[1:])
+    # A slice as long as its axis starts at 0 whatever its index says.
+    if not named.weight.stack_shape or not whole:
+        return None
+    return named.become(
+        jax.tree.map(
+            lambda field: jax.lax.dynamic_slice_in_dim(field, start, sizes[0], axis=0),
+            named.weight,
+        )
+    )
+
+
+@rule("squeeze")
+def _squeeze(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    del walk
+    (named,) = values
+    weight, dimensions = named.weight, tuple(eqn.params["dimensions"])
+    leading = tuple(range(len(dimensions)))
+    if dimensions == leading and len(weight.stack_shape) >= len(leading):
+        for _ in leading:
+            weight = jax.tree.map(lambda field: field[0], weight).unstacked()
+        return named.become(weight)
+    shape = [n for axis, n in enumerate(weight.shape) if axis not in dimensions]
+    return named.become(weight.reshape(shape))
+
+
+@rule("transpose")
+def _transpose(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    del walk
+    return values[0].become(values[0].weight.transpose(eqn.params["permutation"]))
+
+
+@rule("reshape")
+def _reshape(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    del walk
+    if eqn.params["dimensions"] is not None:
+        return None
+    return values[0].become(values[0].weight.reshape(eqn.params["new_sizes"]))
+
+
+@rule("convert_element_type")
+def _astype(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    del walk
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+        return None
+    return values[0].become(values[0].weight.astype(eqn.params["new_dtype"]))
+
+
+@rule("copy", "copy_p", "sharding_constraint")
+def _unchanged(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    del walk, eqn
+    return [values[0]]
