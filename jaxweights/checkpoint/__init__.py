@@ -5,8 +5,15 @@ from jaxweights.checkpoint._atomic import atomic_file as atomic_file
 from jaxweights.checkpoint._gguf import GGUFReader as GGUFReader
 from jaxweights.checkpoint._gguf import GGUFTensorInfo as GGUFTensorInfo
 from jaxweights.checkpoint._gguf import open_gguf as open_gguf
+from jaxweights.checkpoint._orbax import LoadedTree as LoadedTree
+from jaxweights.checkpoint._orbax import load_tree as load_tree
+from jaxweights.checkpoint._orbax import save_tree as save_tree
+from jaxweights.checkpoint._provenance import Provenance as Provenance
 from jaxweights.checkpoint._safetensors import SafetensorsReader as SafetensorsReader
 from jaxweights.checkpoint._safetensors import open_safetensors as open_safetensors
 from jaxweights.checkpoint._safetensors_header import TensorInfo as TensorInfo
+from jaxweights.checkpoint._saved import register_saved as register_saved
+from jaxweights.checkpoint._source import Checkpoint as Checkpoint
+from jaxweights.checkpoint._source import open_checkpoint as open_checkpoint
 from jaxweights.checkpoint._write_safetensors import LazyTensor as LazyTensor
 from jaxweights.checkpoint._write_safetensors import write_safetensors as write_safetensors

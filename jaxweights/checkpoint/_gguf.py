@@ -45,7 +45,7 @@ class GGUFTensorInfo:
     def dtype(self) -> np.dtype:
         """What `read` gives: float32, or the file's own dtype where float32 cannot hold it."""
         stored = self.block_type.dtype
-        if stored is None or stored.itemsize < 4 and stored.kind not in "iu":
+        if stored is None or (stored.itemsize < 4 and stored.kind not in "iu"):
             return np.dtype(np.float32)
         return stored
 
