@@ -1,0 +1,17 @@
+"""Recipes: a file that says what to change, a run that does it, a report of what it cost."""
+
+from jaxweights.recipes._download import DownloadError as DownloadError
+from jaxweights.recipes._fetch import cache_folder as cache_folder
+from jaxweights.recipes._fetch import fetch as fetch
+from jaxweights.recipes._methods import methods as methods
+from jaxweights.recipes._packages import MODELS as MODELS
+from jaxweights.recipes._packages import TEXTS as TEXTS
+from jaxweights.recipes._packages import Package as Package
+from jaxweights.recipes._recipe import Recipe as Recipe
+from jaxweights.recipes._recipe import load_recipe as load_recipe
+from jaxweights.recipes._recipe import parse_recipe as parse_recipe
+from jaxweights.recipes._texts import Text as Text
+from jaxweights.recipes._texts import load_text as load_text
+from jaxweights.recipes._texts import read_text_file as read_text_file
+from jaxweights.recipes._texts import reflow_paragraphs as reflow_paragraphs
+from jaxweights.recipes._yaml import RecipeError as RecipeError
