@@ -12,8 +12,11 @@ from jaxweights.models._generate import generate as generate
 from jaxweights.models._hf_config import config_to_dict as config_to_dict
 from jaxweights.models._llama import Llama as Llama
 from jaxweights.models._llama_config import LlamaConfig as LlamaConfig
+from jaxweights.models._load import Pretrained as Pretrained
+from jaxweights.models._load import load_pretrained as load_pretrained
 from jaxweights.models._registry import ModelConfig as ModelConfig
 from jaxweights.models._registry import build as build
 from jaxweights.models._registry import config_from_dict as config_from_dict
 from jaxweights.models._registry import config_from_gguf as config_from_gguf
 from jaxweights.models._rope import RopeScaling as RopeScaling
+from jaxweights.models._tokenizer import load_tokenizer as load_tokenizer

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxweights.models import (
-    KVCache,
-    Llama,
-    LlamaConfig,
     build,
     config_from_dict,
-    init_cache,
     params_from_checkpoint,
 )
 from jaxweights.models._convert import name_map
-from tests.models._cases import CASES, DECODERS, draw_tensors, inputs
+from tests.models._cases import CASES, draw_tensors, inputs
 from tests.models.make_logits import reference_outputs
 
 STORED = Path(__file__).with_name("logits.npz")

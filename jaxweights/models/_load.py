@@ -1,0 +1,151 @@
+"""Loads a model, its parameters and what belongs to them from a path."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxweights.core._paths import flatten
+from jaxweights.models._bert import Bert
+from jaxweights.models._convert import name_map, params_from_checkpoint, tell_convention
+from jaxweights.models._llama import Llama
+from jaxweights.models._names import check_tree
+from jaxweights.models._registry import ModelConfig, build, config_from_dict, config_from_gguf
+
+if TYPE_CHECKING:
+    from jaxweights.checkpoint import Checkpoint
+
+_ASKER = "models.load_pretrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model with its weights.
+
+    Attributes:
+      model: The Flax module.
+      params: Its parameters, to be given as `model.apply({"params": params}, ...)`.
+      config: Sizes and options.
+      tokenizer_path: File from which `load_tokenizer` makes the tokenizer, or None.
+      source: The checkpoint that was read.
+      carried: Tensors of the checkpoint that the model does not use (a pooler, position ids), so
+        that a copy of the checkpoint need not lose them.
+    """
+
+    model: Llama | Bert
+    params: Any
+    config: ModelConfig
+    tokenizer_path: Path | None
+    source: Checkpoint
+    carried: Mapping[str, np.ndarray]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, remat: bool = False
+) -> Pretrained:
+    """Loads a checkpoint of any known format and architecture.
+
+    Args:
+      path: A folder with safetensors and `config.json`, a GGUF file, or an Orbax checkpoint of a
+        parameter tree that was saved with its config.
+      dtype: Dtype to which dense float parameters are cast; None keeps the checkpoint's, which is
+        float32 for quantized GGUF blocks. Represented weights stay as they are.
+      remat: Whether the model computes activations again in the backward pass.
+
+    Returns:
+      Model, parameters on the default device, config, and where they came from.
+
+    Raises:
+      FileNotFoundError: If there is nothing to read.
+      ValueError: If the file is damaged, has no config, is of an unknown architecture, or does
+        not hold the tensors that its config asks for.
+    """
+    from jaxweights.checkpoint import load_tree, open_checkpoint
+
+    source = open_checkpoint(path)
+    config = _config(source)
+    carried: dict[str, np.ndarray] = {}
+    if source.format == "orbax":
+        params = load_tree(path).tree
+        check_tree(flatten(params)[0], name_map(config, "huggingface"), asker=_ASKER)
+    else:
+        tensors = _Tensors(source)
+        params = params_from_checkpoint(tensors, config)
+        names = name_map(config, tell_convention(tensors))
+        unused = [name for name in tensors if names.is_carried(names.canonical(name))]
+        carried = {name: source.read(name) for name in unused}
+    return Pretrained(
+        model=build(config, remat=remat),
+        params=_on_device(params, dtype),
+        config=config,
+        tokenizer_path=_tokenizer_path(source),
+        source=source,
+        carried=carried,
+    )
+
+
+class _Lazy:
+    """A tensor whose shape is known and whose values are read when asked for."""
+
+    def __init__(self, source: Checkpoint, name: str):
+        self.shape = source.shape(name)
+        self.read = lambda: source.read(name)
+
+
+class _Tensors(Mapping[str, _Lazy]):
+    """A checkpoint as a mapping, read one tensor at a time."""
+
+    def __init__(self, source: Checkpoint):
+        self._source = source
+
+    def __getitem__(self, name: str) -> _Lazy:
+        if name not in self._source.names:
+            raise KeyError(name)
+        return _Lazy(self._source, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.names)
+
+    def __len__(self) -> int:
+        return len(self._source.names)
+
+
+def _config(source: Checkpoint) -> ModelConfig:
+    if source.format == "gguf":
+        return config_from_gguf(source.metadata, _Tensors(source))
+    if not source.config:
+        raise ValueError(
+            f"{_ASKER}: '{source.path}' has no config.json. Put the model's beside the weights; "
+            "for parameters saved with save_tree, pass config=config_to_dict(config)."
+        )
+    return config_from_dict(source.config)
+
+
+def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
+    """Dense leaves as JAX arrays; parts of represented weights keep their dtypes."""
+    flat, treedef = flatten(params)
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, np.ndarray | jax.Array):
+            return jax.tree.map(jnp.asarray, leaf)
+        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(leaf, dtype)
+        return jnp.asarray(leaf)
+
+    return jax.tree.unflatten(treedef, [place(leaf) for leaf in flat.values()])
+
+
+def _tokenizer_path(source: Checkpoint) -> Path | None:
+    if "tokenizer.json" in source.files:
+        return source.files["tokenizer.json"]
+    if source.format == "gguf" and "tokenizer.ggml.tokens" in source.metadata:
+        return source.path
+    return None
