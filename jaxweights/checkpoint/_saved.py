@@ -51,7 +51,8 @@ def register_saved(cls: C) -> C:
       ... class CountState(NamedTuple):
       ...     count: int
     """
-    if not (dataclasses.is_dataclass(cls) or is_namedtuple(cls)):
+    has_fields = dataclasses.is_dataclass(cls) or is_namedtuple(cls)
+    if not has_fields:
         raise TypeError(f"register_saved: {cls!r} is neither a dataclass nor a NamedTuple.")
     known = _registered.get(cls.__name__)
     # A module that is loaded again brings a new class of the same origin.
