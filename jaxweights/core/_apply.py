@@ -106,7 +106,8 @@ def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = Non
                 f"{nearest(re.sub(r'[.*]+', '', pattern), paths)}."
             )
     fail("apply: layout", problems)
-    return Layout(tuple(entries.items()), traced=found.traced)
+    unclear = tuple(item for item in found.unclear if item[0] not in entries)
+    return Layout(tuple(entries.items()), traced=found.traced, unclear=unclear)
 
 
 def _untie(flat: Flat) -> tuple[Flat, dict[Path, Path]]:

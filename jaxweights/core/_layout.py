@@ -19,7 +19,9 @@ _NOT_A_TARGET = re.compile(
     r")(?:[/_.].*|$)",
     re.IGNORECASE,
 )
-_VECTOR_NAMES = re.compile(r"(?:.*/)?(?:bias|scale|b|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE)
+_VECTOR_NAMES = re.compile(
+    r"(?:.*/)?(?:bias|scale|b|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE
+)
 _EMBEDDING_NAMES = re.compile(r"(?:.*/)?(?:embedding|embeddings|wte|wpe)(?:/value)?", re.IGNORECASE)
 
 
@@ -33,6 +35,7 @@ class Layout(Mapping[Path, Axes]):
       entries: Pairs of path and axes.
       traced: Whether it was read off a model's trace, so that a leaf without an entry is known
         not to be a matrix of the model.
+      unclear: Pairs of path and reason for matrices whose axes the trace leaves open.
 
     Example:
       >>> Layout.of({"attn/q/kernel": Axes(inputs=(-3,), outputs=(-2, -1))})["attn/q/kernel"].inputs
@@ -41,6 +44,7 @@ class Layout(Mapping[Path, Axes]):
 
     entries: tuple[tuple[Path, Axes], ...] = ()
     traced: bool = False
+    unclear: tuple[tuple[Path, str], ...] = ()
 
     @classmethod
     def of(cls, axes: Mapping[Path, Axes], *, traced: bool = False) -> Layout:

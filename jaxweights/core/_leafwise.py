@@ -165,7 +165,7 @@ def _is_target(path: Path, leaf: Any, context: Context) -> bool:
     axes = context.layout.get(path)
     if axes is None:
         # A trace proves that the leaf is no matrix; a convention only does not know.
-        return not context.layout.traced
+        return not context.layout.traced or path in dict(context.layout.unclear)
     return axes.kind != "embedding"
 
 
@@ -185,7 +185,14 @@ def _unfit(
     if axes is None:
         shape = tuple(leaf.shape)
         if len(shape) < 2:
-            return f"{path!r}: has shape {shape}, which is no matrix. Leave it out with `partition`."
+            return (
+                f"{path!r}: has shape {shape}, which is no matrix. Leave it out with `partition`."
+            )
+        if reason := dict(context.layout.unclear).get(path):
+            return (
+                f"{path!r}: {reason}. State which axes are inputs with layout={{{path!r}: "
+                "Axes(inputs=..., outputs=...)}, or leave it out with `partition`."
+            )
         if context.layout.traced:
             return (
                 f"{path!r}: the traced model never multiplies this leaf {shape} with activations, so "
@@ -267,9 +274,7 @@ def _put_value(leaf: Any, result: jax.Array, view: View) -> Any:
 
 
 def _is_abstract(tree: Any) -> bool:
-    return any(
-        isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)
-    )
+    return any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
 def _refuse_nonfinite(name: str, flat: Flat, finite: dict[Path, jax.Array]) -> None:

@@ -63,7 +63,9 @@ def partition(*rules: Rule) -> Transform:
         parts: list[Flat] = []
         problems: list[str] = []
         for pattern, _ in rules:
-            paths = list(left) if isinstance(pattern, types.EllipsisType) else matching(pattern, left)
+            paths = (
+                list(left) if isinstance(pattern, types.EllipsisType) else matching(pattern, left)
+            )
             if not paths and isinstance(pattern, str):
                 shadowed = matching(pattern, flat)
                 problems.append(

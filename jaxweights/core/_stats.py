@@ -42,12 +42,8 @@ class Stats:
     """
 
     values: dict[Path, dict[Statistic, jax.Array]]
-    owners: tuple[tuple[Path, Path], ...] = dataclasses.field(
-        default=(), metadata={"static": True}
-    )
-    layout: Layout = dataclasses.field(
-        default_factory=Layout, metadata={"static": True}
-    )
+    owners: tuple[tuple[Path, Path], ...] = dataclasses.field(default=(), metadata={"static": True})
+    layout: Layout = dataclasses.field(default_factory=Layout, metadata={"static": True})
 
     @property
     def paths(self) -> list[Path]:

@@ -60,7 +60,9 @@ def _scan(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
     parts = _compat.scan_parts(params)
     consts = values[: parts.consts]
     carry = [walk.dense(v, "scan") for v in values[parts.consts : parts.consts + parts.carry]]
-    xs = [v if stackable(v) else walk.dense(v, "scan") for v in values[parts.consts + parts.carry :]]
+    xs = [
+        v if stackable(v) else walk.dense(v, "scan") for v in values[parts.consts + parts.carry :]
+    ]
     # A weight that is sliced gives one record a step; one that is not gives one for all steps.
     sliced = {x.path for x in xs if isinstance(x, Named)}
 
@@ -182,7 +184,6 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
                 spec = Named(specs, value.path)
         in_specs.append(spec)
 
-
     def inner(*operands: Any) -> tuple[list[Any], Records]:
         with walk.frame() as records:
             outs = [walk.dense(out, "shard_map") for out in walk.run(jaxpr, consts, operands)]
@@ -212,7 +213,9 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 def _reduce_over_mesh(record: Record, stack: PartitionSpec) -> Record:
-    kept = {name for part in stack if part for name in (part if isinstance(part, tuple) else (part,))}
+    kept = {
+        name for part in stack if part for name in (part if isinstance(part, tuple) else (part,))
+    }
 
     def reduce(name: str, value: jax.Array) -> jax.Array:
         axes = tuple(sorted(set(jax.typeof(value).vma) - kept))
@@ -244,5 +247,3 @@ def _combine_into(walk: Walk, shared: Records, records: Records) -> Records:
         path: walk.combine(total, records[path]) if path in records else total
         for path, total in shared.items()
     }
-
-

@@ -122,39 +122,24 @@ def _slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """A range of layers."""
     del walk
     (named,) = values
-    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    starts = eqn.params["start_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
-    weight = named.weight
-    rest_is_whole = all(
-        start == 0 and limit == length and stride == 1
-        for start, limit, stride, length in list(
-            zip(starts, limits, strides, weight.shape, strict=True)
-        )[1:]
-    )
-    if not weight.stack_shape or not rest_is_whole:
+    sizes = eqn.outvars[0].aval.shape
+    if tuple(sizes[1:]) != tuple(named.weight.shape[1:]):
         return None
-    part = slice(starts[0], limits[0], strides[0])
-    return named.become(jax.tree.map(lambda field: field[part], weight))
+    return named.become(named.weight.slice_stack(starts[0], sizes[0], strides[0]))
 
 
 @rule("dynamic_slice")
 def _dynamic_slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """A range of layers that starts at a traced index."""
     del walk
-    named, start, *others = values
+    named, start = values[:2]
     sizes = eqn.params["slice_sizes"]
-    whole = all(
-        isinstance(other, int) or not isinstance(other, Named) for other in others
-    ) and tuple(sizes[1:]) == tuple(named.weight.shape[1:])
     # A slice as long as its axis starts at 0 whatever its index says.
-    if not named.weight.stack_shape or not whole:
+    if isinstance(start, Named) or tuple(sizes[1:]) != tuple(named.weight.shape[1:]):
         return None
-    return named.become(
-        jax.tree.map(
-            lambda field: jax.lax.dynamic_slice_in_dim(field, start, sizes[0], axis=0),
-            named.weight,
-        )
-    )
+    return named.become(named.weight.slice_stack(start, sizes[0]))
 
 
 @rule("squeeze")
@@ -162,11 +147,8 @@ def _squeeze(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     del walk
     (named,) = values
     weight, dimensions = named.weight, tuple(eqn.params["dimensions"])
-    leading = tuple(range(len(dimensions)))
-    if dimensions == leading and len(weight.stack_shape) >= len(leading):
-        for _ in leading:
-            weight = jax.tree.map(lambda field: field[0], weight).unstacked()
-        return named.become(weight)
+    if dimensions == (0,) and (squeezed := weight.squeeze_stack()) is not None:
+        return named.become(squeezed)
     shape = [n for axis, n in enumerate(weight.shape) if axis not in dimensions]
     return named.become(weight.reshape(shape))
 

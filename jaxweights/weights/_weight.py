@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,20 @@ class Weight(abc.ABC):
         """Partition specs of the fields, as a pytree like the weight, for a spec of the weight."""
         del spec, mesh
         return None
+
+    def slice_stack(self, start: Any, size: int, stride: int = 1) -> Weight | None:
+        """Matrices `start, start + stride, ...` of the leading stack axis; `start` may be traced."""
+        if not self.stack_shape:
+            return None
+        if isinstance(start, int):
+            return jax.tree.map(lambda field: field[start : start + size * stride : stride], self)
+        return jax.tree.map(
+            lambda field: jax.lax.dynamic_slice_in_dim(field, start, size, axis=0), self
+        )
+
+    def squeeze_stack(self) -> Weight | None:
+        """The only matrix of a leading stack axis of length 1."""
+        return jax.tree.map(lambda field: field[0], self).unstacked() if self.stack_shape else None
 
     def unstacked(self) -> Weight:
         """Called once on every slice after axis 0 was taken away from all fields."""
@@ -222,6 +236,51 @@ class MatrixWeight(Weight):
         return rows.reshape(*indices.shape, *self.shape[1:]).astype(self.dtype)
 
 
+class Rows(NamedTuple):
+    """Activations, rearranged for the product with a `(*stack, in, out)` matrix."""
+
+    x: jax.Array  # (*stack, tokens, contracted)
+    transposed: bool  # whether the outputs are contracted, not the inputs
+    free_shape: tuple[int, ...]  # free axes of the activations; their product is `tokens`
+    free_axes: tuple[int, ...]
+
+
+def activations_as_rows(
+    view: View, ndim: int, x: jax.Array, dimension_numbers: tuple[Any, Any]
+) -> Rows | None:
+    """Rearranges the activations of a `dot_general` with a weight on the right.
+
+    Args:
+      view: View of the weight.
+      ndim: Rank of the weight.
+      x: Activations.
+      dimension_numbers: Of `dot_general(x, weight, ...)`.
+
+    Returns:
+      The rows, or None where the contraction is neither over all inputs nor over all outputs, or
+      cuts across the stack.
+    """
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    stack = view.stack_axes(ndim)
+    if set(w_batch) != set(stack):
+        return None
+    inputs = tuple(a % ndim for a in view.axes.inputs)
+    outputs = tuple(a % ndim for a in view.axes.outputs)
+    if set(w_contract) not in (set(inputs), set(outputs)):
+        return None
+    contracted = inputs if set(w_contract) == set(inputs) else outputs
+    batch_of = dict(zip(w_batch, x_batch, strict=True))
+    contract_of = dict(zip(w_contract, x_contract, strict=True))
+    front = [batch_of[a] for a in stack]
+    back = [contract_of[a] for a in contracted]
+    free = tuple(a for a in range(x.ndim) if a not in front and a not in back)
+    free_shape = tuple(x.shape[a] for a in free)
+    rows = jnp.transpose(x, (*front, *free, *back)).reshape(
+        *(x.shape[a] for a in front), math.prod(free_shape), math.prod(x.shape[a] for a in back)
+    )
+    return Rows(rows, contracted is outputs, free_shape, free)
+
+
 def dot_through_matrix(
     weight: MatrixWeight,
     x: jax.Array,
@@ -236,41 +295,23 @@ def dot_through_matrix(
       The product with axes (batch, free axes of x, free axes of the weight), or None where the
       contraction is neither over all inputs nor over all outputs, or cuts across the stack.
     """
-    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     view, ndim = weight.view, weight.ndim
-    stack = view.stack_axes(ndim)
-    if set(w_batch) != set(stack):
+    rows = activations_as_rows(view, ndim, x, dimension_numbers)
+    if rows is None:
         return None
-    inputs = tuple(a % ndim for a in view.axes.inputs)
-    outputs = tuple(a % ndim for a in view.axes.outputs)
-    if set(w_contract) == set(inputs):
-        contracted, kept, kept_shape = inputs, outputs, view.out_shape
-        product = weight.multiply
-    elif set(w_contract) == set(outputs):
-        contracted, kept, kept_shape = outputs, inputs, view.in_shape
-        product = weight.multiply_transposed
-    else:
-        return None
-
-    batch_of = dict(zip(w_batch, x_batch, strict=True))
-    contract_of = dict(zip(w_contract, x_contract, strict=True))
-    front = [batch_of[a] for a in stack]
-    back = [contract_of[a] for a in contracted]
-    free = [a for a in range(x.ndim) if a not in front and a not in back]
-    sizes = [x.shape[a] for a in free]
-    stack_sizes = [x.shape[a] for a in front]
-    rows = jnp.transpose(x, (*front, *free, *back)).reshape(
-        *stack_sizes, math.prod(sizes), math.prod(x.shape[a] for a in back)
-    )
+    product = weight.multiply_transposed if rows.transposed else weight.multiply
     result_dtype = preferred_element_type or jnp.result_type(x.dtype, weight.dtype)
-    y = product(rows, precision=precision, preferred_element_type=result_dtype)
+    y = product(rows.x, precision=precision, preferred_element_type=result_dtype)
     if y is None:
         return None
-    y = y.reshape(*stack_sizes, *sizes, *kept_shape)
+    kept = view.axes.inputs if rows.transposed else view.axes.outputs
+    kept_shape = view.in_shape if rows.transposed else view.out_shape
+    stack = view.stack_axes(ndim)
+    y = y.reshape(*rows.x.shape[:-2], *rows.free_shape, *kept_shape)
     # Batch axes come in dot_general's order, free weight axes in the leaf's order.
-    batch_order = [stack.index(a) for a in w_batch]
+    batch_order = [stack.index(a) for a in dimension_numbers[1][1]]
     first_free = len(stack)
-    first_kept = first_free + len(free)
+    first_kept = first_free + len(rows.free_shape)
     kept_order = [first_kept + i for i in np.argsort(kept)]
     order = (*batch_order, *range(first_free, first_kept), *kept_order)
     return jnp.transpose(y, order).astype(result_dtype)

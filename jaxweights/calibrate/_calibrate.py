@@ -1,0 +1,234 @@
+"""calibrate: statistics of a model's activations and gradients, in one pass for all needs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
+from jaxweights.core import Layout, Needs, Params, Path, Stats, fail, flatten, nearest, unflatten
+from jaxweights.core._apply import LayoutLike
+from jaxweights.core._paths import check_pattern, matching
+from jaxweights.core._stats import GRADIENT_STATISTICS, INPUT_STATISTICS, STATISTICS
+from jaxweights.lift import Walk, evaluate_lifted, trace_model
+from jaxweights.weights import View
+
+Batch = Any
+Mask = Callable[[Batch], jax.Array]
+Progress = Callable[[str, int, int | None], None]
+
+
+def calibrate(
+    fn: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    needs: Needs,
+    loss: Callable[..., jax.Array] | None = None,
+    layout: LayoutLike = None,
+    mask: Mask | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Runs a model over data and sums up what each weight is multiplied with.
+
+    The model is not modified: its trace is evaluated with every wanted weight watching its own
+    products. Statistics leave scans, loops, branches and `shard_map` as extra results, so stacked
+    weights get stacked statistics, nothing is differentiated and no activation outlives its
+    product. One compiled step takes one batch; weights that read the same input share an entry.
+
+    Args:
+      fn: The model, called as `fn(params, *batch)` for a tuple or list, else `fn(params, batch)`.
+      params: Its parameters; may hold represented weights.
+      batches: Batches of inputs, streamed once. Batches of another shape compile again.
+      needs: Statistics per path, from `tx.needs(params)`. Paths that turn out to be no matrices
+        of the model are left out; what needs them says so.
+      loss: `loss(params, *batch)`, a scalar, for `grad_abs` and `grad_sq`: it is differentiated for one
+        example at a time (batches of leading length 1).
+      layout: Axes that win over those read off the trace; a mapping from patterns to `Axes`.
+      mask: Tells which tokens of a batch count: `mask(batch)` is bool, shaped like the leading axes
+        of the activations, such as `(batch, tokens)`.
+      progress: Called with ("calibrate", batches done, batches in all or None).
+
+    Returns:
+      The statistics, as raw sums in float32 (counts in int32), with the layout that was seen.
+
+    Raises:
+      ValueError: If there is no batch, a need is unknown, or gradients are needed without a loss.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> stats = calibrate(model, params, [jnp.eye(3), jnp.eye(3)], needs={"kernel": {"gram"}})
+      >>> float(stats.get("kernel", "gram").trace()), int(stats.get("kernel", "count"))
+      (6.0, 6)
+    """
+    _check_needs(needs, loss)
+    batches, total_batches = iter(batches), _length(batches)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError("calibrate: there is no batch. Pass at least one.") from None
+    flat, treedef = flatten(params)
+    trace = trace_model(fn, params, _arguments(first))
+    axes = _merged_layout(trace.layout, layout, list(flat))
+    input_needs, owners = _assign(needs, flat, axes, dict(trace.owners))
+    gradient_paths = {
+        path: names & frozenset(GRADIENT_STATISTICS)
+        for path, names in needs.items()
+        if path in axes and names & frozenset(GRADIENT_STATISTICS)
+    }
+
+    @jax.jit
+    def collect(flat: dict[Path, Any], batch: Batch) -> dict[Path, Any]:
+        records = _input_records(fn, flat, treedef, axes, input_needs, batch, mask)
+        for path, record in _gradient_records(loss, flat, treedef, gradient_paths, batch).items():
+            records[path] = records.get(path, {}) | record
+        return records
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total: dict[Path, Any], new: dict[Path, Any]) -> dict[Path, Any]:
+        return {path: combine_records(record, new[path]) for path, record in total.items()}
+
+    total: dict[Path, Any] | None = None
+    for done, batch in enumerate(itertools.chain([first], batches), start=1):
+        new = collect(flat, batch)
+        total = new if total is None else add(total, new)
+        if progress is not None:
+            jax.block_until_ready(total)
+            progress("calibrate", done, total_batches)
+    assert total is not None
+    kept = tuple((path, owner) for path, owner in owners.items() if owner in total)
+    return Stats(total, kept, axes)
+
+
+def _check_needs(needs: Needs, loss: Any) -> None:
+    problems = []
+    for path, names in needs.items():
+        for name in sorted(set(names) - set(STATISTICS)):
+            problems.append(
+                f"{path!r}: unknown statistic {name!r}. Choose from {', '.join(STATISTICS)}; "
+                f"the nearest is {nearest(name, STATISTICS)[0]!r}."
+            )
+        if set(names) & set(GRADIENT_STATISTICS) and loss is None:
+            problems.append(
+                f"{path!r}: {sorted(set(names) & set(GRADIENT_STATISTICS))} are statistics of "
+                "gradients. Pass loss=, a function (params, *batch) -> scalar."
+            )
+    fail("calibrate", problems)
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+def _arguments(batch: Batch) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _merged_layout(traced: Layout, layout: LayoutLike, paths: list[Path]) -> Layout:
+    if layout is None:
+        return traced
+    if isinstance(layout, Layout):
+        stated: Mapping[Path, Any] = layout
+    else:
+        stated = {}
+        for pattern, axes in layout.items():
+            check_pattern("calibrate: layout", pattern)
+            stated |= dict.fromkeys(matching(pattern, paths), axes)
+    unclear = tuple(item for item in traced.unclear if item[0] not in stated)
+    return Layout(tuple((dict(traced) | dict(stated)).items()), traced=True, unclear=unclear)
+
+
+def _assign(
+    needs: Needs, flat: Mapping[Path, Any], axes: Layout, owners: Mapping[Path, Path]
+) -> tuple[dict[Path, frozenset[str]], dict[Path, Path]]:
+    """Gives every shared input to one of the weights that read it."""
+    wanted: dict[Path, frozenset[str]] = {}
+    shared: dict[Path, Path] = {}
+    holder: dict[Path, Path] = {}
+    for path, names in needs.items():
+        names = frozenset(names) & frozenset(INPUT_STATISTICS)
+        if not names or path not in axes or path not in flat:
+            continue
+        owner = holder.setdefault(owners.get(path, path), path)
+        if owner != path and _stack(flat[owner], axes[owner]) == _stack(flat[path], axes[path]):
+            shared[path] = owner
+        else:
+            owner = path
+        wanted[owner] = wanted.get(owner, frozenset()) | names
+    return wanted, shared
+
+
+def _stack(leaf: Any, axes: Any) -> tuple[int, ...]:
+    view = View.of(leaf.shape, axes)
+    return (*(leaf.shape[a] for a in view.stack_axes(len(leaf.shape))), view.in_dim)
+
+
+def _input_records(
+    fn: Callable[..., Any],
+    flat: dict[Path, Any],
+    treedef: Any,
+    axes: Layout,
+    wanted: dict[Path, frozenset[str]],
+    batch: Batch,
+    mask: Mask | None,
+) -> dict[Path, Any]:
+    if not wanted:
+        return {}
+    probed = {
+        path: Probe(leaf, None, View.of(leaf.shape, axes[path]), wanted[path])
+        if path in wanted
+        else leaf
+        for path, leaf in flat.items()
+    }
+    keep = None if mask is None else jnp.asarray(mask(batch), bool)
+    walk = Walk(
+        observer=lambda *product: observe(*product, mask=keep),
+        combine=combine_records,
+        identity=neutral_record,
+    )
+    evaluate_lifted(fn, walk, (unflatten(treedef, probed), *_arguments(batch)), {})
+    return dict(walk.records)
+
+
+def _gradient_records(
+    loss: Callable[..., jax.Array] | None,
+    flat: dict[Path, Any],
+    treedef: Any,
+    wanted: dict[Path, frozenset[str]],
+    batch: Batch,
+) -> dict[Path, Any]:
+    """Sums of |g| and g² over the examples of a batch, one example's gradient at a time."""
+    if not wanted or loss is None:
+        return {}
+
+    def example_loss(trained: dict[Path, Any], example: tuple[Any, ...]) -> jax.Array:
+        return loss(unflatten(treedef, {p: trained.get(p, flat[p]) for p in flat}), *example)
+
+    def step(total: dict[Path, Any], example: Any) -> tuple[dict[Path, Any], None]:
+        example = jax.tree.map(lambda x: x[None], example)
+        grads = jax.grad(example_loss)({path: flat[path] for path in wanted}, example)
+        new = {}
+        for path, record in total.items():
+            g = grads[path].astype(jnp.float32)
+            parts = {"grad_abs": jnp.abs(g), "grad_sq": jnp.square(g)}
+            new[path] = {name: value + parts[name] for name, value in record.items()}
+        return new, None
+
+    zeros = {
+        path: {name: jnp.zeros(flat[path].shape, jnp.float32) for name in names}
+        for path, names in wanted.items()
+    }
+    examples = _arguments(batch)
+    total, _ = jax.lax.scan(step, zeros, examples)
+    count = jnp.asarray(jax.tree.leaves(examples)[0].shape[0], jnp.int32)
+    return {path: record | {"examples": count} for path, record in total.items()}

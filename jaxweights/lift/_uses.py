@@ -1,0 +1,342 @@
+"""How a model uses each of its leaves, read off its jaxpr without evaluating anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jaxweights.lift import _compat
+
+UseKind = Literal["dot", "conv", "lookup", "other"]
+# One axis of a value: which pieces of which original axes it consists of, as
+# (original axis, piece, number of pieces). Joined axes have several entries.
+Origin = tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a leaf.
+
+    Args:
+      path: The leaf.
+      kind: Product, convolution, row lookup, or anything else.
+      inputs: Contracted original axes, ascending.
+      outputs: Original axes that the product keeps, ascending.
+      source: Identifies the activations and how they are contracted: equal for two leaves exactly
+        where they provably read the same input. None where there is none.
+      primitive: What used it.
+    """
+
+    path: str
+    kind: UseKind
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    source: Any = None
+    primitive: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A leaf, or a rearrangement or slice of one, on its way through the jaxpr."""
+
+    path: str
+    origins: tuple[Origin, ...]
+    shape: tuple[int, ...]
+
+
+def find_uses(jaxpr: Any, consts: Sequence[Any], paths: Sequence[str | None]) -> list[Use]:
+    """Lists every use of the inputs that have a path.
+
+    Args:
+      jaxpr: The traced model.
+      consts: Its constants.
+      paths: A path per input; None for inputs that are no parameters.
+
+    Returns:
+      Uses in program order. Loops and branches count once.
+    """
+    analysis = _Analysis()
+    values = [
+        analysis.fresh()
+        if path is None
+        else _Leaf(
+            path, tuple(((axis, 0, 1),) for axis in range(len(var.aval.shape))), var.aval.shape
+        )
+        for path, var in zip(paths, jaxpr.invars, strict=True)
+    ]
+    analysis.run(jaxpr, [analysis.fresh() for _ in consts], values)
+    return analysis.uses
+
+
+class _Analysis:
+    """Numbers the values of a program, so that equal computations get equal numbers."""
+
+    def __init__(self) -> None:
+        self.uses: list[Use] = []
+        self._counter = itertools.count()
+        self._known: dict[Any, list[int]] = {}
+        self._alive: list[Any] = []  # keeps the jaxprs whose ids are keys
+
+    def fresh(self) -> int:
+        return next(self._counter)
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, values, strict=True))
+
+        def read(var: Any) -> Any:
+            if isinstance(var, _compat.Literal):
+                return ("literal", str(var.val), str(var.aval))
+            return env[var]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(var) for var in eqn.invars]
+            env.update(zip(eqn.outvars, self.equation(eqn, inputs), strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+        if not any(isinstance(x, _Leaf) for x in inputs):
+            return self.number(eqn, inputs)
+        name = eqn.primitive.name
+        handler = _HANDLERS.get(name)
+        outputs = handler(self, eqn, inputs) if handler else None
+        if outputs is not None:
+            return outputs
+        for x in inputs:
+            if isinstance(x, _Leaf):
+                self.uses.append(Use(x.path, "other", primitive=name))
+        return [self.fresh() for _ in eqn.outvars]
+
+    def number(self, eqn: Any, inputs: list[Any]) -> list[int]:
+        params = []
+        for key, value in sorted(eqn.params.items()):
+            if isinstance(value, int | float | str | bool | type(None) | tuple):
+                params.append((key, str(value)))
+            else:
+                self._alive.append(value)
+                params.append((key, id(value) if "jaxpr" in key or callable(value) else str(value)))
+        key = (eqn.primitive.name, tuple(params), tuple(inputs))
+        if key not in self._known:
+            self._known[key] = [self.fresh() for _ in eqn.outvars]
+        return self._known[key]
+
+    def inline(self, jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+        inner, consts = _compat.open_jaxpr(jaxpr)
+        return self.run(inner, [("const", id(c)) for c in consts], inputs)
+
+
+def _call(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return analysis.inline(jaxpr, inputs)
+
+
+def _body_once(analysis: _Analysis, eqn: Any, jaxpr: Any, inputs: list[Any]) -> Sequence[Any]:
+    analysis.inline(jaxpr, inputs)
+    return [analysis.fresh() for _ in eqn.outvars]
+
+
+def _scan(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    parts = _compat.scan_parts(eqn.params)
+    consts, rest = inputs[: parts.consts], inputs[parts.consts :]
+    carry = [analysis.fresh() for _ in rest[: parts.carry]]
+    xs = [
+        _Leaf(x.path, x.origins[1:], x.shape[1:]) if isinstance(x, _Leaf) else analysis.fresh()
+        for x in rest[parts.carry :]
+    ]
+    return _body_once(analysis, eqn, eqn.params["jaxpr"], [*consts, *carry, *xs])
+
+
+def _while(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    body_consts = inputs[n_cond : n_cond + n_body]
+    carry = [analysis.fresh() for _ in inputs[n_cond + n_body :]]
+    return _body_once(analysis, eqn, eqn.params["body_jaxpr"], [*body_consts, *carry])
+
+
+def _cond(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    for branch in eqn.params["branches"]:
+        analysis.inline(branch, inputs[1:])
+    return [analysis.fresh() for _ in eqn.outvars]
+
+
+def _shard_map(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    inner, _ = _compat.open_jaxpr(eqn.params["jaxpr"])
+    local = [
+        _Leaf(x.path, x.origins, tuple(var.aval.shape)) if isinstance(x, _Leaf) else x
+        for x, var in zip(inputs, inner.invars, strict=True)
+    ]
+    return _body_once(analysis, eqn, eqn.params["jaxpr"], local)
+
+
+def _dot_general(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    left, right = inputs
+    if isinstance(left, _Leaf) and isinstance(right, _Leaf):
+        return None
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    leaf, x, contract, batch, x_contract, x_batch = (
+        (left, right, lc, lb, rc, rb) if isinstance(left, _Leaf) else (right, left, rc, rb, lc, lb)
+    )
+    # Equal pairs of axes in any order read the same input.
+    source = (x, tuple(x_contract), tuple(x_batch))
+    return _product(analysis, eqn, leaf, "dot", contract, batch, source)
+
+
+def _ragged_dot(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    x, leaf, sizes = inputs[:3]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+    if not isinstance(leaf, _Leaf) or isinstance(x, _Leaf) or not plain:
+        return None
+    return _product(analysis, eqn, leaf, "dot", (1,), (0,), (x, sizes))
+
+
+def _conv(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    x, leaf = inputs
+    if isinstance(x, _Leaf):
+        return None
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    contract = tuple(axis for axis in range(len(leaf.shape)) if axis != out_axis)
+    window = tuple(
+        (key, str(eqn.params[key]))
+        for key in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    )
+    spatial = tuple(leaf.shape[a] for a in eqn.params["dimension_numbers"].rhs_spec[2:])
+    return _product(analysis, eqn, leaf, "conv", contract, (), (x, window, spatial))
+
+
+def _product(
+    analysis: _Analysis,
+    eqn: Any,
+    leaf: _Leaf,
+    kind: UseKind,
+    contract: Sequence[int],
+    batch: Sequence[int],
+    source: Any,
+) -> Sequence[Any] | None:
+    free = [a for a in range(len(leaf.shape)) if a not in contract and a not in batch]
+    inputs, outputs = _whole_axes(leaf, contract), _whole_axes(leaf, free)
+    if not inputs or not outputs:
+        return None
+    analysis.uses.append(Use(leaf.path, kind, inputs, outputs, source, eqn.primitive.name))
+    return [analysis.fresh()]
+
+
+def _whole_axes(leaf: _Leaf, axes: Sequence[int]) -> tuple[int, ...] | None:
+    """Original axes that the given axes make up, or None where one is cut in two."""
+    pieces: dict[int, set[int]] = {}
+    counts: dict[int, int] = {}
+    for axis in axes:
+        for original, piece, of in leaf.origins[axis]:
+            pieces.setdefault(original, set()).add(piece)
+            counts[original] = of
+    if any(len(found) != counts[original] for original, found in pieces.items()):
+        return None
+    return tuple(sorted(pieces))
+
+
+def _gather(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    leaf = inputs[0]
+    if not isinstance(leaf, _Leaf) or isinstance(inputs[1], _Leaf):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    whole = tuple(eqn.params["slice_sizes"]) == (1, *leaf.shape[1:])
+    if tuple(numbers.start_index_map) != (0,) or not whole:
+        return None
+    outputs = tuple(original for original, _, _ in leaf.origins[0])
+    rest = tuple(original for origin in leaf.origins[1:] for original, _, _ in origin)
+    analysis.uses.append(Use(leaf.path, "lookup", rest, outputs, None, "gather"))
+    return [analysis.fresh()]
+
+
+def _same(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    del analysis, eqn
+    return [inputs[0]]
+
+
+def _transpose(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    del analysis
+    leaf = inputs[0]
+    order = eqn.params["permutation"]
+    return [
+        _Leaf(leaf.path, tuple(leaf.origins[a] for a in order), tuple(leaf.shape[a] for a in order))
+    ]
+
+
+def _slice(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    """A range of layers; a cut through any other axis is another kind of use."""
+    del analysis
+    leaf = inputs[0]
+    sizes = tuple(eqn.outvars[0].aval.shape)
+    if not isinstance(leaf, _Leaf) or sizes[1:] != tuple(leaf.shape[1:]):
+        return None
+    return [_Leaf(leaf.path, leaf.origins, sizes)]
+
+
+def _squeeze(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    del analysis
+    leaf, gone = inputs[0], eqn.params["dimensions"]
+    kept = [a for a in range(len(leaf.shape)) if a not in gone]
+    return [
+        _Leaf(leaf.path, tuple(leaf.origins[a] for a in kept), tuple(leaf.shape[a] for a in kept))
+    ]
+
+
+def _reshape(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    del analysis
+    leaf = inputs[0]
+    new = tuple(eqn.params["new_sizes"])
+    origins: list[Origin] = []
+    old_axis, new_axis = 0, 0
+    while old_axis < len(leaf.shape) or new_axis < len(new):
+        olds, news = [old_axis], [new_axis]
+        old_axis, new_axis = old_axis + 1, new_axis + 1
+        product = lambda shape, axes: math.prod(shape[a] for a in axes if a < len(shape))  # noqa: E731
+        while (left := product(leaf.shape, olds)) != (right := product(new, news)):
+            if left < right:
+                olds.append(old_axis)
+                old_axis += 1
+            else:
+                news.append(new_axis)
+                new_axis += 1
+            if old_axis > len(leaf.shape) or new_axis > len(new):
+                return None
+        olds = [a for a in olds if a < len(leaf.shape)]
+        news = [a for a in news if a < len(new)]
+        joined = tuple(entry for a in olds for entry in leaf.origins[a])
+        if len(news) == 1:
+            origins.append(joined)
+        elif len(joined) == 1 and joined[0][2] == 1:
+            origins += [((joined[0][0], i, len(news)),) for i in range(len(news))]
+        elif not joined:
+            origins += [()] * len(news)
+        else:
+            return None
+    return [_Leaf(leaf.path, tuple(origins), new)]
+
+
+_HANDLERS = {
+    _compat.JIT.name: _call,
+    _compat.REMAT.name: _call,
+    _compat.CUSTOM_JVP.name: _call,
+    _compat.CUSTOM_VJP.name: _call,
+    _compat.SCAN.name: _scan,
+    _compat.WHILE.name: _while,
+    _compat.COND.name: _cond,
+    _compat.SHARD_MAP_NAME: _shard_map,
+    _compat.RAGGED_DOT_NAME: _ragged_dot,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+    "transpose": _transpose,
+    "slice": _slice,
+    "dynamic_slice": _slice,
+    "squeeze": _squeeze,
+    "reshape": _reshape,
+    "convert_element_type": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "sharding_constraint": _same,
+}
