@@ -9,6 +9,8 @@ from jaxweights.core._layout import conventional_layout as conventional_layout
 from jaxweights.core._layout import is_default_target as is_default_target
 from jaxweights.core._leafwise import describe_nonfinite as describe_nonfinite
 from jaxweights.core._leafwise import leafwise as leafwise
+from jaxweights.core._materialized import materialized as materialized
+from jaxweights.core._optax import to_optax as to_optax
 from jaxweights.core._partition import partition as partition
 from jaxweights.core._paths import Flat as Flat
 from jaxweights.core._paths import Params as Params
@@ -18,6 +20,11 @@ from jaxweights.core._paths import flatten as flatten
 from jaxweights.core._paths import nearest as nearest
 from jaxweights.core._paths import path_key as path_key
 from jaxweights.core._paths import unflatten as unflatten
+from jaxweights.core._schedule import between as between
+from jaxweights.core._schedule import every as every
+from jaxweights.core._split import Frozen as Frozen
+from jaxweights.core._split import combine as combine
+from jaxweights.core._split import split as split
 from jaxweights.core._stats import STATISTICS as STATISTICS
 from jaxweights.core._stats import Needs as Needs
 from jaxweights.core._stats import Statistic as Statistic

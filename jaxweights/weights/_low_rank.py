@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
@@ -102,7 +103,9 @@ class LowRank(Weight):
     @property
     def delta(self) -> Delta:
         """The product of the factors alone, as a weight."""
-        return Delta(self.down, self.up, self.scaling, self.view)
+        # The base's shape, not the view's, is that of the part at hand when a mesh axis splits it.
+        view = View.of(self.base.shape, self.view.axes)
+        return Delta(self.down, self.up, self.scaling, view)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -166,6 +169,16 @@ class LowRank(Weight):
             y = jax.lax.conv_general_dilated(x, materialize(self.base), **params)
         return y + delta.astype(y.dtype)
 
+    def ragged_dot(self, x: jax.Array, group_sizes: jax.Array, **options: Any) -> jax.Array | None:
+        """Every group of rows of `x` by its expert's base, plus by its expert's factors."""
+        delta = self.delta.ragged_dot(x, group_sizes, **options)
+        if delta is None:
+            return None
+        y = self.base.ragged_dot(x, group_sizes, **options) if is_weight(self.base) else None
+        if y is None:
+            y = jax.lax.ragged_dot(x, materialize(self.base), group_sizes, **options)
+        return y + delta.astype(y.dtype)
+
     def take(self, indices: jax.Array) -> jax.Array | None:
         """Rows of the base plus rows of the product."""
         delta = self.delta.take(indices)
@@ -185,6 +198,26 @@ class LowRank(Weight):
         """Reshapes the base, where the matrix stays the same."""
         view = self.view.reshaped(self.shape, shape)
         return None if view is None else self._with_base(self.base.reshape(shape), view)
+
+    def partition(self, spec: Any, mesh: Any) -> LowRank | None:
+        """`down` is split like the input axis, `up` like the output axis, the rank never."""
+        base = self.base.partition(spec, mesh) if is_weight(self.base) else spec
+        entries = (*spec, *[None] * (self.ndim - len(spec)))
+        pick = lambda axes: [entries[a] for a in axes]  # noqa: E731
+        (first_in, *minor_in), (first_out, *minor_out) = map(
+            pick, (self.view.axes.inputs, self.view.axes.outputs)
+        )
+        # Flattened axes are split into contiguous parts by their first axis only.
+        if base is None or any(part is not None for part in (*minor_in, *minor_out)):
+            return None
+        stack = pick(self.view.stack_axes(self.ndim))
+        return dataclasses.replace(
+            self,
+            base=base,
+            down=PartitionSpec(*stack, first_in, None),
+            up=PartitionSpec(*stack, None, first_out),
+            scaling=PartitionSpec(*stack),
+        )
 
     def unstacked(self) -> Weight:
         """Tells the base that axis 0 was taken away."""
@@ -256,6 +289,14 @@ class Delta(MatrixWeight):
         rows = rows.reshape(-1, *self.view.out_shape).transpose(0, *order)
         return rows.reshape(*indices.shape, *self.shape[1:])
 
+    def ragged_dot(self, x: jax.Array, group_sizes: jax.Array, **options: Any) -> jax.Array | None:
+        """Two thin ragged products, for a plain stack of matrices."""
+        if not self.view.is_plain or len(self._stack) != 1:
+            return None
+        thin = options | {"preferred_element_type": None}
+        h = jax.lax.ragged_dot(x, self.down.astype(x.dtype), group_sizes, **thin)
+        return jax.lax.ragged_dot(h, self.scaled_up(x.dtype), group_sizes, **options)
+
     def conv(self, x: jax.Array, **params: Any) -> jax.Array | None:
         """A convolution to `rank` channels, then a product at every position."""
         if params.get("feature_group_count", 1) != 1 or params.get("batch_group_count", 1) != 1:
@@ -266,9 +307,12 @@ class Delta(MatrixWeight):
             return None
         thin = dataclasses.replace(self.view, out_shape=(self.down.shape[-1],))
         kernel = thin.from_matrix(self.down.astype(x.dtype))
-        params = params | {"dimension_numbers": numbers}
         channels = numbers.out_spec[1]
-        h = jax.lax.conv_general_dilated(x, kernel, **params | {"preferred_element_type": None})
+        thin_params: dict[str, Any] = params | {
+            "dimension_numbers": numbers,
+            "preferred_element_type": None,
+        }
+        h = jax.lax.conv_general_dilated(x, kernel, **thin_params)
         y = jax.lax.dot_general(
             h,
             self.scaled_up(x.dtype),

@@ -1,0 +1,8 @@
+"""Adapters: trainable parts beside frozen weights, added and merged as pure functions."""
+
+from jaxweights.adapt._lora import factors as factors
+from jaxweights.adapt._lora import lora as lora
+from jaxweights.adapt._lora import rslora as rslora
+from jaxweights.adapt._merge import MergeLoss as MergeLoss
+from jaxweights.adapt._merge import merge_adapters as merge_adapters
+from jaxweights.adapt._merge import unmerge as unmerge

@@ -1,0 +1,220 @@
+"""Merging factors into their base, what that loses, and how to go back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxweights.core import Flat, Params, Path, fail, flatten, nearest, unflatten
+from jaxweights.weights import LowRank, Masked, Weight, is_weight, materialize
+
+MaskPolicy = Literal["mask_delta", "densify", "error"]
+_POLICIES: tuple[MaskPolicy, ...] = ("mask_delta", "densify", "error")
+
+
+class MergeLoss(NamedTuple):
+    """What rounding did to one merged delta; scalars, float32."""
+
+    delta_rms: jax.Array
+    """Root mean square of the delta, `scaling * (down @ up)`."""
+    survived: jax.Array
+    """1 - ‖(merged - base) - delta‖ / ‖delta‖: 1 is all of it, 0 none; 1 for a zero delta."""
+
+
+Report = dict[Path, MergeLoss]
+
+
+def merge_adapters(
+    params: Params,
+    *,
+    dequantize: DTypeLike | None = None,
+    masked: MaskPolicy = "mask_delta",
+) -> tuple[Params, Report]:
+    r"""Adds every adapter's product to its base, in float32, and rounds once.
+
+    The merged weight is :math:`\mathrm{round}(W + s\,A B)` in the base's dtype. A delta that is
+    small beside the base is partly rounded away: of one with rms 1e-4 on bfloat16 weights of rms
+    0.02 a third is lost, of 1e-5 nine tenths. The report says so for each leaf.
+
+    Args:
+      params: Tree with `LowRank` leaves; other leaves pass through.
+      dequantize: Dtype of the merged weight where the base is quantized or otherwise packed. None
+        refuses such leaves: rounding the sum to the old grid again erases most adapters.
+      masked: What happens to a masked base: `"mask_delta"` keeps the mask, so that entries
+        outside it stay zero; `"densify"` drops it; `"error"` refuses.
+
+    Returns:
+      The tree without `LowRank` leaves, and for the path of each its `MergeLoss`. Nothing is
+      overwritten: the tree that was passed in still is the unmerged one.
+
+    Raises:
+      ValueError: If no leaf has factors, or one has a base that is refused; all are named.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxweights.weights import LowRank
+      >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
+      >>> merged, report = merge_adapters(adapted)
+      >>> merged["kernel"], float(report["kernel"].survived)
+      (Array([[2., 1.],
+             [1., 2.]], dtype=float32), 1.0)
+    """
+    if masked not in _POLICIES:
+        raise ValueError(
+            f"adapt.merge_adapters: masked={masked!r} is unknown. Choose one of "
+            f"{', '.join(_POLICIES)}."
+        )
+    if dequantize is not None and not jnp.issubdtype(dequantize, jnp.floating):
+        raise ValueError(
+            f"adapt.merge_adapters: dequantize={dequantize} must be a floating dtype, such as "
+            "jnp.bfloat16."
+        )
+    flat, treedef = flatten(params)
+    found = {path: weight for path, leaf in flat.items() for weight in _adapters(leaf)}
+    if not found:
+        raise ValueError(
+            "adapt.merge_adapters: no leaf has low-rank factors. Add them with adapt.lora, or do "
+            "not merge."
+        )
+    refusals = (_refusal(path, weight, dequantize, masked) for path, weight in found.items())
+    fail("adapt.merge_adapters", filter(None, refusals))
+    merged, report = dict(flat), {}
+    for path in found:
+        merged[path], report[path] = _merge_leaf(flat[path], dequantize, masked)
+    return unflatten(treedef, merged), report
+
+
+def unmerge(params: Params, adapted: Params, *, subtract: bool = False) -> Params:
+    """Puts adapters that were merged back beside their base.
+
+    Args:
+      params: Merged tree.
+      adapted: The tree that was merged, with its `LowRank` leaves.
+      subtract: False takes the base from `adapted`, bit for bit. True computes it from the merged
+        weight by subtracting the product, which keeps what was done to the merged weight
+        since, but is lossy: about one float32 value in fourteen comes back changed in its last
+        bit, and in bfloat16 what rounding took is not returned.
+
+    Returns:
+      `params` with `LowRank` leaves where `adapted` has them; all others are those of `params`.
+
+    Raises:
+      ValueError: If `adapted` has no factors, or `params` lacks one of its leaves or has it in
+        another shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxweights.weights import LowRank
+      >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
+      >>> merged, _ = merge_adapters(adapted)
+      >>> unmerge(merged, adapted)["kernel"].base
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+    """
+    flat, treedef = flatten(params)
+    wanted = {path: leaf for path, leaf in flatten(adapted)[0].items() if _adapters(leaf)}
+    fail("adapt.unmerge", _mismatches(flat, wanted))
+    restored = dict(flat)
+    for path, leaf in wanted.items():
+        restored[path] = _subtract(flat[path], leaf) if subtract else leaf
+    return unflatten(treedef, restored)
+
+
+def _adapters(leaf: Any) -> list[LowRank]:
+    """The low-rank weight of a leaf: the leaf itself or what lies under it."""
+    if isinstance(leaf, LowRank):
+        return [leaf]
+    return _adapters(getattr(leaf, "base", None)) if isinstance(leaf, Weight) else []
+
+
+def _refusal(
+    path: Path, weight: LowRank, dequantize: DTypeLike | None, masked: MaskPolicy
+) -> str | None:
+    base = weight.base
+    if isinstance(base, Masked):
+        if masked == "error":
+            return (
+                f"{path!r}: has a masked base, and the product would fill its zeros. Pass "
+                "masked='mask_delta' to keep them zero, or 'densify' to fill them."
+            )
+        base = base.base
+    if is_weight(base) and dequantize is None:
+        return (
+            f"{path!r}: has a {type(base).__name__} base; rounding the sum to the same grid again "
+            "would erase most of the adapter. Pass dequantize=jnp.bfloat16 to merge into a dense "
+            "weight, or keep the factors apart."
+        )
+    return None
+
+
+def _merge_leaf(
+    leaf: Any, dequantize: DTypeLike | None, masked: MaskPolicy
+) -> tuple[Any, MergeLoss]:
+    if not isinstance(leaf, LowRank):
+        base, loss = _merge_leaf(leaf.base, dequantize, masked)
+        return dataclasses.replace(leaf, base=base), loss
+    mask = leaf.base.mask if isinstance(leaf.base, Masked) and masked == "mask_delta" else None
+    packed = is_weight(leaf.base.base if isinstance(leaf.base, Masked) else leaf.base)
+    dtype = dequantize if packed else leaf.dtype
+    merged, loss = _merge_arrays(leaf, mask, jnp.dtype(dtype).name)
+    return (merged if mask is None else Masked(merged, mask)), loss
+
+
+@jax.jit(static_argnames=("dtype",))
+def _merge_arrays(
+    weight: LowRank, mask: jax.Array | None, dtype: str
+) -> tuple[jax.Array, MergeLoss]:
+    base = _widest(weight.base)
+    delta = weight.delta.materialize().astype(base.dtype)
+    # A masked base is zero where the delta is taken away, so the sum is, too.
+    merged = (base + (delta if mask is None else jnp.where(mask, delta, 0))).astype(dtype)
+    lost = (merged.astype(base.dtype) - base) - delta
+    norm = jnp.sqrt(jnp.sum(jnp.square(delta)))
+    survived = 1 - jnp.sqrt(jnp.sum(jnp.square(lost))) / jnp.where(norm > 0, norm, 1)
+    rms = norm / max(delta.size, 1) ** 0.5
+    return merged, MergeLoss(rms.astype(jnp.float32), survived.astype(jnp.float32))
+
+
+def _widest(base: Any) -> jax.Array:
+    """The dense base in float32 or wider, unrounded where its representation allows that."""
+    wide = jnp.promote_types(base.dtype, jnp.float32)
+    cast = base.astype(wide)
+    return materialize(base).astype(wide) if cast is None else materialize(cast)
+
+
+def _mismatches(flat: Flat, wanted: Flat) -> list[str]:
+    if not wanted:
+        return ["no leaf of `adapted` has low-rank factors. Pass the tree that was merged."]
+    problems = []
+    for path, leaf in wanted.items():
+        if path not in flat:
+            problems.append(
+                f"{path!r}: is not in the merged tree. The nearest paths: {nearest(path, flat)}. "
+                "Pass trees of one model."
+            )
+        elif tuple(flat[path].shape) != tuple(leaf.shape):
+            problems.append(
+                f"{path!r}: has shape {tuple(flat[path].shape)} in the merged tree but "
+                f"{tuple(leaf.shape)} in `adapted`. Pass trees of one model."
+            )
+    return problems
+
+
+def _subtract(merged: Any, leaf: Any) -> Any:
+    weight = _adapters(leaf)[0]
+    dense = materialize(merged)
+    wide = jnp.promote_types(dense.dtype, jnp.float32)
+    base: Any = (dense.astype(wide) - weight.delta.materialize().astype(wide)).astype(dense.dtype)
+    if isinstance(weight.base, Masked):
+        base = Masked(base, weight.base.mask)
+    return _replace_adapter(leaf, dataclasses.replace(weight, base=base))
+
+
+def _replace_adapter(leaf: Any, weight: LowRank) -> Any:
+    if isinstance(leaf, LowRank):
+        return weight
+    return dataclasses.replace(leaf, base=_replace_adapter(leaf.base, weight))
