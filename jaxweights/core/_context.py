@@ -42,6 +42,7 @@ class Context:
       layout: Which axes of each leaf form its matrix.
       named: Whether a rule of `partition` named the leaves: then a leaf that a transform would
         leave alone by default is transformed, and one that it cannot transform is an error.
+      only: Paths that may change; None for all. Rules still see every name.
       progress: Called on the host with (path, done, total) after each leaf.
     """
 
@@ -52,6 +53,7 @@ class Context:
     key: jax.Array | None = None
     layout: Layout = _static(Layout())
     named: bool = _static(False)
+    only: frozenset[Path] | None = _static(None)
     progress: Progress | None = _static(None)
 
     def require(self, field: str, asker: str) -> Any:
