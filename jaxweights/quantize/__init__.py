@@ -1,0 +1,7 @@
+"""Integers in place of floats: grids, rounding and what calibration adds to it."""
+
+from jaxweights.quantize._grid import Codes as Codes
+from jaxweights.quantize._grid import Grid as Grid
+from jaxweights.quantize._grid import decode as decode
+from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest

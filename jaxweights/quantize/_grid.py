@@ -1,0 +1,358 @@
+"""Integer grids: where the levels lie, and rounding one matrix onto them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
+Search = Literal["absmax", "mse"] | float
+GroupSize = int | Literal["tensor"] | None
+
+_FLOAT32 = np.dtype(np.float32)
+
+# Of GPTQ's range search: ranges of 1, 0.99, ... 0.21 times the full one, errors to the power 2.4.
+_SHRINKS = 80
+_SHRINK_STEP = 0.01
+_ERROR_POWER = 2.4
+
+
+class Codes(NamedTuple):
+    """Integers of one matrix and how to read them: `(codes - zero_point) * scale`.
+
+    Attributes:
+      codes: `(in, out)`, int8, or uint8 where there are zero points.
+      scale: `(rows, cols)` as `Quantized.scale`.
+      zero_point: Like `scale`, uint8, or None.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The settings of an integer grid, checked when built.
+
+    With `amax` the largest magnitude of a group, `lo <= 0 <= hi` its extremes and
+    `Q = 2**(bits-1) - 1`:
+
+    | kind         | scale                         | codes           | zero point      |
+    |--------------|-------------------------------|-----------------|-----------------|
+    | `narrow`     | amax / Q                      | -Q .. Q         |                 |
+    | `full`       | amax / Q                      | -Q-1 .. Q       |                 |
+    | `half`       | amax / (Q + 1/2)              | -Q-1 .. Q       |                 |
+    | `signed_max` | -(largest by magnitude)/(Q+1) | -Q-1 .. Q       |                 |
+    | `affine`     | (hi - lo) / (2**bits - 1)     | 0 .. 2**bits-1  | round(-lo/scale)|
+    | `gptq_sym`   | 2 amax / (2**bits - 1)        | 0 .. 2**bits-1  | 2**(bits-1)     |
+
+    Every grid holds 0 exactly. At 4 bits and below `narrow` is the worst of the symmetric ones
+    and `signed_max` the best; at 8 bits `narrow` is what other runtimes expect.
+
+    Args:
+      kind: A row of the table.
+      bits: Bits per code, 2 to 8.
+      group_size: Input rows that share a scale; None for all of an output's, "tensor" for all of
+        the matrix's.
+      scale_dtype: Dtype that scales are stored in, and rounded to before codes are chosen.
+      search: Where the range ends: "absmax" at the extremes; "mse" where the sum of |error|^2.4 is
+        least among 80 ranges from 1 to 0.21 times that; a number p at the extremes without the
+        (100 - p) % largest magnitudes on either side.
+    """
+
+    kind: GridKind
+    bits: int
+    group_size: GroupSize = None
+    scale_dtype: Any = _FLOAT32
+    search: Search = "absmax"
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether codes start at 0 and there are zero points."""
+        return self.kind in ("affine", "gptq_sym")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        if self.unsigned:
+            return 0, 2**self.bits - 1
+        top = 2 ** (self.bits - 1) - 1
+        return (-top if self.kind == "narrow" else -top - 1), top
+
+
+def make_grid(
+    asker: str,
+    *,
+    bits: int,
+    group_size: GroupSize = None,
+    grid: GridKind | None = None,
+    scale_dtype: DTypeLike = jnp.float32,
+    search: Search = "absmax",
+) -> Grid:
+    """Checks the settings of a grid and fills in what is None.
+
+    Args:
+      asker: What errors call the caller.
+      bits: Bits per code, 2 to 8.
+      group_size: As in `Grid`.
+      grid: Kind; None gives "narrow" at 8 bits and "signed_max" below.
+      scale_dtype: Floating dtype of the stored scales.
+      search: As in `Grid`.
+
+    Returns:
+      The grid.
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: If a setting is out of range.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{asker}: bits={bits} must lie between 2 and 8.")
+    if group_size is not None and group_size != "tensor":
+        if not isinstance(group_size, int) or isinstance(group_size, bool):
+            raise TypeError(
+                f"{asker}: group_size={group_size!r} must be an integer, None (one scale per "
+                "output) or 'tensor' (one scale per matrix)."
+            )
+        if group_size < 1:
+            raise ValueError(
+                f"{asker}: group_size={group_size} must be at least 1. None gives one scale per "
+                "output."
+            )
+    if grid is None:
+        grid = "narrow" if bits == 8 else "signed_max"
+    if grid not in get_args(GridKind):
+        raise ValueError(f"{asker}: grid={grid!r} is unknown. Choose one of {get_args(GridKind)}.")
+    if not jnp.issubdtype(scale_dtype, jnp.floating):
+        raise TypeError(f"{asker}: scale_dtype={scale_dtype!r} must be a floating dtype.")
+    if isinstance(search, str):
+        if search not in ("absmax", "mse"):
+            raise ValueError(
+                f"{asker}: search={search!r} is unknown. Choose 'absmax', 'mse', or a percentile "
+                "such as 99.9."
+            )
+    elif not 50 < search <= 100:
+        raise ValueError(f"{asker}: search={search} must be a percentile above 50, up to 100.")
+    return Grid(grid, bits, group_size, jnp.dtype(scale_dtype), search)
+
+
+def unfit_group(grid: Grid, in_dim: int) -> str | None:
+    """What is wrong with the group size for a matrix of `in_dim` rows, if anything."""
+    size = grid.group_size
+    if not isinstance(size, int) or in_dim % size == 0:
+        return None
+    divisors = [d for d in range(1, in_dim + 1) if in_dim % d == 0]
+    return (
+        f"group_size={size} does not divide the input axis, which has length {in_dim}. Choose one "
+        f"of {', '.join(map(str, divisors))}, or leave this weight out with `partition`."
+    )
+
+
+def quantize_matrix(weight: jax.Array, grid: Grid) -> Codes:
+    """Rounds every entry of a matrix to the nearest level.
+
+    Args:
+      weight: `(in, out)`, floating.
+      grid: Where the levels lie; its group size divides `in`.
+
+    Returns:
+      The codes. A group whose scale underflows has scale 1 and codes of 0.0; one that holds NaN
+      or infinity, or whose scale overflows its dtype, has a scale that is not finite.
+
+    Example:
+      >>> codes = quantize_matrix(jnp.array([[1.0, -2.0], [0.5, 1.0]]), Grid("narrow", 8))
+      >>> codes.codes.tolist()
+      [[127, -127], [64, 64]]
+    """
+    codes, scale, zero = round_matrix(weight, grid)
+    return Codes(codes.astype(jnp.uint8 if grid.unsigned else jnp.int8), scale, zero)
+
+
+def round_matrix(weight: jax.Array, grid: Grid) -> Codes:
+    """As `quantize_matrix`, with codes in int32, which packs faster."""
+    groups = split_groups(weight.astype(jnp.float32), grid)  # (rows, group, out)
+    scale, zero = find_scale(groups, grid)
+    codes = encode(groups, scale, zero, grid).reshape(weight.shape)
+    return Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
+
+
+def split_groups(weight: jax.Array, grid: Grid) -> jax.Array:
+    """`(in, out)` as `(rows, group, out)`, one row of scales for each of the first axis."""
+    in_dim, out_dim = weight.shape
+    size = grid.group_size if isinstance(grid.group_size, int) else in_dim
+    return weight.reshape(in_dim // max(size, 1), size, out_dim)
+
+
+def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zero points for `(rows, group, out)` float32 values.
+
+    Returns:
+      The scale, `(rows, 1, out)` (or `(1, 1, 1)` per tensor) in `grid.scale_dtype`; the zero
+      point likewise in uint8, or None.
+    """
+    if grid.group_size == "tensor":
+        groups = groups.reshape(1, -1, 1)
+    if groups.size == 0:
+        low = high = jnp.zeros((groups.shape[0], 1, groups.shape[2]))
+    elif not isinstance(grid.search, str):
+        low, high = _percentiles(groups, float(grid.search))
+    elif grid.kind == "affine":
+        low, high = _fold(groups, jnp.minimum), _fold(groups, jnp.maximum)
+    else:
+        low = high = _fold(groups, _larger)
+    # 0 lies on every grid: pruned weights and padding stay exact zeros.
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    if grid.search == "mse":
+        return _least_error(groups, low, high, grid)
+    return scale_of_range(low, high, grid)
+
+
+def scale_of_range(
+    low: jax.Array, high: jax.Array, grid: Grid
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zero points of the ranges from `low <= 0` to `high >= 0`, float32."""
+    top = 2 ** (grid.bits - 1) - 1
+    amax = jnp.maximum(-low, high)
+    if grid.kind in ("narrow", "full"):
+        scale = divide(amax, top)
+    elif grid.kind == "half":
+        scale = divide(amax, top + 0.5)
+    elif grid.kind == "signed_max":
+        scale = divide(jnp.where(-low < high, high, low), -(top + 1))
+    elif grid.kind == "affine":
+        scale = divide(high - low, 2**grid.bits - 1)
+    else:
+        scale = divide(2 * amax, 2**grid.bits - 1)
+    # Codes are chosen for the scale that is stored, so it is rounded first.
+    stored = scale.astype(grid.scale_dtype)
+    stored = jnp.where(stored == 0, jnp.ones_like(stored), stored)
+    if not grid.unsigned:
+        return stored, None
+    if grid.kind == "affine":
+        zero = jnp.clip(jnp.round(divide(-low, stored)), 0, 2**grid.bits - 1)
+    else:
+        zero = jnp.full_like(low, top + 1)
+    return stored, zero.astype(jnp.uint8)
+
+
+def encode(
+    values: jax.Array, scale: jax.Array, zero_point: jax.Array | None, grid: Grid
+) -> jax.Array:
+    """Codes of the levels nearest to float32 values, halves to even; int32."""
+    smallest, largest = grid.code_range
+    steps = jnp.round(divide(values, scale))
+    if zero_point is not None:
+        steps = steps + zero_point.astype(jnp.float32)
+    # Clipped as floats: what a conversion makes of too large a number differs between backends.
+    return jnp.clip(steps, smallest, largest).astype(jnp.int32)
+
+
+def divide(values: jax.Array, by: jax.Array | float) -> jax.Array:
+    """The correctly rounded float32 quotient, compiled or not.
+
+    XLA replaces division by a broadcast or constant divisor by a product with its reciprocal, which
+    is off by an ulp, moves entries that lie on a tie, and makes compiled code differ from eager
+    code. A divisor that depends on the dividend is left alone, and 0 / 1 is what 0 / by would be.
+    """
+    by = jnp.asarray(by, jnp.float32)
+    return values / jnp.where(values == 0, jnp.float32(1), by)
+
+
+def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+    """The float32 values that codes stand for."""
+    steps = codes.astype(jnp.float32)
+    if zero_point is not None:
+        steps = steps - zero_point.astype(jnp.float32)
+    return steps * scale.astype(jnp.float32)
+
+
+def _fold(groups: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Reduces `(rows, group, out)` to `(rows, 1, out)`, up to eight slices at a time.
+
+    XLA's own minimum and maximum along an axis lose NaN on CPU (seen with jax 0.10.2), and any
+    other reduction along an axis that is not the last is not vectorised there. Slices are.
+    """
+    while (size := groups.shape[1]) > 1:
+        parts = next((n for n in (8, 7, 6, 5, 4, 3, 2) if size % n == 0), None)
+        if parts is None:
+            # A large prime: the first slice is folded twice, which changes no extreme.
+            padding = groups[:, : 8 - size % 8]
+            groups = jnp.concatenate([groups, padding], axis=1)
+            continue
+        slices = groups.reshape(groups.shape[0], parts, size // parts, groups.shape[2])
+        groups = functools.reduce(combine, (slices[:, i] for i in range(parts)))
+    return groups
+
+
+def _larger(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Whichever has the larger magnitude; NaN has the largest."""
+    # As integers, magnitudes have the order of the floats, and NaN lies above infinity.
+    magnitude = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)  # noqa: E731
+    return jnp.where(magnitude(first) >= magnitude(second), first, second)
+
+
+def _least_error(
+    groups: jax.Array, low: jax.Array, high: jax.Array, grid: Grid
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales of the shrunken range whose rounding errs least."""
+
+    def attempt(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        error, shrink = best
+        candidate = 1 - jnp.float32(_SHRINK_STEP) * i.astype(jnp.float32)
+        scale, zero = scale_of_range(low * candidate, high * candidate, grid)
+        miss = jnp.abs(decode(encode(groups, scale, zero, grid), scale, zero) - groups)
+        new = jnp.sum(miss**_ERROR_POWER, axis=1, keepdims=True)
+        better = new < error
+        return jnp.where(better, new, error), jnp.where(better, candidate, shrink)
+
+    start = jnp.full_like(low, jnp.inf), jnp.ones_like(low)
+    _, shrink = jax.lax.fori_loop(0, _SHRINKS, attempt, start)
+    return scale_of_range(low * shrink, high * shrink, grid)
+
+
+def _percentiles(groups: jax.Array, percentile: float) -> tuple[jax.Array, jax.Array]:
+    """The (100 - p)-th and p-th percentile of each group, entries of it, without sorting.
+
+    Bisects the 32 bits of an order-preserving integer image of the floats, counting at each step.
+    """
+    rows, size, out_dim = groups.shape
+    rank = max(1, math.ceil(percentile / 100 * size))  # entries at or below the p-th percentile
+
+    def ranked(values: jax.Array) -> jax.Array:
+        keys = _ordered(values)
+
+        def narrow(i: jax.Array, found: jax.Array) -> jax.Array:
+            trial = found | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
+            below = jnp.sum(keys < trial, axis=1, keepdims=True, dtype=jnp.int32)
+            return jnp.where(below < rank, trial, found)
+
+        found = jnp.zeros((rows, 1, out_dim), jnp.uint32)
+        return _unordered(jax.lax.fori_loop(0, 32, narrow, found))
+
+    poison = jnp.sum(groups * 0, axis=1, keepdims=True)  # NaN where a value is not finite
+    return -ranked(-groups) + poison, ranked(groups) + poison
+
+
+def _ordered(values: jax.Array) -> jax.Array:
+    """float32 as uint32 of the same order."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    negative = (bits >> jnp.uint32(31)) == 1
+    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _unordered(keys: jax.Array) -> jax.Array:
+    """The inverse of `_ordered`."""
+    positive = (keys >> jnp.uint32(31)) == 1
+    bits = jnp.where(positive, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
