@@ -20,7 +20,7 @@ _NOT_A_TARGET = re.compile(
     re.IGNORECASE,
 )
 _VECTOR_NAMES = re.compile(
-    r"(?:.*/)?(?:bias|scale|b|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE
+    r"(?:.*/)?(?:bias|scale|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE
 )
 _EMBEDDING_NAMES = re.compile(r"(?:.*/)?(?:embedding|embeddings|wte|wpe)(?:/value)?", re.IGNORECASE)
 

@@ -129,7 +129,7 @@ def leafwise(
 def _may_be_target(path: Path, leaf: Any, named: bool) -> bool:
     if not is_float(leaf) or len(leaf.shape) < 2:
         return False
-    return named or (is_default_target(path) and not is_vector(path, leaf))
+    return named or is_default_target(path)
 
 
 def _targets(
@@ -166,10 +166,11 @@ def _is_target(path: Path, leaf: Any, context: Context) -> bool:
     if not _may_be_target(path, leaf, named=False):
         return False
     axes = context.layout.get(path)
-    if axes is None:
-        # A trace proves that the leaf is no matrix; a convention only does not know.
-        return not context.layout.traced or path in dict(context.layout.unclear)
-    return axes.kind != "embedding"
+    if context.layout.traced:  # the trace proves what is a matrix, whatever it is called
+        known = axes is not None or path in dict(context.layout.unclear)
+    else:
+        known = not is_vector(path, leaf)
+    return known and (axes is None or axes.kind != "embedding")
 
 
 def _unfit(
