@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxweights.lift import lift
 from jaxweights.models._cache import init_cache
 from jaxweights.models._llama import Llama
 from jaxweights.models._llama_config import LlamaConfig
@@ -24,7 +24,6 @@ def generate(
     key: jax.Array | None = None,
     eos: int | tuple[int, ...] | None = None,
     attention_mask: jax.Array | None = None,
-    apply: Callable[..., Any] | None = None,
 ) -> jax.Array:
     """Continues prompts, one token after another.
 
@@ -33,15 +32,13 @@ def generate(
 
     Args:
       model: The decoder.
-      params: Its parameters.
+      params: Its parameters, dense or represented.
       prompt_tokens: `(batch, time)`, integers; rows of unequal length are padded on either side.
       max_new_tokens: Tokens to append, at least 1.
       temperature: 0 takes the likeliest token; above it, samples from `logits / temperature`.
       key: Random key; required where `temperature` is above 0.
       eos: Token or tokens that end a row; the rest of the row repeats the one that ended it.
       attention_mask: True for tokens, False for padding, `(batch, time)`; None means no padding.
-      apply: What to call instead of `model.apply`; `lift(model.apply)` lets `params` hold
-        represented weights. Keep one such function: every new one compiles again.
 
     Returns:
       The new tokens alone, `(batch, max_new_tokens)`, int32.
@@ -63,7 +60,6 @@ def generate(
     if attention_mask is None:
         attention_mask = jnp.ones(prompt_tokens.shape, bool)
     return _generate(
-        apply or model.apply,
         model,
         params,
         prompt_tokens,
@@ -98,10 +94,11 @@ def _check(config: LlamaConfig, prompt, max_new_tokens, temperature, key) -> Non
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("max_new_tokens", "eos"))
-def _generate(apply, model, params, prompt, valid, sampling, *, max_new_tokens, eos):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("max_new_tokens", "eos"))
+def _generate(model, params, prompt, valid, sampling, *, max_new_tokens, eos):
     batch, time = prompt.shape
     dtype = model.dtype or params["embed"]["embedding"].dtype
+    apply = lift(model.apply)
     cache = init_cache(model.config, batch, time + max_new_tokens, dtype=dtype)
 
     def read(tokens, valid, last, cache):
