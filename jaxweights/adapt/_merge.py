@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.core import Flat, Params, Path, fail, flatten, nearest, unflatten
@@ -56,6 +57,7 @@ def merge_adapters(
 
     Example:
       >>> import jax.numpy as jnp
+    import numpy as np
       >>> from jaxweights.weights import LowRank
       >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
       >>> merged, report = merge_adapters(adapted)
@@ -108,6 +110,7 @@ def unmerge(params: Params, adapted: Params, *, subtract: bool = False) -> Param
 
     Example:
       >>> import jax.numpy as jnp
+    import numpy as np
       >>> from jaxweights.weights import LowRank
       >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
       >>> merged, _ = merge_adapters(adapted)
@@ -181,7 +184,7 @@ def _merge_arrays(
 
 def _widest(base: Any) -> jax.Array:
     """The dense base in float32 or wider, unrounded where its representation allows that."""
-    wide = jnp.promote_types(base.dtype, jnp.float32)
+    wide = np.promote_types(base.dtype, np.float32)
     cast = base.astype(wide)
     return materialize(base).astype(wide) if cast is None else materialize(cast)
 
@@ -207,7 +210,7 @@ def _mismatches(flat: Flat, wanted: Flat) -> list[str]:
 def _subtract(merged: Any, leaf: Any) -> Any:
     weight = _adapters(leaf)[0]
     dense = materialize(merged)
-    wide = jnp.promote_types(dense.dtype, jnp.float32)
+    wide = np.promote_types(dense.dtype, np.float32)
     base: Any = (dense.astype(wide) - weight.delta.materialize().astype(wide)).astype(dense.dtype)
     if isinstance(weight.base, Masked):
         base = Masked(base, weight.base.mask)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxweights.core._apply import LayoutLike, resolve_layout
 from jaxweights.core._context import Context
@@ -113,6 +114,6 @@ def _update_to(
     param: jax.Array, update: jax.Array, stepped: jax.Array, projected: jax.Array
 ) -> jax.Array:
     """The update that leads to `projected`; exact where that is zero or nothing was changed."""
-    dtype = jnp.promote_types(update.dtype, param.dtype)
+    dtype = np.promote_types(update.dtype, param.dtype)
     difference = projected.astype(dtype) - param.astype(dtype)
     return jnp.where(projected == stepped, update.astype(dtype), difference)

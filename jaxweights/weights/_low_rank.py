@@ -125,7 +125,7 @@ class LowRank(Weight):
 
     def materialize(self) -> jax.Array:
         """The dense weight, rounded to the base's dtype once."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = np.promote_types(self.dtype, np.float32)
         delta = self.delta.materialize()
         return (materialize(self.base).astype(wide) + delta.astype(wide)).astype(self.dtype)
 
@@ -144,12 +144,6 @@ class LowRank(Weight):
         preferred_element_type: DTypeLike | None = None,
     ) -> jax.Array | None:
         """`x @ base + (x @ down) @ up`, over the inputs or, transposed, over the outputs."""
-        dtype = preferred_element_type or jnp.result_type(x.dtype, self.dtype)
-        delta = self.delta.dot(
-            x, dimension_numbers, precision=precision, preferred_element_type=dtype
-        )
-        if delta is None:
-            return None
         options: dict[str, Any] = {
             "precision": precision,
             "preferred_element_type": preferred_element_type,
@@ -157,7 +151,9 @@ class LowRank(Weight):
         y = self.base.dot(x, dimension_numbers, **options) if is_weight(self.base) else None
         if y is None:
             y = jax.lax.dot_general(x, materialize(self.base), dimension_numbers, **options)
-        return y + delta.astype(y.dtype)
+        options["preferred_element_type"] = y.dtype
+        delta = self.delta.dot(x, dimension_numbers, **options)
+        return None if delta is None else y + delta
 
     def conv(self, x: jax.Array, **params: Any) -> jax.Array | None:
         """The base's convolution, and one with `down` that a 1x1 product with `up` follows."""
@@ -247,7 +243,8 @@ class Delta(MatrixWeight):
     @property
     def dtype(self) -> Any:
         """At least float32: what is added to the base is rounded with it, not before."""
-        return jnp.promote_types(jnp.promote_types(self.down.dtype, self.up.dtype), jnp.float32)
+        # NumPy's promotion, which holds under jax_numpy_dtype_promotion="strict", too.
+        return np.result_type(self.down.dtype, self.up.dtype, np.float32)
 
     @property
     def _stack(self) -> tuple[int, ...]:
