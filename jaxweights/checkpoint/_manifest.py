@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import urllib.parse
 from typing import Any
@@ -20,9 +22,11 @@ from jaxweights.checkpoint._saved import (
     make,
     name_of,
     registered_class,
+    unfit,
 )
 
 Parts = tuple[str, ...]  # a place in the tree: keys, indices and field names as text
+_SUB_BYTE = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}  # their bits
 _SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
 
 
@@ -35,12 +39,14 @@ class ArrayRecord:
       dtype: Its dtype; of a random key, that of its data.
       shape: Its shape.
       host: Whether it is a NumPy array.
+      sha256: Hash of its values, None where no single process had them all.
     """
 
     parts: Parts
     dtype: np.dtype
     shape: tuple[int, ...]
     host: bool
+    sha256: str | None
 
     @property
     def path(self) -> str:
@@ -107,6 +113,8 @@ def _encode(value: Any, parts: Parts, arrays: dict[Parts, Any], problems: list[s
             node["static"][field] = encode_setting(getattr(value, field))
         except TypeError as error:
             problems.append(f"'{'/'.join((*parts, field))}': {error}")
+    if wrong := _unfit(kind, {field: getattr(value, field) for field in settings}):
+        problems.append(f"'{'/'.join(parts)}': {wrong}")
     if hasattr(value, "materialize"):
         # What the object stands for; a changed setting then shows when it is loaded.
         node["dense"] = {"shape": list(value.shape), "dtype": np.dtype(value.dtype).name}
@@ -130,7 +138,28 @@ def _encode_array(value: Any, parts: Parts, arrays: dict[Parts, Any], problems: 
         "dtype": np.dtype(value.dtype).name,
         "shape": list(value.shape),
         "host": host,
+        "sha256": hash_of(arrays[parts]),
     }
+
+
+def hash_of(array: Any) -> str | None:
+    """Hash of an array's values; None if other processes hold some of them.
+
+    TensorStore notices a damaged file only where its structure breaks, so values are hashed.
+    """
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return None
+    data = np.ascontiguousarray(array).reshape(-1)
+    raw = data.view(np.uint8)
+    if data.dtype.name in _SUB_BYTE:  # what fills the rest of the byte has no meaning
+        raw = raw & np.uint8((1 << _SUB_BYTE[data.dtype.name]) - 1)
+    return hashlib.sha256(raw.data).hexdigest()
+
+
+def digest_of(node: dict[str, Any]) -> str:
+    """Hash of a description, which shows that it was edited."""
+    text = json.dumps(node, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def array_records(node: Any) -> tuple[list[ArrayRecord], list[str]]:
@@ -154,7 +183,7 @@ _KEYS = {
     "dict": {"items"},
     "list": {"items"},
     "tuple": {"items"},
-    "array": {"dtype", "shape", "host"},
+    "array": {"dtype", "shape", "host", "sha256"},
     "key": {"impl", "data"},
     "object": {"class", "fields", "static"},
 }
@@ -207,15 +236,22 @@ def _check_object(node: dict[str, Any]) -> None:
                 f"is a {cls.__name__} with fields missing: {missing}, unknown: {unknown}; it was "
                 "saved by another version or changed"
             )
+    settings = {}
     for name, setting in node["static"].items():
         try:
-            decode_setting(setting)
+            settings[name] = decode_setting(setting)
         except ValueError as error:
             raise ValueError(f"has the field {name!r}: {error}") from None
+    if problems := _unfit(cls, settings):
+        raise ValueError(f"has fields that {cls.__name__} does not allow: {problems}")
+
+
+def _unfit(cls: type, settings: dict[str, Any]) -> str:
+    return "; ".join(unfit(cls, settings)) if settings else ""
 
 
 def _checked_record(node: dict[str, Any], parts: Parts) -> ArrayRecord:
-    dtype, shape, host = node["dtype"], node["shape"], node["host"]
+    dtype, shape, host, sha256 = (node[key] for key in ("dtype", "shape", "host", "sha256"))
     if dtype not in SAVED_DTYPES:
         raise ValueError(f"has the unknown dtype {dtype!r:.80}")
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
@@ -224,10 +260,12 @@ def _checked_record(node: dict[str, Any], parts: Parts) -> ArrayRecord:
         raise ValueError(f"has shape {shape!r:.80}, which is larger than any memory")
     if not isinstance(host, bool):
         raise ValueError(f"has host={host!r:.80}, which is not true or false")
+    if not isinstance(sha256, str | None):
+        raise ValueError(f"has sha256={sha256!r:.80}, which is not text")
     # JAX would silently narrow it.
     if not host and jax.dtypes.canonicalize_dtype(SAVED_DTYPES[dtype]) != SAVED_DTYPES[dtype]:
         raise ValueError(f"is {dtype}, which JAX holds only with jax_enable_x64")
-    return ArrayRecord(parts, SAVED_DTYPES[dtype], tuple(shape), host)
+    return ArrayRecord(parts, SAVED_DTYPES[dtype], tuple(shape), host, sha256)
 
 
 def _scalar(node: dict[str, Any]) -> Any:

@@ -19,7 +19,9 @@ from jaxweights.checkpoint._manifest import (
     Parts,
     array_records,
     build_tree,
+    digest_of,
     encode_tree,
+    hash_of,
     storage_name,
 )
 from jaxweights.checkpoint._provenance import Provenance, library_versions
@@ -101,7 +103,12 @@ def save_tree(
     taken = [name for name in files or {} if name.split("/")[0] in _OWN_FILES]
     if taken:
         raise ValueError(f"save_tree: files={taken} are names that the checkpoint itself uses.")
-    manifest = {"format": _FORMAT, "versions": library_versions(), "tree": node}
+    manifest = {
+        "format": _FORMAT,
+        "versions": library_versions(),
+        "sha256": digest_of(node),
+        "tree": node,
+    }
     with atomic("save_tree", destination, directory=True, overwrite=overwrite) as partial:
         (partial / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
         if config is not None:
@@ -112,7 +119,9 @@ def save_tree(
         _save_arrays(partial / _ARRAYS, arrays)
 
 
-def load_tree(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> LoadedTree:
+def load_tree(
+    path: str | os.PathLike[str], *, shardings: Shardings | None = None, verify: bool = True
+) -> LoadedTree:
     """Loads what `save_tree` saved; no target tree is needed.
 
     The manifest is checked completely, and against the arrays that Orbax holds, before any array
@@ -122,7 +131,9 @@ def load_tree(path: str | os.PathLike[str], *, shardings: Shardings | None = Non
       path: The folder.
       shardings: Where arrays go: one sharding for all, shardings by path (others go to the first
         device), or a function of path and `jax.ShapeDtypeStruct`. Paths are those of arrays, such
-        as `mlp/kernel/qvalue`. NumPy arrays stay NumPy arrays. None: the first device.
+        as `mlp/kernel/codes`. NumPy arrays stay NumPy arrays. None: the first device.
+      verify: Whether to compare the values with the hashes that were taken when they were saved.
+        On accelerators this copies them to the host once.
 
     Returns:
       The tree and what was saved along.
@@ -133,7 +144,7 @@ def load_tree(path: str | os.PathLike[str], *, shardings: Shardings | None = Non
         once.
     """
     saved = SavedTree(Path(path), function="load_tree")
-    arrays = saved.read(saved.records, shardings)
+    arrays = saved.read(saved.records, shardings, verify=verify)
     return LoadedTree(saved.build(arrays), saved.config, saved.provenance, saved.files)
 
 
@@ -151,7 +162,10 @@ class SavedTree:
                 "appears only when it is complete."
             )
         content = self._json(MANIFEST)
-        if content.keys() != {"format", "versions", "tree"} or content["format"] != _FORMAT:
+        if (
+            content.keys() != {"format", "versions", "sha256", "tree"}
+            or content["format"] != _FORMAT
+        ):
             raise ValueError(
                 f"{self._where}: {MANIFEST} has format {content.get('format')!r:.80} and the keys "
                 f"{sorted(content)}; this library reads format {_FORMAT}. It was written by "
@@ -162,6 +176,8 @@ class SavedTree:
             self.records, problems = array_records(self.node)
         except RecursionError:
             raise ValueError(f"{self._where}: {MANIFEST} is nested too deeply.") from None
+        if not problems and content["sha256"] != digest_of(self.node):
+            problems = [f"{MANIFEST} was changed after it was written; its hash does not fit"]
         if not problems:
             problems = self._compare_with_orbax()
         if problems:
@@ -180,7 +196,11 @@ class SavedTree:
         }
 
     def read(
-        self, records: Iterable[ArrayRecord], shardings: Shardings | None = None
+        self,
+        records: Iterable[ArrayRecord],
+        shardings: Shardings | None = None,
+        *,
+        verify: bool = True,
     ) -> dict[Parts, Any]:
         """Reads some of the arrays, by place."""
         records = list(records)
@@ -195,7 +215,23 @@ class SavedTree:
         wanted = [record for record in records if record.parts not in arrays]
         if wanted:
             arrays |= self._restore(wanted, places)
+        if verify:
+            self._refuse_damage(records, arrays)
         return arrays
+
+    def _refuse_damage(self, records: list[ArrayRecord], arrays: dict[Parts, Any]) -> None:
+        damaged = [
+            record.path
+            for record in records
+            if record.sha256 is not None
+            and (now := hash_of(arrays[record.parts])) is not None
+            and now != record.sha256
+        ]
+        if damaged:
+            raise ValueError(
+                f"{self._where}: the values of {damaged[:5]} ({len(damaged)} of {len(records)} "
+                "arrays) are not those that were saved. The files are damaged; copy them again."
+            )
 
     def build(self, arrays: dict[Parts, Any]) -> Any:
         """Makes the tree out of its arrays."""

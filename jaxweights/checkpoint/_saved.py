@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -51,8 +53,7 @@ def register_saved(cls: C) -> C:
       ... class CountState(NamedTuple):
       ...     count: int
     """
-    has_fields = dataclasses.is_dataclass(cls) or is_namedtuple(cls)
-    if not has_fields:
+    if not _has_fields(cls):
         raise TypeError(f"register_saved: {cls!r} is neither a dataclass nor a NamedTuple.")
     known = _registered.get(cls.__name__)
     # A module that is loaded again brings a new class of the same origin.
@@ -72,15 +73,23 @@ def saved_classes() -> dict[str, type]:
     from jaxweights.core._stats import Stats
 
     own = [c for c in vars(jaxweights.weights).values() if isinstance(c, type)]
-    for cls in (*own, Layout, Stats):
+    for cls in (*own, *_subclasses(jaxweights.weights.Weight), Layout, Stats):
         if dataclasses.is_dataclass(cls):
             register_saved(cls)
     return _registered
 
 
+def _subclasses(cls: type) -> list[type]:
+    """The package's own subclasses of a class, loaded so far."""
+    direct = [c for c in cls.__subclasses__() if c.__module__.startswith("jaxweights.")]
+    return direct + [deeper for c in direct for deeper in _subclasses(c)]
+
+
 def name_of(value: Any) -> str | None:
     """Name under which the class of `value` is registered, or None."""
     cls = type(value)
+    if _registered.get(cls.__name__) is cls:
+        return cls.__name__
     return cls.__name__ if saved_classes().get(cls.__name__) is cls else None
 
 
@@ -95,7 +104,7 @@ def field_names(cls: type) -> tuple[list[str], list[str]]:
 
 def is_namedtuple(cls: type) -> bool:
     """Whether a class was made by `NamedTuple`."""
-    return issubclass(cls, tuple) and hasattr(cls, "_fields")
+    return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
 def encode_setting(value: Any) -> Any:
@@ -192,6 +201,40 @@ def registered_class(name: Any) -> type:
     return classes[name]
 
 
+def unfit(cls: type, settings: dict[str, Any]) -> list[str]:
+    """Settings that are not of the type that their class declares, in words.
+
+    Checked on both sides: what is saved can be loaded, and a changed file cannot smuggle text in
+    where a number is meant.
+    """
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # of a class that is defined inside a function
+        return []
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    return [
+        f"{name!r} is {value!r:.80}, not {getattr(hints[name], '__name__', hints[name])}"
+        for name, value in settings.items()
+        if value is not defaults[name] and not _fits(value, hints[name])
+    ]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint is Any:
+        return True
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is int:
+        return type(value) is int  # a bool is no number here
+    kind = origin or hint
+    return not isinstance(kind, type) or isinstance(value, kind)
+
+
 def _decode_object(value: Any) -> Any:
     if value.keys() != {"class", "fields"}:
         raise ValueError(f"{value!r:.80} must have class and fields")
@@ -201,7 +244,10 @@ def _decode_object(value: Any) -> Any:
         raise ValueError(
             f"{cls.__name__} has the fields {sorted(names)}, not {list(value['fields'])}"
         )
-    return make(cls, {k: decode_setting(v) for k, v in value["fields"].items()})
+    fields = {k: decode_setting(v) for k, v in value["fields"].items()}
+    if problems := unfit(cls, fields):
+        raise ValueError(f"{cls.__name__} refuses its fields: {'; '.join(problems)}")
+    return make(cls, fields)
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
@@ -213,6 +259,10 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "$frozenset": lambda v: frozenset(decode_setting(item) for item in v),
     "$object": _decode_object,
 }
+
+
+def _has_fields(cls: Any) -> bool:
+    return dataclasses.is_dataclass(cls) or is_namedtuple(cls)
 
 
 def _is_scalar_type(value: type) -> bool:

@@ -1,0 +1,475 @@
+"""Trees come back bit for bit without a target, and changed ones do not come back at all."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxweights.checkpoint import Provenance, load_tree, register_saved, save_tree
+from jaxweights.checkpoint._manifest import digest_of
+from jaxweights.checkpoint._orbax import MANIFEST
+from jaxweights.checkpoint._saved import SAVED_DTYPES
+from jaxweights.core._layout import Layout
+from jaxweights.core._stats import Stats
+from jaxweights.weights import Axes, LowRank, Masked, Quantized, View
+from tests.checkpoint._helpers import everything, kill, start
+
+# Where Orbax fails, TensorStore's threads still report to an event loop that is closed already.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@register_saved
+class CountState(NamedTuple):
+    count: jax.Array
+    inner: Any
+
+
+@register_saved
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    part: Any
+    setting: Any = dataclasses.field(metadata={"static": True})
+
+
+def round_trip(tmp_path, tree, **kwargs):
+    save_tree(tmp_path / "out", tree, overwrite=True)
+    return load_tree(tmp_path / "out", **kwargs).tree
+
+
+def assert_same(got, want) -> None:
+    """The same structure, settings included, and the same kinds, dtypes, shapes and bits."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if not hasattr(other, "dtype"):
+            assert type(one) is type(other) and one == other
+            continue
+        assert isinstance(one, jax.Array) == isinstance(other, jax.Array)
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def quantized(key=0, bits=4, stack=(), **settings):
+    codes = np.random.default_rng(key).integers(0, 2**bits, (*stack, 8, 6))
+    scale = np.broadcast_to(np.linspace(0.1, 1, 12).reshape(2, 6), (*stack, 2, 6))
+    codes, scale = jnp.asarray(codes, jnp.uint8), jnp.asarray(scale, jnp.float32)
+    zero = jnp.full_like(scale, 3)
+    return Quantized.from_codes(codes, scale, zero, bits=bits, **settings)
+
+
+JAX_DTYPES = sorted(
+    name for name, dtype in SAVED_DTYPES.items() if jax.dtypes.canonicalize_dtype(dtype) == dtype
+)
+
+
+@pytest.mark.parametrize("host", [False, True], ids=["jax", "numpy"])
+def test_every_dtype_comes_back_bit_for_bit(tmp_path, host):
+    rng = np.random.default_rng(0)
+    tree = {}
+    for name in sorted(SAVED_DTYPES) if host else JAX_DTYPES:
+        dtype = SAVED_DTYPES[name]
+        if name in ("bool", "int2", "uint2", "int4", "uint4"):
+            tree[name] = rng.integers(0, 2, (3, 5)).astype(dtype)
+        else:  # any bytes, NaNs among them
+            high = 16 if name == "float4_e2m1fn" else 256
+            raw = rng.integers(0, high, (3, 5 * dtype.itemsize), np.uint8)
+            tree[name] = raw.view(dtype)
+    if not host:
+        tree = jax.device_put(tree)
+    assert len(tree) >= 20
+    assert_same(round_trip(tmp_path, tree), tree)
+
+
+WEIGHTS = {
+    "quantized": lambda: quantized(dtype=jnp.bfloat16),
+    "stacked": lambda: quantized(stack=(3,)),
+    "three bits": lambda: quantized(bits=3),
+    "with a view": lambda: quantized(view=View.of((8, 2, 3), Axes((-3,), (-2, -1)))),
+    "masked": lambda: Masked(jnp.arange(6.0), jnp.arange(6) % 2 == 0),
+    "low rank": lambda: LowRank.over(jnp.eye(4), jnp.ones((4, 2)), jnp.zeros((2, 4)), scaling=0.5),
+    "sparse 4-bit with factors": lambda: LowRank.over(
+        Masked(quantized(), jnp.ones((8, 6), bool)), jnp.ones((8, 2)), jnp.ones((2, 6))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_represented_weights_come_back_without_a_target(tmp_path, case):
+    weight = WEIGHTS[case]()
+    tree = {"layers": {"kernel": weight, "bias": jnp.ones(3)}}
+    got = round_trip(tmp_path, tree)
+    assert_same(got, tree)
+    assert type(got["layers"]["kernel"]) is type(weight)
+
+
+def test_a_loaded_weight_works_like_the_saved_one(tmp_path):
+    weight = WEIGHTS["sparse 4-bit with factors"]()
+    got = round_trip(tmp_path, weight)
+    np.testing.assert_array_equal(got.materialize(), weight.materialize())
+
+
+def test_statistics_come_back_with_their_layout(tmp_path):
+    layout = Layout.of({"mlp/kernel": Axes(), "head": Axes((-1,), (-2,), "embedding")})
+    stats = Stats({"mlp/kernel": {"gram": jnp.eye(3)}}, (("up/kernel", "mlp/kernel"),), layout)
+    assert_same(round_trip(tmp_path, stats), stats)
+
+
+CONTAINERS = {
+    "nested": {"a": [1, (2.5, "text", None)], "b": {}, "c": [], "d": ()},
+    "scalars": {"inf": float("inf"), "tiny": 5e-324, "big": 2**70, "yes": True, "zero": -0.0},
+    "integer keys": {3: np.ones(1), 10: {0: np.zeros(2)}},
+    "awkward keys": {
+        name: np.full(1, i)
+        for i, name in enumerate(["", "a.b", "a/b", "%2E", "..", "ü", "\n", "%"])
+    },
+    "look-alikes": {"a.b": np.ones(1), "a": {"b": np.zeros(1)}},
+    "empty arrays": {"e": np.ones((0, 3), np.int8), "j": jnp.ones((2, 0))},
+    "one array": np.arange(3),
+    "nothing": {},
+    "named tuple": CountState(jnp.zeros((), jnp.int32), [CountState(jnp.ones(()), None)]),
+}
+
+
+@pytest.mark.parametrize("case", CONTAINERS)
+def test_containers_and_numbers_come_back_as_they_were(tmp_path, case):
+    assert_same(round_trip(tmp_path, CONTAINERS[case]), CONTAINERS[case])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        (1, (2, "x"), None),
+        {"a": [1.5, float("-inf")], "b": frozenset({"p", "q"})},
+        jnp.bfloat16,
+        np.float32,
+        np.dtype("int8"),
+        np.dtype(jnp.float8_e4m3fn),
+        View.of((4, 2, 3), Axes((-3,), (-2, -1))),
+    ],
+    ids=str,
+)
+def test_settings_come_back_equal_and_of_the_same_type(tmp_path, setting):
+    got = round_trip(tmp_path, Setting(jnp.ones(1), setting)).setting
+    assert got == setting and type(got) is type(setting)
+
+
+def test_random_keys_come_back_and_draw_the_same(tmp_path):
+    keys = {"a": jax.random.key(3), "b": jax.random.split(jax.random.key(1, impl="rbg"), 4)}
+    got = round_trip(tmp_path, keys)
+    assert got["b"].dtype == keys["b"].dtype and got["b"].shape == (4,)
+    np.testing.assert_array_equal(jax.random.normal(got["a"]), jax.random.normal(keys["a"]))
+    np.testing.assert_array_equal(jax.random.key_data(got["b"]), jax.random.key_data(keys["b"]))
+
+
+def test_config_provenance_and_files_travel_along(tmp_path):
+    made = Provenance.collect(recipe={"chain": ["gptq"]}, source="sha256:1")
+    files = {"tokenizer.json": "{}", "1_Pooling/config.json": b"{}"}
+    save_tree(tmp_path / "out", {}, config={"layers": 2}, provenance=made, files=files)
+    loaded = load_tree(tmp_path / "out")
+    assert loaded.config == {"layers": 2} and loaded.provenance == made
+    assert {name: path.read_text() for name, path in loaded.files.items()} == {
+        "tokenizer.json": "{}",
+        "1_Pooling/config.json": "{}",
+    }
+    for name in ("config.json", "jaxweights.json", "arrays/x"):
+        with pytest.raises(ValueError, match=r"names that the checkpoint itself uses"):
+            save_tree(tmp_path / "bad", {}, files={name: ""})
+
+
+def test_arrays_land_where_they_are_asked_for(tmp_path):
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs two devices")
+    mesh = Mesh(np.array(devices[:2]), ("x",))
+    split = NamedSharding(mesh, PartitionSpec("x"))
+    second = SingleDeviceSharding(devices[1])
+    tree = {"a": jax.device_put(jnp.arange(8, dtype=jnp.int4), split), "b": jnp.ones(2)}
+    tree["u"] = jax.device_put(jnp.arange(8).astype(jnp.uint4), split)
+    got = round_trip(tmp_path, tree)
+    assert_same(got, tree)
+    assert got["a"].sharding == SingleDeviceSharding(devices[0])
+    assert round_trip(tmp_path, tree, shardings=second)["b"].sharding == second
+    got = round_trip(tmp_path, tree, shardings={"a": split, "u": split})
+    assert_same(got, tree)
+    assert got["a"].sharding == split == got["u"].sharding and got["b"].devices() == {devices[0]}
+    got = round_trip(
+        tmp_path, tree, shardings=lambda path, like: second if like.shape == (2,) else split
+    )
+    assert got["b"].sharding == second and got["a"].sharding == split
+    with pytest.raises(ValueError, match=r"shardings names \['typo'\], but the saved arrays are"):
+        load_tree(tmp_path / "out", shardings={"typo": split})
+
+
+def test_all_places_that_cannot_be_saved_are_named_at_once(tmp_path):
+    class Unknown:
+        pass
+
+    tree = {
+        "f": {"x": Unknown()},
+        "s": jax.ShapeDtypeStruct((2,), jnp.float32),
+        "k": {(1, 2): np.ones(1)},
+        "same": {1: np.ones(1), "1": np.ones(1)},
+        "o": np.array([None]),
+        "set": Setting(None, print),
+    }
+    with pytest.raises(TypeError) as error:
+        save_tree(tmp_path / "out", tree)
+    for words in (
+        r"save_tree: 'f/x' is a .*Unknown",
+        r"'s' is a jax.*ShapeDtypeStruct",
+        r"'k' has keys that are not distinct text or integers",
+        r"'same' has keys that are not distinct",
+        r"'o' has dtype object",
+        r"'set/setting': .* of type builtin_function_or_method cannot be saved as a setting",
+        r"register_saved",
+    ):
+        assert re.search(words, str(error.value)), words
+    assert everything(tmp_path) == {}
+    with pytest.raises(TypeError, match="'x' is traced; save outside of jit"):
+        jax.jit(lambda x: save_tree(tmp_path / "out", {"x": x}))(jnp.ones(1))
+
+
+def test_only_fitting_classes_can_be_registered():
+    with pytest.raises(TypeError, match="neither a dataclass nor a NamedTuple"):
+        register_saved(int)
+    taken = dataclasses.make_dataclass("Masked", [])
+    with pytest.raises(ValueError, match=r"the name 'Masked' of .* is taken by"):
+        register_saved(taken)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved tree of a quantized weight and a plain array."""
+    save_tree(tmp_path / "out", {"q": quantized(), "w": jnp.arange(600.0)}, config={"a": 1})
+    return tmp_path / "out"
+
+
+def edit(folder: Path, change, *, rehash: bool = True) -> None:
+    """Changes the manifest, and its hash too, as somebody would who means it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    before = copy.deepcopy(manifest)
+    change(manifest)
+    assert manifest != before, "the case must change something"
+    if rehash:
+        manifest["sha256"] = digest_of(manifest["tree"])
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def items(manifest) -> dict:
+    return dict(manifest["tree"]["items"])
+
+
+TAMPERED = {
+    "bits": (
+        lambda m: items(m)["q"]["static"].update(bits="four"),
+        "'q' has fields that Quantized does not allow: 'bits' is 'four', not int",
+    ),
+    "bits as a boolean": (
+        lambda m: items(m)["q"]["static"].update(bits=True),
+        "'bits' is True, not int",
+    ),
+    "view": (
+        lambda m: items(m)["q"]["static"].update(view="plain"),
+        "'view' is 'plain', not View",
+    ),
+    "axes": (
+        lambda m: items(m)["q"]["static"]["view"]["$object"]["fields"].update(axes=3),
+        "'q' has the field 'view': View refuses its fields: 'axes' is 3, not Axes",
+    ),
+    "codes_per_byte": (
+        lambda m: items(m)["q"]["static"].update(codes_per_byte=4),
+        "'q': the Quantized stood for .* but now for",
+    ),
+    "dense": (
+        lambda m: items(m)["q"]["dense"].update(shape=[9, 6]),
+        "'q': the Quantized stood for",
+    ),
+    "class": (
+        lambda m: items(m)["q"].update({"class": "os.system"}),
+        "'q' names the class 'os.system', which is not one of",
+    ),
+    "other class": (
+        lambda m: items(m)["q"].update({"class": "Masked"}),
+        r"'q' is a Masked with fields missing: \['base', 'mask'\], unknown: \['codes'",
+    ),
+    "field gone": (
+        lambda m: items(m)["q"]["fields"].pop("scale"),
+        r"fields missing: \['scale'\].*the array 'q/scale' is there|fields missing: \['scale'\]",
+    ),
+    "setting gone": (
+        lambda m: items(m)["q"]["static"].pop("bits"),
+        r"fields missing: \['bits'\], unknown: \[\]",
+    ),
+    "setting more": (
+        lambda m: items(m)["q"]["static"].update(evil=1),
+        r"unknown: \['evil'\]",
+    ),
+    "setting tag": (
+        lambda m: items(m)["q"]["static"].update(dtype={"$import": "os"}),
+        r"'q' has the field 'dtype': .* is no setting",
+    ),
+    "dtype": (
+        lambda m: items(m)["w"].update(dtype="int32"),
+        r"'w' is int32 \(600,\) in the manifest, but the array is float32 \(600,\)",
+    ),
+    "shape": (
+        lambda m: items(m)["w"].update(shape=[20, 30]),
+        r"'w' is float32 \(20, 30\) in the manifest, but the array is float32 \(600,\)",
+    ),
+    "absurd shape": (
+        lambda m: items(m)["w"].update(shape=[2**40, 2**40]),
+        r"'w' has shape .* larger than any memory",
+    ),
+    "negative shape": (
+        lambda m: items(m)["w"].update(shape=[-1]),
+        "'w' has shape .* not a list of natural numbers",
+    ),
+    "unknown dtype": (
+        lambda m: items(m)["w"].update(dtype="object"),
+        "'w' has the unknown dtype 'object'",
+    ),
+    "wide dtype": (
+        lambda m: items(m)["w"].update(dtype="float64"),
+        "'w' is float64, which JAX holds only with jax_enable_x64",
+    ),
+    "hash": (
+        lambda m: items(m)["w"].update(sha256="0" * 64),
+        r"the values of \['w'\] \(1 of \d arrays\) are not those that were saved",
+    ),
+    "kind": (lambda m: items(m)["w"].update(kind="pickle"), "'w' has the unknown kind 'pickle'"),
+    "more keys": (lambda m: items(m)["w"].update(more=1), "'w' is a array with"),
+    "array gone": (
+        lambda m: m["tree"]["items"].pop(),
+        "the array 'w' is there, but not in the manifest",
+    ),
+    "array more": (
+        lambda m: m["tree"]["items"].append(["x", items(m)["w"]]),
+        "'x' is in the manifest, but its array is missing",
+    ),
+    "key twice": (
+        lambda m: m["tree"]["items"].append(["w", items(m)["w"]]),
+        "has keys that are not distinct",
+    ),
+    "no pairs": (lambda m: m["tree"].update(items=[1]), "'' "),
+    "format": (lambda m: m.update(format=2), "has format 2 .* this library reads format 1"),
+    "no tree": (lambda m: m.update(more=1), "the keys .*'more'"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_changed_manifest_is_refused_by_path_and_field(saved, case):
+    change, words = TAMPERED[case]
+    edit(saved, change)
+    with pytest.raises(ValueError, match=r"load_tree: '.*out'") as error:
+        load_tree(saved)
+    assert re.search(words, str(error.value)), error.value
+
+
+def test_an_edit_that_breaks_nothing_is_still_noticed(saved):
+    edit(saved, lambda m: items(m)["q"]["static"].update(bits=5), rehash=False)
+    with pytest.raises(ValueError, match=r"jaxweights.json was changed after it was written"):
+        load_tree(saved)
+
+
+def test_all_changed_places_are_one_message(saved):
+    def change(manifest):
+        items(manifest)["w"].update(dtype="int32")
+        items(manifest)["q"]["fields"]["scale"].update(shape=[1])
+
+    edit(saved, change)
+    with pytest.raises(ValueError, match=r"'q/scale' is float32 \(1,\).*'w' is int32"):
+        load_tree(saved)
+
+
+def test_a_manifest_nested_beyond_reason_is_refused(saved):
+    def change(manifest):
+        node = {"kind": "none"}
+        for _ in range(400):
+            node = {"kind": "list", "items": [node]}
+        manifest["tree"] = node
+
+    edit(saved, change)
+    with pytest.raises(ValueError, match=r"nested too deeply|is there, but not in the manifest"):
+        load_tree(saved)
+
+
+def test_a_flipped_bit_in_the_values_is_noticed(saved):
+    whole = everything(saved)
+    name = max((n for n in whole if n.startswith("arrays/")), key=lambda n: len(whole[n]))
+    data = bytearray(whole[name])
+    data[len(data) // 2] ^= 1
+    (saved / name).write_bytes(data)
+    with pytest.raises(ValueError, match=r"are damaged|is damaged|cannot read its arrays"):
+        load_tree(saved)
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "d", "all"])
+def test_an_incomplete_copy_is_refused(saved, name):
+    import shutil
+
+    victim = saved / "arrays" / name if name != "all" else saved / "arrays"
+    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+    with pytest.raises(ValueError, match=r"load_tree: .*(incomplete|missing|cannot read)"):
+        load_tree(saved)
+
+
+def test_other_folders_and_broken_side_files_are_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no jaxweights.json.*save_tree made"):
+        load_tree(tmp_path)
+    (saved / "provenance.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"provenance.json: has format None"):
+        load_tree(saved)
+    (saved / "provenance.json").unlink()
+    (saved / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: holds an array"):
+        load_tree(saved)
+    (saved / MANIFEST).write_text('{"format": 1, "format": 1}')
+    with pytest.raises(ValueError, match="the key 'format' appears more than once"):
+        load_tree(saved)
+
+
+def test_an_existing_destination_is_kept_unless_overwriting_is_asked_for(saved):
+    before = everything(saved)
+    with pytest.raises(FileExistsError, match=r"save_tree: .*out' exists and nothing was written"):
+        save_tree(saved, {"new": jnp.ones(2)})
+    assert everything(saved) == before
+    save_tree(saved, {"new": jnp.ones(2)}, overwrite=True)
+    assert list(load_tree(saved).tree) == ["new"]
+
+
+def test_a_full_disk_is_an_error_and_the_old_tree_stays(saved, file_limit):
+    before = everything(saved.parent)
+    noise = jax.random.normal(jax.random.key(0), (100_000,))
+    with pytest.raises(OSError, match=r"save_tree: the disk is full.*untouched"):
+        save_tree(saved, {"x": noise}, overwrite=True)
+    assert everything(saved.parent) == before
+
+
+def test_a_killed_save_leaves_the_old_tree(saved):
+    before = everything(saved)
+    child = start(f"""
+        import time
+        import jax.numpy as jnp
+        from jaxweights.checkpoint import _orbax
+
+        def save_arrays(*args, real=_orbax._save_arrays):
+            real(*args)
+            print("ready", flush=True)
+            time.sleep(60)
+
+        _orbax._save_arrays = save_arrays
+        _orbax.save_tree({str(saved)!r}, {{"x": jnp.ones(1000)}}, overwrite=True)
+    """)
+    kill(child)
+    assert everything(saved) == before and len(list(saved.parent.iterdir())) == 2
+    assert load_tree(saved).config == {"a": 1}
+    save_tree(saved, {}, overwrite=True)
+    assert list(saved.parent.iterdir()) == [saved]
