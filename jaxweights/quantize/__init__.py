@@ -1,5 +1,8 @@
 """Integers in place of floats: grids, rounding and what calibration adds to it."""
 
+from jaxweights.quantize._gptq import GptqMatrix as GptqMatrix
+from jaxweights.quantize._gptq import gptq as gptq
+from jaxweights.quantize._gptq import gptq_matrix as gptq_matrix
 from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
