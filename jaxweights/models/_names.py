@@ -219,21 +219,22 @@ def _differences(
         for name in stored
         if name not in expected and name != tied and not names.is_carried(name)
     ]
-    whole, missing = _whole_layers(missing, [name for name in expected], names)
-    for layer, count in whole:
+    absent_layers, missing = _whole_layers(missing, list(expected), names)
+    extra_layers, unexpected = _whole_layers(unexpected, list(stored), names)
+    for layer, count in absent_layers:
         yield f"layer {layer} is missing: none of its {count} tensors is there."
+    written = {name: names.written_name(name) for name in expected}
     for name in missing:
-        rule = expected[name][0]
-        hint = _hint(name, unexpected or stored)
-        yield f"{name!r} is missing, shape {rule.checkpoint_shape}.{hint}"
-    whole, unexpected = _whole_layers(unexpected, list(stored), names)
-    for layer, count in whole:
+        hint = _hint(written[name], [stored[other] for other in unexpected] or stored.values())
+        yield f"{written[name]!r} is missing, shape {expected[name][0].checkpoint_shape}.{hint}"
+    for layer, count in extra_layers:
         yield (
             f"layer {layer} is unexpected ({count} tensors): the config has "
             f"{names.num_layers} layers."
         )
     for name in unexpected:
-        yield f"{stored[name]!r} is unexpected.{_hint(name, missing or expected)}"
+        hint = _hint(stored[name], [written[other] for other in missing] or written.values())
+        yield f"{stored[name]!r} is unexpected.{hint}"
     for name, (rule, _) in expected.items():
         if name in stored:
             shape = tuple(_shape(tensors[stored[name]]))
@@ -300,9 +301,17 @@ def _stack(layers: Iterator[np.ndarray], count: int) -> np.ndarray:
     stacked[0] = first
     for index, layer in enumerate(layers, start=1):
         if layer.dtype != stacked.dtype:
-            stacked = stacked.astype(jax.numpy.promote_types(stacked.dtype, layer.dtype))
+            stacked = stacked.astype(_holding_both(stacked.dtype, layer.dtype))
         stacked[index] = layer
     return stacked
+
+
+def _holding_both(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The narrowest float dtype that holds every value of two; NumPy's rules lack bfloat16."""
+    for wide in (a, b, np.dtype(np.float32)):
+        if np.can_cast(a, wide, "safe") and np.can_cast(b, wide, "safe"):
+            return wide
+    return np.dtype(np.float64)
 
 
 def _check_tied(head: Any, table: np.ndarray, names: NameMap, asker: str) -> None:
