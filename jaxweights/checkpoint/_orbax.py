@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def save_tree(
       files: More files by name, such as the tokenizer's: content (text or bytes) or a path.
       overwrite: Whether an existing folder may be replaced, in one step, at the end.
 
+    Where several processes share arrays, all of them call this with one destination on a disk
+    that they share.
+
     Raises:
       FileExistsError: If the destination exists and `overwrite` is False.
       OSError: If the disk is full; the destination is untouched.
@@ -109,13 +113,14 @@ def save_tree(
         "sha256": digest_of(node),
         "tree": node,
     }
-    with atomic("save_tree", destination, directory=True, overwrite=overwrite) as partial:
-        (partial / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
-        if config is not None:
-            (partial / CONFIG).write_text(dump_json(dict(config)), encoding="utf-8")
-        if provenance is not None:
-            (partial / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
-        copy_files("save_tree", partial, files or {})
+    with _partial(destination, overwrite=overwrite) as partial:
+        if jax.process_index() == 0:
+            (partial / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+            if config is not None:
+                (partial / CONFIG).write_text(dump_json(dict(config)), encoding="utf-8")
+            if provenance is not None:
+                (partial / _PROVENANCE).write_text(provenance.to_json(), encoding="utf-8")
+            copy_files("save_tree", partial, files or {})
         _save_arrays(partial / _ARRAYS, arrays)
 
 
@@ -310,6 +315,29 @@ class SavedTree:
             record.parts: _from_stored(found[_storage_key(record.parts)], record, places)
             for record in records
         }
+
+
+@contextlib.contextmanager
+def _partial(destination: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+    """The hidden folder that all processes write into; the first one makes and renames it."""
+    first = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if first:
+            partial = stack.enter_context(
+                atomic("save_tree", destination, directory=True, overwrite=overwrite)
+            )
+        if jax.process_count() == 1:
+            yield partial
+            return
+        from jax.experimental import multihost_utils
+
+        name = partial.name.encode() if first else b""
+        line = np.zeros(512, np.uint8)
+        line[: len(name)] = np.frombuffer(name, np.uint8)
+        name = bytes(multihost_utils.broadcast_one_to_all(line)).rstrip(b"\0").decode()
+        yield Path(os.path.realpath(destination)).parent / name
+        multihost_utils.sync_global_devices("save_tree: written")
+    multihost_utils.sync_global_devices("save_tree: in place")
 
 
 def _save_arrays(folder: Path, arrays: dict[Parts, Any]) -> None:

@@ -3,7 +3,13 @@
 import copy
 import dataclasses
 import json
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @register_saved
-class CountState(NamedTuple):
+class StepState(NamedTuple):
     count: jax.Array
     inner: Any
 
@@ -134,7 +140,7 @@ CONTAINERS = {
     "empty arrays": {"e": np.ones((0, 3), np.int8), "j": jnp.ones((2, 0))},
     "one array": np.arange(3),
     "nothing": {},
-    "named tuple": CountState(jnp.zeros((), jnp.int32), [CountState(jnp.ones(()), None)]),
+    "named tuple": StepState(jnp.zeros((), jnp.int32), [StepState(jnp.ones(()), None)]),
 }
 
 
@@ -413,8 +419,6 @@ def test_a_flipped_bit_in_the_values_is_noticed(saved):
 
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "d", "all"])
 def test_an_incomplete_copy_is_refused(saved, name):
-    import shutil
-
     victim = saved / "arrays" / name if name != "all" else saved / "arrays"
     shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
     with pytest.raises(ValueError, match=r"load_tree: .*(incomplete|missing|cannot read)"):
@@ -451,6 +455,41 @@ def test_a_full_disk_is_an_error_and_the_old_tree_stays(saved, file_limit):
     with pytest.raises(OSError, match=r"save_tree: the disk is full.*untouched"):
         save_tree(saved, {"x": noise}, overwrite=True)
     assert everything(saved.parent) == before
+
+
+@pytest.mark.slow
+def test_two_processes_save_one_tree_and_each_loads_its_part(tmp_path):
+    program = textwrap.dedent(f"""
+        import sys
+        import jax, jax.numpy as jnp, numpy as np
+        jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        from jaxweights.checkpoint import load_tree, save_tree
+        split = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+        whole = np.arange(8.0, dtype=np.float32)
+        x = jax.make_array_from_callback((8,), split, lambda index: whole[index])
+        assert not x.is_fully_addressable
+        out = {str(tmp_path / "out")!r}
+        save_tree(out, {{"x": x, "n": whole}}, config={{"a": 1}})
+        got = load_tree(out, shardings=split)
+        assert got.config == {{"a": 1}} and got.tree["n"].tolist() == whole.tolist()
+        for mine, theirs in zip(x.addressable_shards, got.tree["x"].addressable_shards):
+            np.testing.assert_array_equal(mine.data, theirs.data)
+    """)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(i), address], cwd=root, env=environment
+        )
+        for i in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    np.testing.assert_array_equal(load_tree(tmp_path / "out").tree["x"], np.arange(8.0))
 
 
 def test_a_killed_save_leaves_the_old_tree(saved):
