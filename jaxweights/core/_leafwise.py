@@ -22,6 +22,7 @@ MatrixFn = Callable[..., Any]
 Wrap = Callable[[Any, Any, View], Any]
 Check = Callable[[Path, Any, View], str | None]
 Verify = Callable[[Path, Any], str | None]
+Shared = Callable[[Context], dict[str, jax.Array]]
 
 
 def leafwise(
@@ -34,6 +35,7 @@ def leafwise(
     refusal: str = "Apply it to the dense weight, before it is represented.",
     randomized: bool = False,
     masked: bool = False,
+    shared: Shared | None = None,
     mapping: Literal["vmap", "map"] = "vmap",
     check: Check | None = None,
     verify: Verify | None = None,
@@ -59,6 +61,8 @@ def leafwise(
       refusal: What to do instead, for other representations.
       randomized: Whether `fn` draws random numbers.
       masked: Whether `fn` takes the mask of a weight that has one.
+      shared: `shared(context)` gives arrays that `fn` takes besides, the same for every matrix;
+        they may be traced, such as what a schedule says of `context.step`.
       mapping: `"vmap"` for all matrices at once, `"map"` for one after another, in the memory
         of one.
       check: `check(path, leaf, view)` says what is wrong with a leaf, from its shape.
@@ -81,11 +85,14 @@ def leafwise(
     wanted = frozenset(needs)
 
     @functools.partial(jax.jit, static_argnames=("view",))
-    def run(leaf: Any, inputs: dict[str, Any], view: View) -> tuple[Any, jax.Array]:
+    def run(
+        leaf: Any, inputs: dict[str, Any], common: dict[str, Any], view: View
+    ) -> tuple[Any, jax.Array]:
         dense = materialize(leaf)
         if "mask" in inputs:
             inputs = inputs | {"mask": view.to_matrix(inputs["mask"])}
-        result = _map_over_stack(fn, view.to_matrix(dense), inputs, mapping)
+        one = functools.partial(fn, **common)
+        result = _map_over_stack(one, view.to_matrix(dense), inputs, mapping)
         # Not through a maximum: XLA's vectorised one drops NaN on CPU (seen with jax 0.10.2).
         finite = jnp.isfinite(jnp.sum(dense * 0)) if checks_finite and dense.size else True
         return result, jnp.asarray(finite)
@@ -94,6 +101,7 @@ def leafwise(
         flat, treedef = flatten(params)
         targets = _targets(flat, context, name, accepts, refusal, check, wanted)
         key = context.require("key", name) if randomized and targets else None
+        common = shared(context) if shared is not None and targets else {}
         new, finite = dict(flat), {}
         for done, (path, view) in enumerate(targets.items(), start=1):
             leaf = flat[path]
@@ -102,7 +110,7 @@ def leafwise(
                 inputs["key"] = _stack_keys(path_key(key, path), leaf, view)
             if masked and (mask := getattr(leaf, "mask", None)) is not None:
                 inputs["mask"] = mask
-            result, finite[path] = run(leaf, inputs, view)
+            result, finite[path] = run(leaf, inputs, common, view)
             new[path] = (_put_value if wrap is None else wrap)(leaf, result, view)
             if verify is not None and not _is_abstract(result):
                 fail(name, [problem] if (problem := verify(path, result)) else [])
