@@ -128,12 +128,35 @@ def check_destination(
             f"{function}: '{destination}' is a {is_now} and a {wanted} cannot replace it. Nothing "
             "was written. Choose another destination."
         )
-    if Path.cwd().is_relative_to(path) or Path.home().is_relative_to(path):
+    if any(place.is_relative_to(path) for place in _places_in_use()):
         raise ValueError(
             f"{function}: overwriting '{destination}' would remove the working directory or the "
             "home directory. Nothing was written. Choose another destination."
         )
     return path
+
+
+def refuse_unrelated(function: str, destination: str | os.PathLike[str]) -> None:
+    """Refuses to overwrite a folder that is no checkpoint: all that it holds would be lost."""
+    path = Path(destination)
+    known = ("jaxweights.json", "*.safetensors", "*.safetensors.index.json")
+    if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in known):
+        return
+    entries = sorted(entry.name for entry in path.iterdir())
+    if entries:
+        raise FileExistsError(
+            f"{function}: '{destination}' is a folder that holds no checkpoint but {entries[:5]}, "
+            "which overwriting would remove. Nothing was written. Choose another destination, or "
+            "remove the folder yourself."
+        )
+
+
+def _places_in_use() -> list[Path]:
+    places = []
+    for find in (Path.cwd, Path.home):
+        with contextlib.suppress(OSError, RuntimeError):  # neither need exist in a container
+            places.append(find())
+    return places
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination
+from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
 from jaxweights.checkpoint._json import dump_json, read_json_object
 from jaxweights.checkpoint._manifest import (
     ArrayRecord,
@@ -90,7 +90,8 @@ def save_tree(
     that they share.
 
     Raises:
-      FileExistsError: If the destination exists and `overwrite` is False.
+      FileExistsError: If the destination exists and `overwrite` is False, or is a folder that
+        holds other things than a checkpoint.
       OSError: If the disk is full; the destination is untouched.
       TypeError: If the tree holds something that cannot be saved, all such places at once.
 
@@ -103,6 +104,7 @@ def save_tree(
       (dtype('float16'), {'layers': 1})
     """
     check_destination("save_tree", destination, overwrite=overwrite, directory=True)
+    refuse_unrelated("save_tree", destination)
     node, arrays = encode_tree(tree)
     taken = [name for name in files or {} if name.split("/")[0] in _OWN_FILES]
     if taken:
@@ -125,7 +127,11 @@ def save_tree(
 
 
 def load_tree(
-    path: str | os.PathLike[str], *, shardings: Shardings | None = None, verify: bool = True
+    path: str | os.PathLike[str],
+    *,
+    shardings: Shardings | None = None,
+    verify: bool = True,
+    abstract: bool = False,
 ) -> LoadedTree:
     """Loads what `save_tree` saved; no target tree is needed.
 
@@ -139,6 +145,7 @@ def load_tree(
         as `mlp/kernel/codes`. NumPy arrays stay NumPy arrays. None: the first device.
       verify: Whether to compare the values with the hashes that were taken when they were saved.
         On accelerators this copies them to the host once.
+      abstract: Whether to give `jax.ShapeDtypeStruct` for arrays and read none, for `plan`.
 
     Returns:
       The tree and what was saved along.
@@ -149,7 +156,11 @@ def load_tree(
         once.
     """
     saved = SavedTree(Path(path), function="load_tree")
-    arrays = saved.read(saved.records, shardings, verify=verify)
+    arrays = (
+        saved.structs(shardings)
+        if abstract
+        else saved.read(saved.records, shardings, verify=verify)
+    )
     return LoadedTree(saved.build(arrays), saved.config, saved.provenance, saved.files)
 
 
@@ -224,6 +235,16 @@ class SavedTree:
             self._refuse_damage(records, arrays)
         return arrays
 
+    def structs(self, shardings: Shardings | None = None) -> dict[Parts, Any]:
+        """Shapes and dtypes of all arrays, by place; with shardings, if any are given."""
+        places = {}
+        if shardings is not None:
+            places = _placement(self._where, self.records, shardings)
+        return {
+            r.parts: jax.ShapeDtypeStruct(r.shape, r.dtype, sharding=places.get(r.parts))
+            for r in self.records
+        }
+
     def _refuse_damage(self, records: list[ArrayRecord], arrays: dict[Parts, Any]) -> None:
         damaged = [
             record.path
@@ -260,6 +281,8 @@ class SavedTree:
             return [f"the folder '{_ARRAYS}' is missing; the copy is incomplete"]
         try:
             metadata = _checkpointer().metadata(folder.resolve()).item_metadata
+            if metadata is None:
+                return [f"Orbax finds no arrays in '{_ARRAYS}'; the copy is incomplete"]
             stored = {_key_names(key): value for key, value in _leaves(metadata.tree)}
         except Exception as error:  # whatever Orbax and TensorStore raise on damaged files
             return [f"Orbax cannot read '{_ARRAYS}': {error!s:.300}"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._untrusted import contained
@@ -71,7 +71,8 @@ def write_safetensors(
       overwrite: Whether an existing destination may be replaced.
 
     Raises:
-      FileExistsError: If the destination exists and `overwrite` is False.
+      FileExistsError: If the destination exists and `overwrite` is False, or is a folder that
+        holds other things than a checkpoint.
       OSError: If the disk is full; the destination is untouched.
       TypeError: If a dtype has no name in the format, or something is not an array.
       ValueError: If a name or setting is invalid, or a callable gives another shape or dtype
@@ -102,6 +103,8 @@ def write_safetensors(
         raise ValueError(
             f"write_safetensors: '{destination}' is one file; files={sorted(files)} need a folder."
         )
+    check_destination("write_safetensors", destination, overwrite=overwrite, directory=not single)
+    refuse_unrelated("write_safetensors", destination)
     with atomic(
         "write_safetensors",
         destination,

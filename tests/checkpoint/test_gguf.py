@@ -144,6 +144,24 @@ def test_every_truncation_of_a_file_is_refused(tmp_path):
     assert open_gguf(path).read("t").tolist() == list(range(8))
 
 
+def test_every_single_bit_flip_is_refused_or_read_within_the_file(tmp_path):
+    pairs = [pair("s", 8, text("abc")), pair("l", 9, struct.pack("<IQ", 8, 1) + text("x"))]
+    whole = gguf_bytes(pairs, [row("t", [8, 2]), row("u", [32], 8, 64)], bytes(64 + 34))
+    path = tmp_path / "a.gguf"
+    refused = 0
+    for position in range(len(whole) - 98):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                file = open_gguf(path)
+                assert all(file.read(name).shape == file[name].shape for name in file)
+            except ValueError:
+                refused += 1
+    assert refused > 800  # the others rename something, or say that there is less
+
+
 def test_missing_and_irregular_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.gguf' does not exist"):
         open_gguf(tmp_path / "nowhere.gguf")

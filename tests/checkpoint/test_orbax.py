@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxweights.checkpoint import Provenance, load_tree, register_saved, save_tree
+from jaxweights.checkpoint import Provenance, _orbax, load_tree, register_saved, save_tree
 from jaxweights.checkpoint._manifest import digest_of
 from jaxweights.checkpoint._orbax import MANIFEST
 from jaxweights.checkpoint._saved import SAVED_DTYPES
@@ -175,6 +175,25 @@ def test_random_keys_come_back_and_draw_the_same(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(got["b"]), jax.random.key_data(keys["b"]))
 
 
+def test_an_abstract_load_reads_no_array_and_has_the_same_structure(tmp_path, monkeypatch):
+    tree = {"q": quantized(), "k": jax.random.key(0), "e": jnp.zeros((0, 2)), "n": 3}
+    save_tree(tmp_path / "out", tree)
+    monkeypatch.setattr(_orbax.SavedTree, "read", None)
+    got = load_tree(tmp_path / "out", abstract=True).tree
+    assert jax.tree.structure(got) == jax.tree.structure(tree) and got["n"] == 3
+    assert got["q"].shape == (8, 6) and got["k"].dtype == tree["k"].dtype
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(got) if x != 3)
+    assert jax.eval_shape(lambda tree: tree["q"].materialize(), got).shape == (8, 6)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years")
+    with pytest.raises(FileExistsError, match=r"holds no checkpoint but \['chapter'\], which"):
+        save_tree(tmp_path / "thesis", {}, overwrite=True)
+    assert everything(tmp_path) == {"thesis/chapter": b"years"}
+
+
 def test_config_provenance_and_files_travel_along(tmp_path):
     made = Provenance.collect(recipe={"chain": ["gptq"]}, source="sha256:1")
     files = {"tokenizer.json": "{}", "1_Pooling/config.json": b"{}"}
@@ -273,6 +292,7 @@ def items(manifest) -> dict:
     return dict(manifest["tree"]["items"])
 
 
+NONE = {"kind": "none"}
 TAMPERED = {
     "bits": (
         lambda m: items(m)["q"]["static"].update(bits="four"),
@@ -313,6 +333,16 @@ TAMPERED = {
     "setting gone": (
         lambda m: items(m)["q"]["static"].pop("bits"),
         r"fields missing: \['bits'\], unknown: \[\]",
+    ),
+    "field emptied": (
+        lambda m: items(m)["q"]["fields"].update(codes={"kind": "none"}),
+        "the array 'q/codes' is there, but not in the manifest",
+    ),
+    "field without an array": (
+        lambda m: m["tree"]["items"].append(
+            ["z", {**items(m)["q"], "fields": dict.fromkeys(items(m)["q"]["fields"], NONE)}]
+        ),
+        "'z': the Quantized stood for .* but now for nothing",
     ),
     "setting more": (
         lambda m: items(m)["q"]["static"].update(evil=1),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxweights.checkpoint import open_safetensors, write_safetensors
+from tests._fixtures import fixture_path
 
 
 def save(path: Path, header: dict | str | bytes, data: bytes = b"", length: int | None = None):
@@ -175,6 +176,15 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(KeyError, match="holds no tensor 'y'"):
         save(tmp_path / "empty.safetensors", {})
         open_safetensors(tmp_path)["y"]
+
+
+def test_a_public_adapter_is_read_as_by_its_own_library():
+    reference = pytest.importorskip("safetensors.numpy")
+    path = fixture_path("adapt/llama_lora_adapter_model.safetensors")
+    tensors, want = open_safetensors(path), reference.load_file(path)
+    assert tensors.keys() == want.keys() and len(want) > 0
+    for name in want:
+        np.testing.assert_array_equal(tensors.read(name), want[name])
 
 
 @pytest.fixture

@@ -172,6 +172,17 @@ def test_an_existing_checkpoint_is_kept_unless_overwriting_is_asked_for(tmp_path
     assert list(open_safetensors(tmp_path / "out")) == ["y"]
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    write_safetensors(tmp_path / "thesis", {"x": np.ones(1)}, overwrite=True)
+    write_safetensors(tmp_path / "thesis", {"x": np.ones(1)}, overwrite=True)
+    (tmp_path / "thesis" / "model.safetensors").rename(tmp_path / "thesis" / "chapter")
+    before = everything(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds no checkpoint but \['chapter'\], which"):
+        write_safetensors(tmp_path / "thesis", {"x": np.ones(1)}, overwrite=True)
+    assert everything(tmp_path) == before
+
+
 def test_arrays_read_before_an_overwrite_keep_their_values(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, {"x": np.ones(1000)})
