@@ -20,6 +20,8 @@ from jaxweights.core._paths import flatten as flatten
 from jaxweights.core._paths import nearest as nearest
 from jaxweights.core._paths import path_key as path_key
 from jaxweights.core._paths import unflatten as unflatten
+from jaxweights.core._plan import Plan as Plan
+from jaxweights.core._plan import plan as plan
 from jaxweights.core._schedule import between as between
 from jaxweights.core._schedule import every as every
 from jaxweights.core._select import kth_smallest as kth_smallest
