@@ -192,7 +192,7 @@ def atomic(
                     errno.ENOSPC,
                     f"{function}: the disk is full while writing '{destination}'. What was there "
                     "before is untouched and the partial result was removed. Free some space or "
-                    f"choose another disk ({error})",
+                    f"choose another disk ({error!s:.200})",
                 ) from error
             raise
         finally:

@@ -15,9 +15,9 @@ import numpy as np
 from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
 from jaxweights.checkpoint._json import read_json_object
 from jaxweights.checkpoint._manifest import build_tree, leaf_parts, object_at
-from jaxweights.checkpoint._orbax import CONFIG, MANIFEST, SavedTree
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._safetensors_header import DTYPES
+from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
 
 # What travels along with the weights of a Hugging Face checkpoint.
