@@ -1,6 +1,14 @@
 """Recipes: a file that says what to change, a run that does it, a report of what it cost."""
 
 from jaxweights.recipes._download import DownloadError as DownloadError
+from jaxweights.recipes._evaluate import PerplexityScore as PerplexityScore
+from jaxweights.recipes._evaluate import RetrievalScore as RetrievalScore
+from jaxweights.recipes._evaluate import embed as embed
+from jaxweights.recipes._evaluate import passages as passages
+from jaxweights.recipes._evaluate import perplexity as perplexity
+from jaxweights.recipes._evaluate import retrieval as retrieval
+from jaxweights.recipes._evaluate import sequences as sequences
+from jaxweights.recipes._evaluate import windows as windows
 from jaxweights.recipes._fetch import cache_folder as cache_folder
 from jaxweights.recipes._fetch import fetch as fetch
 from jaxweights.recipes._methods import methods as methods
@@ -10,6 +18,9 @@ from jaxweights.recipes._packages import Package as Package
 from jaxweights.recipes._recipe import Recipe as Recipe
 from jaxweights.recipes._recipe import load_recipe as load_recipe
 from jaxweights.recipes._recipe import parse_recipe as parse_recipe
+from jaxweights.recipes._run import RunResult as RunResult
+from jaxweights.recipes._run import plan_recipe as plan_recipe
+from jaxweights.recipes._run import run_recipe as run_recipe
 from jaxweights.recipes._texts import Text as Text
 from jaxweights.recipes._texts import load_text as load_text
 from jaxweights.recipes._texts import read_text_file as read_text_file

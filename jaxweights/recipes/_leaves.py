@@ -13,9 +13,10 @@ import numpy as np
 
 from jaxweights.core._layout import Layout, is_default_target, is_float, is_vector
 from jaxweights.core._paths import Path, flatten, matching
+from jaxweights.core._plan import describe_leaf, leaf_bytes
 from jaxweights.recipes._recipe import Recipe
 from jaxweights.weights._axes import View
-from jaxweights.weights._weight import is_weight, materialize
+from jaxweights.weights._weight import materialize
 
 _SPECTRA = 9  # panels of the report's figure
 
@@ -85,7 +86,7 @@ def compare_leaves(
                 parameters=int(np.prod(leaf.shape, dtype=np.int64)),
                 bytes_before=leaf_bytes(leaf),
                 bytes_after=leaf_bytes(new[path]),
-                representation=describe(new[path]),
+                representation=describe_leaf(new[path]),
                 changed=changed,
                 why="" if changed else why_left(path, leaf, layout, recipe),
                 zeros=zeros,
@@ -110,30 +111,10 @@ def _difference(before: Any, after: Any, view: View | None) -> tuple[jax.Array, 
     return jnp.where(whole > 0, norm(new - old) / jnp.where(whole > 0, whole, 1.0), 0.0), zeros
 
 
-def leaf_bytes(leaf: Any) -> int:
-    """Bytes of the arrays of a leaf, dense or represented."""
-    return sum(int(x.size) * x.dtype.itemsize for x in jax.tree.leaves(leaf))
-
-
 def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays of a tree, tied ones once."""
-    unique = {id(x): int(x.size) * x.dtype.itemsize for x in jax.tree.leaves(tree)}
+    unique = {id(leaf): leaf_bytes(leaf) for leaf in flatten(tree)[0].values()}
     return sum(unique.values())
-
-
-def describe(leaf: Any) -> str:
-    """A leaf's representation in a few words."""
-    if not is_weight(leaf):
-        return "dense"
-    notes = [f"{name}={getattr(leaf, name)}" for name in ("bits",) if hasattr(leaf, name)]
-    if getattr(leaf, "group_size", None) is not None:
-        notes.append(f"group_size={leaf.group_size}")
-    if hasattr(leaf, "down"):
-        notes.append(f"rank={leaf.down.shape[-1]}")
-    base = getattr(leaf, "base", None)
-    if base is not None and is_weight(base):
-        notes.insert(0, describe(base))
-    return f"{type(leaf).__name__}({', '.join(notes)})" if notes else type(leaf).__name__
 
 
 def why_left(path: Path, leaf: Any, layout: Layout, recipe: Recipe) -> str:
@@ -192,9 +173,7 @@ def spectra(
         pair = [_middle(materialize(tree[leaf.path]), view) for tree in (old, new)]
         stack = leaf.shape[0] if pair[0][1] else 0
         where = f", layer {stack // 2}" if stack else ""
-        found[short_name(leaf.path) + where] = tuple(
-            np.linalg.svd(matrix, compute_uv=False).tolist() for matrix, _ in pair
-        )
+        found[short_name(leaf.path) + where] = tuple(_singular_values(matrix) for matrix, _ in pair)
     return found
 
 
@@ -205,6 +184,17 @@ def _middle(dense: jax.Array, view: View) -> tuple[np.ndarray, bool]:
     while matrix.ndim > 2:
         matrix = matrix[matrix.shape[0] // 2]
     return np.asarray(matrix, np.float32), is_stacked
+
+
+def _singular_values(matrix: np.ndarray) -> list[float]:
+    """Singular values, descending, good to 1e-8 of the largest: a figure shows no more.
+
+    The eigenvalues of the smaller Gram matrix cost a small part of an SVD.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide.astype(np.float64)
+    eigenvalues = np.linalg.eigvalsh(wide @ wide.T)[::-1]
+    return np.sqrt(np.maximum(eigenvalues, 0.0)).tolist()
 
 
 def provenance_errors(leaves: tuple[LeafResult, ...]) -> Mapping[str, Mapping[str, float]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,37 +136,6 @@ def check_fit(recipe: Recipe, model: Model) -> None:
         )
     if problems:
         raise RecipeError("\n".join(problems))
-
-
-def companion_files(model: Model) -> dict[str, str | Path]:
-    """Files that travel along with the weights: config, tokenizer, licence."""
-    from jaxweights.models import config_to_dict
-
-    source = model.pretrained.source
-    files: dict[str, str | Path] = dict(source.files)
-    if source.format == "gguf":
-        files |= _tokenizer_files(source.metadata, model.tokenizer)
-    if source.format == "gguf" or "config.json" not in files:
-        files["config.json"] = json.dumps(config_to_dict(model.pretrained.config), indent=2)
-    return files
-
-
-def _tokenizer_files(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, str | Path]:
-    """A GGUF file's tokenizer as the files that transformers reads."""
-    if tokenizer is None:
-        return {}
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and int(index) < len(tokens):
-            config[f"{name}_token"] = str(tokens[int(index)])
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = str(metadata["tokenizer.chat_template"])
-    return {
-        "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
-    }
 
 
 def _place(recipe: Recipe, section: str) -> str:

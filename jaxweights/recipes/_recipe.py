@@ -115,7 +115,7 @@ class Calibrate(_Text):
       sequences: How many sequences are read.
       length: Tokens each.
       batch: Sequences at a time; more is faster and takes more memory.
-      again: When the changed model is calibrated anew: `never` (all steps read the statistics of the
+      again: When to calibrate anew: `never` (all steps read the statistics of the
         original model), before `each_step`, or before `each_block` of layers, as GPTQ is
         published; slower, and sometimes better.
     """

@@ -14,6 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxweights.calibrate import calibrate, pipeline
+from jaxweights.checkpoint import Provenance, atomic_directory
+from jaxweights.checkpoint._atomic import check_destination
+from jaxweights.core import Layout, apply, chain, flatten
+from jaxweights.core._plan import Plan, plan
+from jaxweights.lift import infer_layout
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._leaves import (
     LeafResult,
@@ -27,8 +33,10 @@ from jaxweights.recipes._measure import (
     prepare_calibration,
     prepare_measures,
 )
-from jaxweights.recipes._model import Model, check_fit, companion_files, load_model
+from jaxweights.recipes._model import Model, check_fit, load_model
 from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._report import render_report
+from jaxweights.recipes._write import write_checkpoint
 from jaxweights.recipes._yaml import RecipeError
 
 
@@ -75,19 +83,17 @@ def run_recipe(
       FileExistsError: If the destination exists and `overwrite` is False.
       RecipeError: If the recipe does not suit the model.
     """
-    from jaxweights.checkpoint import atomic_directory
-    from jaxweights.checkpoint._atomic import check_destination
-
     report = progress or (lambda task, done, total: None)
     clock = _Clock()
     directory = Path(output or recipe.output.directory)
     check_destination("jaxweights run", directory, overwrite=overwrite, directory=True)
+    _refuse_unrelated(directory)
 
     with clock("load"):
         model = load_model(recipe.model, progress=report)
         others = tuple(load_model(m, progress=report).params for m in recipe.models)
         check_fit(recipe, model)
-        layout = check_leaves(recipe, model)
+        layout, _ = _plan(recipe, model, others)
         data = prepare_calibration(recipe, model, report)
         measures = prepare_measures(recipe, model, report)
     before = model.params
@@ -129,18 +135,28 @@ class _Clock:
         self.seconds[part] = round(time.perf_counter() - start, 2)
 
 
-def check_leaves(recipe: Recipe, model: Model) -> Any:
-    """Reads the layout off the model's trace, and tries every pattern on the model's leaves.
+def plan_recipe(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
+    """Says what a recipe would do to which leaf; loads the model, changes nothing.
+
+    Args:
+      recipe: A checked recipe.
+      progress: Called with (task, done, total).
 
     Returns:
-      The layout.
+      The plan, which prints as a table.
 
     Raises:
-      RecipeError: If a pattern matches nothing; says which line.
+      RecipeError: If a pattern matches no leaf, or a method does not suit one.
     """
-    from jaxweights.core import flatten
-    from jaxweights.lift import infer_layout
+    report = progress or (lambda task, done, total: None)
+    model = load_model(recipe.model, progress=report)
+    others = tuple(load_model(m, progress=report).params for m in recipe.models)
+    check_fit(recipe, model)
+    return _plan(recipe, model, others)[1]
 
+
+def _plan(recipe: Recipe, model: Model, others: tuple[Any, ...]) -> tuple[Layout, Plan]:
+    """Reads the layout off the model's trace, and tries all steps on shapes."""
     flat = flatten(model.params)[0]
     problems = []
     for step in recipe.steps:
@@ -151,7 +167,35 @@ def check_leaves(recipe: Recipe, model: Model) -> Any:
     if problems:
         raise RecipeError("\n".join(problems))
     tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
-    return infer_layout(model.forward, model.params, tokens)
+    layout = infer_layout(model.forward, model.params, tokens)
+    # Whether statistics are still true was settled with the recipe: here shapes alone count.
+    steps = [dataclasses.replace(step.transform, moves_inputs=False) for step in recipe.steps]
+    try:
+        found = plan(chain(*steps), model.params, layout=layout, models=others or None)
+    except ValueError as error:
+        lines = [_with_line(line, recipe) for line in str(error).splitlines()]
+        raise RecipeError("\n".join(lines)) from error
+    return layout, found
+
+
+def _with_line(message: str, recipe: Recipe) -> str:
+    """Puts the line of the step that a message is from before it."""
+    for step in recipe.steps:
+        if message.startswith(f"{step.method}:"):
+            return f"{recipe.name}:{step.line}: {message}"
+    return f"{recipe.name}: {message}"
+
+
+def _refuse_unrelated(directory: Path) -> None:
+    """Refuses to overwrite a folder that no run made: all that it holds would be lost."""
+    if not directory.is_dir() or (directory / "result.json").is_file():
+        return
+    entries = sorted(entry.name for entry in directory.iterdir())
+    if entries:
+        raise FileExistsError(
+            f"jaxweights run: '{directory}' is a folder that no run made; it holds {entries[:5]}, "
+            "which overwriting would remove. Nothing was written. Choose another folder."
+        )
 
 
 def _transform(
@@ -162,9 +206,6 @@ def _transform(
     data: CalibrationData | None,
     report: Progress,
 ) -> Any:
-    from jaxweights.calibrate import calibrate, pipeline
-    from jaxweights.core import apply
-
     key = jax.random.key(recipe.seed)
     watch = _Watch(report)
     section = recipe.calibrate
@@ -213,8 +254,6 @@ class _Watch:
 
 
 def _provenance(recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...]) -> Any:
-    from jaxweights.checkpoint import Provenance
-
     return Provenance.collect(
         recipe={"name": Path(recipe.name).name, "yaml": recipe.text},
         source=model.pretrained.source.fingerprint(),
@@ -261,28 +300,10 @@ def _summarize(
 def _write_weights(
     folder: Path, recipe: Recipe, model: Model, params: Any, provenance: Any, report: Progress
 ) -> None:
-    from jaxweights.checkpoint import save_tree, write_safetensors
-    from jaxweights.models import checkpoint_from_params, config_to_dict
-    from jaxweights.weights import materialize
-
     formats = recipe.output.formats
-    files = companion_files(model)
     for done, form in enumerate(formats):
         report("Writing weights", done, len(formats))
-        if form == "orbax":
-            config = config_to_dict(model.pretrained.config)
-            extra = {name: file for name, file in files.items() if name != "config.json"}
-            save_tree(folder / "orbax", params, config=config, provenance=provenance, files=extra)
-        else:
-            dense = jax.tree.map(np.asarray, materialize(params))
-            tensors = checkpoint_from_params(dense, model.pretrained.config)
-            tensors |= dict(model.pretrained.carried)
-            write_safetensors(
-                folder / "safetensors",
-                tensors,
-                metadata={"jaxweights": provenance.to_json()},
-                files=files,
-            )
+        write_checkpoint(folder / form, form, model.pretrained, params, provenance=provenance)
     report("Writing weights", len(formats), len(formats))
 
 
@@ -294,8 +315,6 @@ def _write_report(
     panels: dict[str, Any],
     report: Progress,
 ) -> None:
-    from jaxweights.recipes._report import render_report
-
     (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
     (folder / "result.json").write_text(
         json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"

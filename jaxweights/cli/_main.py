@@ -1,0 +1,134 @@
+"""The command `jaxweights`: its arguments, its errors, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # 130: as shells report Ctrl-C
+
+COMMANDS = ("run", "plan", "inspect", "compare", "convert")
+
+_DESCRIPTION = """\
+Changes the weights of trained models: prunes, quantizes, adapts, merges, and shows what it cost.
+
+Commands take seconds to minutes; all of them write messages and progress to standard error, and
+their result to standard output, with --json in a form for programs."""
+
+_EPILOG = """\
+example:
+  jaxweights run configs/quickstart.yaml
+
+exit codes:
+  0  done
+  1  refused or failed; nothing was written
+  2  the command line was wrong"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which command is nearest to a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the usage and one sentence."""
+        if "invalid choice" in message and self.prog == "jaxweights":
+            from difflib import get_close_matches
+
+            typed = message.split("'")[1]
+            close = get_close_matches(typed, COMMANDS, n=1, cutoff=0.3)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            message = f"there is no command {typed!r}.{hint} Commands: {', '.join(COMMANDS)}."
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: Those of the command line; None takes the program's own.
+
+    Returns:
+      The exit code: 0 done, 1 refused or failed.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    # Only the command that is run imports JAX and the rest.
+    command = importlib.import_module(f"jaxweights.cli._{options.command}")
+    try:
+        result, text = command.execute(options)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written", options)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return OK
+    except Exception as error:
+        if options.debug:
+            raise
+        _say(_clean(error), options)
+        return FAILED
+    try:
+        print(json.dumps(result, ensure_ascii=False) if options.json else text, flush=True)
+    except BrokenPipeError:  # `| head` closed its end
+        sys.stderr.close()
+    return OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="jaxweights",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="say the version and stop")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name in COMMANDS:
+        module = importlib.import_module(f"jaxweights.cli._{name}")
+        command = subparsers.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        common = command.add_argument_group("common")
+        common.add_argument("--json", action="store_true", help="print the result as JSON")
+        common.add_argument("--quiet", action="store_true", help="show no progress")
+        common.add_argument(
+            "--debug", action="store_true", help="show where an error arose, with its traceback"
+        )
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from jaxweights.checkpoint import Provenance
+
+        versions = Provenance.collect(recipe={}).versions
+        print(" ".join(f"{name} {version}" for name, version in versions.items()))
+        parser.exit(OK)
+
+
+def _clean(error: Exception) -> str:
+    """An error as its reader needs it: the message, and the kind only where it says something."""
+    message = str(error).strip()
+    if isinstance(error, KeyError) and error.args:
+        message = str(error.args[0])  # KeyError quotes its message
+    if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError | KeyError):
+        return message or type(error).__name__
+    return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _say(message: str, options: argparse.Namespace) -> None:
+    print(f"jaxweights {options.command}: {message}", file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps({"error": message}, ensure_ascii=False), flush=True)

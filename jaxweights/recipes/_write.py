@@ -1,0 +1,91 @@
+"""Writes a model's weights with what belongs to them, in each format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Format = Literal["orbax", "safetensors"]
+
+
+def write_checkpoint(
+    destination: Path,
+    form: Format,
+    pretrained: Any,
+    params: Any,
+    *,
+    provenance: Any = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes parameters so that they can be loaded again, here or by other tools.
+
+    Args:
+      destination: A folder to make.
+      form: `orbax` keeps represented weights bit for bit; `safetensors` holds the dense weights
+        under the names that other tools read, with those tensors of the source that the model
+        does not use.
+      pretrained: The model whose parameters they are.
+      params: The parameters, perhaps with represented weights.
+      provenance: How they came about.
+      overwrite: Whether an existing destination may be replaced.
+    """
+    from jaxweights.checkpoint import save_tree, write_safetensors
+    from jaxweights.models import checkpoint_from_params, config_to_dict
+    from jaxweights.weights import materialize
+
+    files = companion_files(pretrained)
+    if form == "orbax":
+        config = config_to_dict(pretrained.config)
+        files.pop("config.json")
+        save_tree(
+            destination,
+            params,
+            config=config,
+            provenance=provenance,
+            files=files,
+            overwrite=overwrite,
+        )
+        return
+    dense = jax.tree.map(np.asarray, materialize(params))
+    tensors = checkpoint_from_params(dense, pretrained.config) | dict(pretrained.carried)
+    metadata = {} if provenance is None else {"jaxweights": provenance.to_json()}
+    write_safetensors(destination, tensors, metadata=metadata, files=files, overwrite=overwrite)
+
+
+def companion_files(pretrained: Any) -> dict[str, str | Path]:
+    """Files that travel along with a model's weights: config, tokenizer, licence."""
+    from jaxweights.models import config_to_dict
+
+    source = pretrained.source
+    files: dict[str, str | Path] = dict(source.files)
+    if source.format == "gguf":
+        files |= _tokenizer_files(pretrained)
+    if source.format == "gguf" or "config.json" not in files:
+        files["config.json"] = json.dumps(config_to_dict(pretrained.config), indent=2)
+    return files
+
+
+def _tokenizer_files(pretrained: Any) -> dict[str, str | Path]:
+    """A GGUF file's tokenizer as the files that transformers reads."""
+    from jaxweights.models import load_tokenizer
+
+    if pretrained.tokenizer_path is None:
+        return {}
+    metadata: Mapping[str, Any] = pretrained.source.metadata
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and int(index) < len(tokens):
+            config[f"{name}_token"] = str(tokens[int(index)])
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = str(metadata["tokenizer.chat_template"])
+    return {
+        "tokenizer.json": load_tokenizer(pretrained).to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+    }

@@ -1,0 +1,153 @@
+"""inspect, compare and convert on small checkpoints of every format."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxweights.checkpoint import load_tree, open_checkpoint
+from jaxweights.cli import main
+from jaxweights.core import apply
+from jaxweights.models import load_pretrained
+from jaxweights.quantize import round_to_nearest
+from jaxweights.recipes._write import write_checkpoint
+from jaxweights.weights import Axes
+from tests._tiny_models import LLAMA, write_tiny
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "llama", LLAMA)
+
+
+@pytest.fixture(scope="module")
+def quantized(llama, tmp_path_factory):
+    """The same model with int4 weights, as Orbax."""
+    pretrained = load_pretrained(llama)
+    layout = {"layers/.*/kernel": Axes()}
+    params = apply(round_to_nearest(bits=4, group_size=16), pretrained.params, layout=layout)
+    folder = tmp_path_factory.mktemp("models") / "quantized"
+    write_checkpoint(folder, "orbax", pretrained, params)
+    return folder
+
+
+def run(capsys, *arguments):
+    code = main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out, captured.err
+
+
+def run_json(capsys, *arguments):
+    return json.loads(run(capsys, *arguments, "--json")[0])
+
+
+def test_inspect_lists_tensors_sizes_and_config(capsys, llama):
+    found = run_json(capsys, "inspect", llama)
+    names = {tensor["name"]: tensor for tensor in found["tensors"]}
+    q = names["model.layers.0.self_attn.q_proj.weight"]
+    assert (q["shape"], q["stored"], q["bytes"]) == ([32, 32], "float32", 32 * 32 * 4)
+    assert found["format"] == "safetensors"
+    assert found["config"]["hidden_size"] == 32
+    assert found["bytes"] == 4 * found["parameters"]
+    assert "tokenizer.json" in found["files"]
+
+
+def test_inspect_shows_the_same_to_people(capsys, llama):
+    out, _ = run(capsys, "inspect", llama)
+    assert "model.layers.0.self_attn.q_proj.weight" in out
+    assert "32 × 32" in out and "hidden_size: 32" in out
+
+
+def test_inspect_names_representations_and_counts_their_bytes(capsys, quantized):
+    found = run_json(capsys, "inspect", quantized)
+    q = next(t for t in found["tensors"] if t["name"] == "layers/attn/q/kernel")
+    assert q["stored"] == "Quantized(bits=4)"
+    # Two codes a byte, and a float32 scale for every 16 of them.
+    assert q["bytes"] == 2 * 32 * 32 // 2 + 2 * 32 * 32 // 16 * 4
+
+
+def test_a_checkpoint_is_identical_to_itself(capsys, llama):
+    found = run_json(capsys, "compare", llama, llama)
+    assert found["identical"] and found["relative_error"] == 0.0
+
+
+def test_compare_measures_across_formats(capsys, llama, quantized):
+    found = run_json(capsys, "compare", llama, quantized)
+    tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
+    assert tensors["embed/embedding"]["identical"]
+    assert not found["only_in_one"]
+    kernel = load_pretrained(llama).params["layers"]["mlp"]["up"]["kernel"]
+    rounded = load_tree(quantized).tree["layers"]["mlp"]["up"]["kernel"].materialize()
+    expected = np.linalg.norm(rounded - kernel) / np.linalg.norm(kernel)
+    # Sums of 4096 float32 squares in another order.
+    np.testing.assert_allclose(
+        tensors["layers/mlp/up/kernel"]["relative_error"], expected, rtol=1e-5
+    )
+    out, _ = run(capsys, "compare", llama, quantized)
+    assert "layers/mlp/up/kernel" in out and "°" in out
+
+
+def test_models_without_a_common_tensor_are_refused(capsys, llama, tmp_path):
+    from jaxweights.checkpoint import write_safetensors
+
+    write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
+    code = main(["compare", str(llama / "model.safetensors"), str(tmp_path / "other.safetensors")])
+    assert code == 1
+    assert capsys.readouterr().err
+
+
+def test_converting_there_and_back_changes_no_bit(capsys, llama, tmp_path):
+    run(capsys, "convert", llama, tmp_path / "orbax", "--to", "orbax", "--quiet")
+    run(capsys, "convert", tmp_path / "orbax", tmp_path / "back", "--to", "safetensors", "--quiet")
+    old, new = open_checkpoint(llama), open_checkpoint(tmp_path / "back")
+    assert set(old.names) == set(new.names)
+    for name in old.names:
+        np.testing.assert_array_equal(old.read(name), new.read(name))
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_converting_represented_weights_writes_what_they_stand_for(capsys, quantized, tmp_path):
+    found = run_json(capsys, "convert", quantized, tmp_path / "dense", "--to", "safetensors")
+    assert "model.safetensors" in found["files"]
+    dense = load_pretrained(tmp_path / "dense").params
+    expected = load_tree(quantized).tree["layers"]["attn"]["o"]["kernel"].materialize()
+    np.testing.assert_array_equal(dense["layers"]["attn"]["o"]["kernel"], expected)
+
+
+def test_converting_casts_on_request(capsys, llama, tmp_path):
+    arguments = ("convert", llama, tmp_path / "half", "--to", "safetensors", "--dtype", "bfloat16")
+    run(capsys, *arguments)
+    checkpoint = open_checkpoint(tmp_path / "half")
+    assert {checkpoint.dtype(name).name for name in checkpoint.names} == {"bfloat16"}
+
+
+def test_an_existing_destination_is_kept_unless_overwriting_is_asked_for(capsys, llama, tmp_path):
+    target = tmp_path / "kept"
+    arguments = ["convert", str(llama), str(target), "--to", "safetensors"]
+    assert main(arguments) == 0
+    (target / "mine.txt").write_text("mine")
+    assert main(arguments) == 1
+    assert "exists and nothing was written" in capsys.readouterr().err
+    assert (target / "mine.txt").read_text() == "mine"
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not (target / "mine.txt").exists()
+    jax.block_until_ready(load_pretrained(target).params)
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_overwritten(capsys, llama, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    arguments = ["convert", str(llama), str(tmp_path), "--to", "safetensors", "--overwrite"]
+    assert main(arguments) == 1
+    assert "holds no checkpoint but ['thesis.txt']" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_progress_goes_to_standard_error_and_can_be_silenced(capsys, llama, tmp_path):
+    out, err = run(capsys, "convert", llama, tmp_path / "a", "--to", "orbax", "--json")
+    assert "Writing: done" in err
+    json.loads(out)
+    _, err = run(capsys, "convert", llama, tmp_path / "b", "--to", "orbax", "--quiet")
+    assert err == ""
