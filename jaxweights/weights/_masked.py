@@ -79,6 +79,11 @@ class Masked(Weight):
             return None
         return jnp.where(jnp.take(self.mask, indices, axis=0), taken, jnp.zeros((), taken.dtype))
 
+    def partition(self, spec: Any, mesh: Any) -> Masked | None:
+        """Base and mask are split alike."""
+        base = self.base.partition(spec, mesh) if is_weight(self.base) else spec
+        return self._both(base, spec)
+
     def unstacked(self) -> Masked:
         """Tells a represented base that axis 0 was taken away."""
         if not is_weight(self.base):
