@@ -109,44 +109,61 @@ def _scheduled(name: str, tx: Transform, is_due: Callable[[jax.Array], Any]) -> 
         context = dataclasses.replace(context, step=step)
         act = lambda params, inner: tx.update(params, inner, context)  # noqa: E731
         due = is_due(jnp.asarray(step))
+        attempt = _Attempt(act, params, state.inner, f"core.{name}", tx.name)
         if isinstance(due, Tracer):
-            params, inner = _when(due, act, params, state.inner, f"core.{name}", tx.name)
+            params, inner = attempt.when(due)
         elif due:
-            before = params, state.inner
-            params, inner = act(*before)
-            refuse_changes(f"core.{name}", tx.name, before, (params, inner))
+            params, inner = attempt.now()
         else:
             inner = state.inner
+            if not isinstance(state.count, Tracer) and state.count == 0:
+                attempt.check()  # an error belongs to the first step, not to the thousandth
         return params, ScheduleState(state.count + 1, inner)
 
     return dataclasses.replace(tx, init=init, update=update, name=f"{name}({tx.name})")
 
 
-def _when(
-    due: jax.Array, act: Callable[..., Any], params: Params, inner: State, asker: str, name: str
-) -> tuple[Params, State]:
-    """`act` if `due`, else nothing, where `due` is traced."""
-    before = (params, inner)
-    leaves, treedef = jax.tree.flatten(before)
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _ARRAYS)]
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """One update that may or may not be made, and must not change what a leaf is."""
 
-    def filled(arrays: list[Any]) -> Any:
+    act: Callable[[Params, State], tuple[Params, State]]
+    params: Params
+    inner: State
+    asker: str
+    name: str
+
+    def now(self) -> tuple[Params, State]:
+        """Makes the update."""
+        before = self.params, self.inner
+        after = self.act(*before)
+        refuse_changes(self.asker, self.name, before, after)
+        return after
+
+    def check(self) -> None:
+        """Refuses it by shapes alone."""
+        jax.eval_shape(self._taken, self._arrays())
+
+    def when(self, due: jax.Array) -> tuple[Params, State]:
+        """Makes it if `due`, which is traced."""
+        # Our own refusal comes before `cond` compares the branches, as it is raised inside of one.
+        return self._fill(jax.lax.cond(due, self._taken, lambda arrays: arrays, self._arrays()))
+
+    def _arrays(self) -> list[jax.Array]:
         # Leaves that are no arrays cannot pass through a branch; they stay outside.
-        full = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            full[i] = array
-        return jax.tree.unflatten(treedef, full)
+        leaves = jax.tree.leaves((self.params, self.inner))
+        return [jnp.asarray(leaf) for leaf in leaves if isinstance(leaf, _ARRAYS)]
 
-    arrays = [jnp.asarray(leaves[i]) for i in traced]
+    def _fill(self, arrays: list[jax.Array]) -> tuple[Params, State]:
+        left = iter(arrays)
+        fill = lambda leaf: next(left) if isinstance(leaf, _ARRAYS) else leaf  # noqa: E731
+        return jax.tree.map(fill, (self.params, self.inner))
 
-    def taken(arrays: list[Any]) -> list[Any]:
-        after = act(*filled(arrays))
-        # Inside the branch: our words come before `cond` compares the branches with its own.
-        refuse_changes(asker, name, before, after)
-        new = jax.tree.leaves(after)
-        return [jnp.asarray(new[i]) for i in traced]
-
-    return filled(jax.lax.cond(due, taken, lambda arrays: arrays, arrays))
+    def _taken(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        params, inner = self._fill(arrays)
+        attempt = dataclasses.replace(self, params=params, inner=inner)
+        leaves = jax.tree.leaves(attempt.now())
+        return [jnp.asarray(leaf) for leaf in leaves if isinstance(leaf, _ARRAYS)]
 
 
 def refuse_changes(asker: str, name: str, before: Any, after: Any) -> None:
