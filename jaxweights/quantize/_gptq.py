@@ -16,7 +16,6 @@ from jaxweights.core._transform import Transform
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import (
     Codes,
-    Grid,
     GridKind,
     GroupSize,
     Search,
@@ -40,7 +39,7 @@ _NAME = "quantize.gptq"
 
 
 class GptqMatrix(NamedTuple):
-    """What `gptq_matrix` returns.
+    r"""What `gptq_matrix` returns.
 
     Attributes:
       codes: Codes `(in, out)`, scales and zero points.
@@ -48,8 +47,8 @@ class GptqMatrix(NamedTuple):
         are consecutive rows.
       damping: Damping that made the Gram matrix positive definite, float32; NaN where none up
         to 1 did, and the weight was rounded to nearest instead.
-      error: :math:`\\operatorname{tr}(D^\\top \\tilde H D)`, float32, with D the change of the weight and
-        :math:`\\tilde H` the damped Gram matrix divided by the mean of its diagonal before damping.
+      error: :math:`\operatorname{tr}(D^\top \tilde H D)`, float32, with D the change of the weight
+        and :math:`\tilde H` the damped Gram matrix over the mean of its diagonal before damping.
     """
 
     codes: Codes
@@ -76,9 +75,10 @@ def gptq_matrix(
 ) -> GptqMatrix:
     r"""Rounds a matrix one input row at a time, pushing each row's error onto the rows to come.
 
-    Minimises :math:`\operatorname{tr}(D^\top H D)` for :math:`D = W - \hat W`, greedily: with
-    :math:`H^{-1} = U^\top U`, U upper triangular, row i is rounded, its error
-    :math:`e_i = (w_i - \hat w_i) / U_{ii}` is spread as :math:`w_j \leftarrow w_j - U_{ij} e_i` over j > i.
+    Minimises :math:`\operatorname{tr}(D^\top H D)`, :math:`D = W - \hat W`, greedily. With
+    :math:`H^{-1} = U^\top U`, U upper triangular, row i is rounded and its error
+    :math:`e_i = (w_i - \hat w_i) / U_{ii}` spread over all rows j > i,
+    :math:`w_j \leftarrow w_j - U_{ij} e_i`.
 
     Args:
       weight: Kernel, `(in, out)`, floating.
@@ -114,11 +114,11 @@ def gptq_matrix(
       >>> result.codes.scale.shape, round(float(result.damping), 3)
       ((2, 32), 0.01)
 
-    Source: Frantar et al. 2023, arXiv:2210.17323, Algorithm 1; the authors' code for act-order and
-      static groups; Frantar and Alistarh 2023, arXiv:2301.00774, section 3.4, for the mask.
-    Differs: (1) Dead inputs, whose diagonal is zero, keep their plain rounding. (2) A group's scales
-      see the errors of all earlier rows. `compat` undoes both. (3) Damping that does not suffice is
-      raised. (4) U comes from one Cholesky factorization and one triangular solve.
+    Source: Frantar et al. 2023, arXiv:2210.17323, Algorithm 1; the authors' code for act-order
+      and static groups; Frantar and Alistarh 2023, arXiv:2301.00774, section 3.4, for the mask.
+    Differs: (1) Dead inputs, whose diagonal is zero, keep their plain rounding. (2) A group's
+      scales see the errors of all earlier rows. `compat` undoes both. (3) Damping that does not
+      suffice is raised. (4) U comes from one Cholesky factorization and one triangular solve.
     """
     settings = make_grid(
         "quantize.gptq_matrix",

@@ -64,7 +64,8 @@ def quantize_rows(
     r"""Rounds rows in order, correcting later ones for the errors of earlier ones.
 
     Looks backwards: a block of rows receives the errors of all blocks before it in one product, and
-    within the block `_SUBBLOCK` rows at a time do the same. Nothing of the weight's size is rewritten.
+    within the block `_SUBBLOCK` rows at a time do the same. So nothing of the weight's size is
+    rewritten.
 
     Args:
       weight: `(in, out)` float32, in the order in which rows are visited.

@@ -181,7 +181,7 @@ class Quantized(MatrixWeight):
         Returns:
           The product, `(*stack, tokens, out)`, accumulated in float32 or wider.
         """
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = _accumulator(x.dtype)
         result = preferred_element_type or x.dtype
         if self.scale.shape[-2] > 1:
             weight = self._values(self._centred(jnp.float32), self.scale).astype(x.dtype)
@@ -200,7 +200,7 @@ class Quantized(MatrixWeight):
         preferred_element_type: DTypeLike | None = None,
     ) -> jax.Array:
         """`x @ matrix.T` for `x` of shape `(*stack, tokens, out)`, as `multiply`."""
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = _accumulator(x.dtype)
         result = preferred_element_type or x.dtype
         if self.scale.shape[-2] > 1:
             weight = self._values(self._centred(jnp.float32), self.scale).astype(x.dtype)
@@ -307,6 +307,10 @@ class Quantized(MatrixWeight):
         return MatrixWeight.take(self._fitted(), indices)
 
 
+def _accumulator(dtype: Any) -> Any:
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+
+
 def codes_per_byte(bits: int, in_dim: int) -> int:
     """How many codes of consecutive rows share a byte: 4, 2 or 1."""
     if bits == 2 and in_dim % 4 == 0:
@@ -353,7 +357,7 @@ def unpack_codes(packed: jax.Array, per_byte: int, *, signed: bool) -> jax.Array
         return packed
     *stack, rows, out_dim = packed.shape
     share = 8 // per_byte
-    shifts = jnp.arange(0, 8, share, dtype=jnp.uint8).reshape((1,) * (len(stack) + 1) + (-1, 1))
+    shifts = np.arange(0, 8, share, dtype=np.uint8).reshape((1,) * (len(stack) + 1) + (-1, 1))
     fields = (packed[..., :, None, :] >> shifts) & jnp.uint8(2**share - 1)
     codes = fields.reshape(*stack, rows * per_byte, out_dim)
     if not signed:
