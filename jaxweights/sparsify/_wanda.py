@@ -97,8 +97,8 @@ def wanda(
         where = ", ".join(str(index.tolist()) for index in silent[:5] if len(index))
         which = f"{len(silent)} of its matrices, at stack index {where}" if where else "it"
         return (
-            f"{path!r}: no calibration token reached {which} (count is 0), so there are no inputs to "
-            "rank by. Calibrate on more data, or pass fallback='magnitude'."
+            f"{path!r}: no calibration token reached {which} (count is 0), so there are no inputs "
+            "to rank by. Calibrate on more data, or pass fallback='magnitude'."
         )
 
     return prune(

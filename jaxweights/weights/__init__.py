@@ -6,6 +6,9 @@ from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
+from jaxweights.weights._packed_sparse import BitmaskSparse as BitmaskSparse
+from jaxweights.weights._packed_sparse import PackedNM as PackedNM
+from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse
 from jaxweights.weights._quantized import Quantized as Quantized
 from jaxweights.weights._weight import MatrixWeight as MatrixWeight
 from jaxweights.weights._weight import Weight as Weight
