@@ -23,7 +23,8 @@ class MergeLoss(NamedTuple):
     delta_rms: jax.Array
     """Root mean square of the delta, `scaling * (down @ up)`."""
     survived: jax.Array
-    """1 - ‖(merged - base) - delta‖ / ‖delta‖: 1 is all of it, 0 none; 1 for a zero delta."""
+    """1 - ‖(merged - base) - delta‖ / ‖delta‖ with the base in the merged weight's dtype: 1 is all
+    of it, 0 is none of it; 1 for a delta of zeros."""
 
 
 Report = dict[Path, MergeLoss]
@@ -57,7 +58,6 @@ def merge_adapters(
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> from jaxweights.weights import LowRank
       >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
       >>> merged, report = merge_adapters(adapted)
@@ -110,7 +110,6 @@ def unmerge(params: Params, adapted: Params, *, subtract: bool = False) -> Param
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> from jaxweights.weights import LowRank
       >>> adapted = {"kernel": LowRank.over(jnp.eye(2), jnp.ones((2, 1)), jnp.ones((1, 2)))}
       >>> merged, _ = merge_adapters(adapted)
@@ -175,7 +174,7 @@ def _merge_arrays(
     delta = weight.delta.materialize().astype(base.dtype)
     # A masked base is zero where the delta is taken away, so the sum is, too.
     merged = (base + (delta if mask is None else jnp.where(mask, delta, 0))).astype(dtype)
-    lost = (merged.astype(base.dtype) - base) - delta
+    lost = (merged.astype(base.dtype) - base.astype(dtype).astype(base.dtype)) - delta
     norm = jnp.sqrt(jnp.sum(jnp.square(delta)))
     survived = 1 - jnp.sqrt(jnp.sum(jnp.square(lost))) / jnp.where(norm > 0, norm, 1)
     rms = norm / max(delta.size, 1) ** 0.5

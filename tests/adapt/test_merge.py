@@ -128,6 +128,15 @@ def test_a_quantized_base_is_merged_only_into_a_dtype_that_is_named():
     np.testing.assert_allclose(merged["kernel"], exact, rtol=1e-5, atol=1e-6)
 
 
+def test_rounding_of_the_base_alone_does_not_count_as_a_loss_of_the_delta():
+    base = quantized().astype(jnp.float32)  # whose values bfloat16 cannot hold
+    weight = low_rank(base=base)
+    weight = dataclasses.replace(weight, up=jnp.zeros_like(weight.up))
+    merged, report = merge_adapters({"kernel": weight}, dequantize=jnp.bfloat16)
+    assert (merged["kernel"].astype(jnp.float32) != base.materialize()).any()
+    assert float(report["kernel"].survived) == 1.0
+
+
 def test_a_masked_quantized_base_keeps_its_mask_and_leaves_its_grid():
     mask = draw(6, (12, 8)) > 0
     weight = low_rank(base=Masked(quantized(), mask))
