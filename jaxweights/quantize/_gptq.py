@@ -145,8 +145,9 @@ def gptq_matrix(
     source = alive if static_groups else weight
     fixed = None if moving else find_scale(split_groups(source, settings), settings)
 
-    live_mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1)
-    fill = jnp.where(jnp.all(dead), 1, live_mean) if not compat else jnp.ones_like(live_mean)
+    live_mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
+    # Filling with the mean keeps it the mean, whatever the scale; the authors fill with one.
+    fill = jnp.where(jnp.all(dead) | compat, 1, live_mean)
     diagonal = jnp.where(dead, fill, diagonal)
     mean = jnp.mean(diagonal)
     gram = jnp.where(jnp.eye(in_dim, dtype=bool), diagonal, gram) / mean
