@@ -83,7 +83,7 @@ class Bert(nn.Module):
       ...     vocab_size=99, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4
       ... )
       >>> model, tokens = Bert(config), jnp.zeros((1, 5), jnp.int32)
-      >>> params = model.init(jax.random.key(0), tokens)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
       >>> model.apply({"params": params}, tokens).shape
       (1, 5, 32)
 
@@ -142,7 +142,7 @@ class Bert(nn.Module):
             nn.remat(_Layer, prevent_cse=False) if self.remat else _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast,),
+            in_axes=(nn.broadcast,),  # type: ignore[arg-type]  # Flax declares an int
             length=config.num_layers,
             check_constancy_invariants=False,
         )(config, self.param_dtype, name="layers")

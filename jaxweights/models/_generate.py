@@ -51,7 +51,7 @@ def generate(
       ...     vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4
       ... )
       >>> model, prompt = Llama(config), jnp.array([[1, 2, 3]])
-      >>> params = model.init(jax.random.key(0), prompt)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), prompt)["params"]
       >>> generate(model, params, prompt, max_new_tokens=4).shape
       (1, 4)
     """

@@ -37,7 +37,7 @@ class Llama(nn.Module):
       ... )
       >>> model = Llama(config)
       >>> tokens = jnp.zeros((1, 5), jnp.int32)
-      >>> params = model.init(jax.random.key(0), tokens)["params"]
+      >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
       >>> params["layers"]["attn"]["q"]["kernel"].shape
       (2, 64, 64)
       >>> model.apply({"params": params}, tokens).shape
@@ -125,7 +125,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # type: ignore[arg-type]  # Flax declares an int
             length=config.num_layers,
             # The check costs a second trace of the layer.
             check_constancy_invariants=False,

@@ -11,7 +11,7 @@ import pytest
 
 from jaxweights.models import Bert, BertConfig, sentence_embedding
 from tests.models._cases import TIME, VOCAB, inputs
-from tests.models.test_llama import case, jitted
+from tests.models.test_llama import case, cast, jitted
 
 
 def test_padding_changes_no_real_token_and_no_embedding():
@@ -62,10 +62,10 @@ def test_what_padding_holds_never_reaches_an_embedding_not_even_nan():
 
 def test_bfloat16_parameters_give_bfloat16_encodings_within_their_precision():
     model, params = case("bert")
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    narrow = cast(params, jnp.bfloat16)
     tokens = inputs()["tokens"]
     hidden = jitted(model)(narrow, tokens)
-    wide = jitted(model)(jax.tree.map(lambda x: x.astype(jnp.float32), narrow), tokens)
+    wide = jitted(model)(cast(narrow, jnp.float32), tokens)
     assert hidden.dtype == jnp.bfloat16
     difference = np.abs(hidden.astype(jnp.float32) - wide)
     # 2^-8 a rounding, some 20 roundings one after another through 3 layers.

@@ -9,7 +9,7 @@ import pytest
 
 from jaxweights.models import generate, init_cache
 from tests.models._cases import BATCH, DECODERS, TIME, inputs
-from tests.models.test_llama import case, jitted
+from tests.models.test_llama import case, cast, jitted
 
 NEW = 6
 
@@ -30,8 +30,8 @@ def test_reading_in_pieces_with_a_cache_gives_the_logits_of_reading_at_once(name
     tokens, mask = given["tokens"], given["attention_mask"]
     cache = init_cache(model.config, BATCH, TIME + 2)
     pieces = []
-    for start, stop in ((0, 5), (5, 6), (6, 12)):
-        piece = slice(start, stop)
+    for start in (0, 4, 8):
+        piece = slice(start, start + 4)
         logits, cache = jitted(model)(
             params, tokens[:, piece], attention_mask=mask[:, piece], cache=cache
         )
@@ -45,7 +45,7 @@ def test_reading_in_pieces_with_a_cache_gives_the_logits_of_reading_at_once(name
     assert int(cache.length) == TIME
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2_sliding", "olmo2"])
+@pytest.mark.parametrize("name", ["llama3", "mistral", "olmo2"])
 def test_greedy_generation_equals_greedy_reading_of_everything_again(name):
     model, params = case(name)
     tokens = inputs()["tokens"]
@@ -128,8 +128,9 @@ def test_represented_weights_generate_what_their_dense_values_generate():
 
     model, params = case("smollm2")
     kernel = params["layers"]["mlp"]["up"]["kernel"]
-    down = jax.random.normal(jax.random.key(0), (*kernel.shape[:2], 2))
-    up = jax.random.normal(jax.random.key(1), (kernel.shape[0], 2, kernel.shape[2]))
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((*kernel.shape[:2], 2), np.float32)
+    up = rng.standard_normal((kernel.shape[0], 2, kernel.shape[2]), np.float32)
     mlp = params["layers"]["mlp"] | {"up": {"kernel": LowRank.over(kernel, down, up)}}
     represented = params | {"layers": params["layers"] | {"mlp": mlp}}
     tokens = inputs()["tokens"]
@@ -140,7 +141,7 @@ def test_represented_weights_generate_what_their_dense_values_generate():
 
 def test_bfloat16_parameters_are_cached_in_bfloat16():
     model, params = case("llama3")
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    narrow = cast(params, jnp.bfloat16)
     tokens = inputs()["tokens"]
     cache = init_cache(model.config, BATCH, TIME, dtype=jnp.bfloat16)
     logits, cache = jitted(model)(narrow, tokens, cache=cache)

@@ -48,6 +48,11 @@ def our_outputs(name):
     return jitted(model)(params, given["tokens"], attention_mask=mask, **extra)
 
 
+def cast(params, dtype):
+    """With NumPy, which compiles nothing."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+
+
 def real(outputs):
     return np.asarray(outputs)[inputs()["attention_mask"] == 1]
 
@@ -139,14 +144,14 @@ def test_positions_may_be_stated_and_only_their_differences_matter():
     assert np.abs(stretched - plain).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["llama3", "olmo2", "qwen2"])
+@pytest.mark.parametrize("name", ["qwen2", "olmo2"])
 def test_bfloat16_parameters_give_float32_logits_within_their_precision(name):
     model, params = case(name)
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    narrow = cast(params, jnp.bfloat16)
     tokens = inputs()["tokens"]
     logits = jitted(model)(narrow, tokens)
     # The same rounded weights computed in float32: what is left is the activations' rounding.
-    wide = jitted(model)(jax.tree.map(lambda x: x.astype(jnp.float32), narrow), tokens)
+    wide = jitted(model)(cast(narrow, jnp.float32), tokens)
     assert logits.dtype == jnp.float32
     # 2^-8 a rounding, some 20 roundings one after another through 3 layers.
     assert 0 < np.abs(logits - wide).max() < 0.08 * np.abs(wide).max()
@@ -155,9 +160,9 @@ def test_bfloat16_parameters_give_float32_logits_within_their_precision(name):
 def test_dtype_chooses_the_activations_whatever_the_parameters_are():
     model, params = case("llama3")
     tokens = inputs()["tokens"]
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    narrow = cast(params, jnp.bfloat16)
     upcast = Llama(model.config, dtype=jnp.float32)
-    wide = jitted(model)(jax.tree.map(lambda x: x.astype(jnp.float32), narrow), tokens)
+    wide = jitted(model)(cast(narrow, jnp.float32), tokens)
     np.testing.assert_allclose(jitted(upcast)(narrow, tokens), wide, rtol=1e-5, atol=1e-5)
 
 
@@ -242,18 +247,17 @@ def test_represented_weights_give_what_their_dense_values_give():
     model, params = case("smollm2")
     tokens = inputs()["tokens"]
 
-    def represent(path, leaf):
+    rng = np.random.default_rng(0)
+
+    def represent(leaf):
         if leaf.ndim < 2:
             return leaf
-        keys = jax.random.split(jax.random.key(len(path)))
         *stack, fan_in, fan_out = leaf.shape
-        down = 0.1 * jax.random.normal(keys[0], (*stack, fan_in, 2))
-        return LowRank.over(leaf, down, 0.1 * jax.random.normal(keys[1], (*stack, 2, fan_out)))
+        down = rng.normal(0, 0.1, (*stack, fan_in, 2)).astype(np.float32)
+        return LowRank.over(leaf, down, rng.normal(0, 0.1, (*stack, 2, fan_out)).astype(np.float32))
 
     kernels = {"layers": {k: v for k, v in params["layers"].items() if "norm" not in k}}
-    represented = params | {
-        "layers": params["layers"] | jax.tree_util.tree_map_with_path(represent, kernels["layers"])
-    }
+    represented = params | {"layers": params["layers"] | jax.tree.map(represent, kernels["layers"])}
     lifted = jax.jit(lambda p: lift(model.apply)({"params": p}, tokens))
     dense = jitted(model)(materialize(represented), tokens)
     np.testing.assert_allclose(lifted(represented), dense, rtol=1e-3, atol=1e-3)
