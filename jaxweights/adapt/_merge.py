@@ -173,12 +173,16 @@ def _merge_arrays(
     base = _widest(weight.base)
     delta = weight.delta.materialize().astype(base.dtype)
     # A masked base is zero where the delta is taken away, so the sum is, too.
-    merged = (base + (delta if mask is None else jnp.where(mask, delta, 0))).astype(dtype)
-    lost = (merged.astype(base.dtype) - base.astype(dtype).astype(base.dtype)) - delta
+    total = base + (delta if mask is None else jnp.where(mask, delta, 0))
+    # Not by casting there and back, which XLA may leave out as excess precision.
+    info = jnp.finfo(dtype)
+    rounded = lambda x: jax.lax.reduce_precision(x, info.nexp, info.nmant)  # noqa: E731
+    lost = (rounded(total) - rounded(base)) - delta
     norm = jnp.sqrt(jnp.sum(jnp.square(delta)))
     survived = 1 - jnp.sqrt(jnp.sum(jnp.square(lost))) / jnp.where(norm > 0, norm, 1)
     rms = norm / max(delta.size, 1) ** 0.5
-    return merged, MergeLoss(rms.astype(jnp.float32), survived.astype(jnp.float32))
+    loss = MergeLoss(rms.astype(jnp.float32), survived.astype(jnp.float32))
+    return total.astype(dtype), loss
 
 
 def _widest(base: Any) -> jax.Array:
