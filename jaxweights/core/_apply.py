@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxweights.core._context import Context, Progress
 from jaxweights.core._layout import Layout, conventional_layout
@@ -50,7 +51,7 @@ def apply(
       tx: The transform.
       params: Tree of arrays and represented weights, concrete, traced or abstract.
       stats: Statistics from `calibrate`.
-      models: Other models, for transforms that read them; trees like `params`.
+      models: Other models, for transforms that read them; trees like `params`, tied alike.
       grads: Gradients; a tree like `params`.
       key: Randomness; every leaf gets a key of its own from it.
       step: Updates so far.
@@ -75,7 +76,7 @@ def apply(
     unique, representative = _untie(flat)
     context = Context(
         stats=stats,
-        models=None if models is None else tuple(flatten(model)[0] for model in models),
+        models=None if models is None else _flat_models(models, representative),
         grads=None if grads is None else flatten(grads)[0],
         step=None if step is None else jnp.asarray(step, jnp.int32),
         key=key,
@@ -108,6 +109,36 @@ def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = Non
     fail("apply: layout", problems)
     unclear = tuple(item for item in found.unclear if item[0] not in entries)
     return Layout(tuple(entries.items()), traced=found.traced, unclear=unclear)
+
+
+def _flat_models(models: Sequence[Params], representative: dict[Path, Path]) -> tuple[Flat, ...]:
+    """The models by path, after what they hold and the tree cannot was refused."""
+    flats = tuple(flatten(model)[0] for model in models)
+    tied = {path: first for path, first in representative.items() if path != first}
+    problems = []
+    for i, flat in enumerate(flats):
+        if extra := [path for path in flat if path not in representative]:
+            problems.append(
+                f"models[{i}] has {extra[:5]}, which params lacks. Remove them from it, or start "
+                "from a tree that has them."
+            )
+        problems += [
+            f"{path!r}: is tied to {first!r} in params, but models[{i}] holds other values there. "
+            "Give params a copy of its own at this path."
+            for path, first in tied.items()
+            if path in flat and first in flat and _differ(flat[path], flat[first])
+        ]
+    fail("apply", problems)
+    return flats
+
+
+def _differ(first: Any, second: Any) -> bool:
+    known = all(isinstance(x, jax.Array | np.ndarray) for x in (first, second))
+    if first is second or not known or isinstance(first, Tracer) or isinstance(second, Tracer):
+        return False
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (first, second)):
+        return False
+    return not np.array_equal(first, second)
 
 
 def _untie(flat: Flat) -> tuple[Flat, dict[Path, Path]]:

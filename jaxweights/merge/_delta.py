@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
@@ -37,6 +37,7 @@ from jaxweights.merge._models import (
     compute_dtype,
     merge_leaves,
     require_models,
+    selected,
 )
 
 
@@ -165,16 +166,19 @@ def delta_merge(
         raise ValueError(
             f"{name}: density=0 cannot be rescaled by its inverse. Pass rescale='none'."
         )
-    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale)).all():
+    if not isinstance(scale, Tracer) and not np.isfinite(np.asarray(scale)).all():
         raise ValueError(f"{name}: scale={scale} must be finite.")
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        everything, treedef = flatten(params)
+        flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=True)
         job = DeltaJob.of(name, row, flat, models, context, names, shares, weights)
-        whole = job.masks_of_tree() if scope == "tree" else None
-        sign = job.sign_of_tree(whole) if whole is not None and row.asks_majority else None
+        tree_masks = job.masks_of_tree() if scope == "tree" else None
+        sign = (
+            job.sign_of_tree(tree_masks) if tree_masks is not None and row.asks_majority else None
+        )
 
         def merge_leaf(path: Path, leaf: Any, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
             key = None
@@ -183,7 +187,9 @@ def delta_merge(
             return merge_delta_leaf(
                 leaf,
                 leaves,
-                job.inputs(path, job.masks_of_leaf(path) if whole is None else whole[path]),
+                job.inputs(
+                    path, job.masks_of_leaf(path) if tree_masks is None else tree_masks[path]
+                ),
                 jnp.asarray(scale, compute_dtype(leaf)),
                 sign,
                 key,
@@ -194,7 +200,7 @@ def delta_merge(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, new)
+        return unflatten(treedef, everything | new)
 
     return stateless(update, name=name)
 

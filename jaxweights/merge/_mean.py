@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
@@ -27,6 +27,7 @@ from jaxweights.merge._models import (
     merge_leaves,
     per_model,
     require_models,
+    selected,
 )
 
 
@@ -81,11 +82,12 @@ def mean(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        everything, treedef = flatten(params)
+        flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=False)
         given = np.ones(len(models)) if weights is None else weights
         shares = per_model(name, "weights", given, len(models))
-        pivot = 0 if isinstance(shares, jax.core.Tracer) else int(np.argmax(np.abs(shares)))
+        pivot = 0 if isinstance(shares, Tracer) else int(np.argmax(np.abs(shares)))
 
         def merge_leaf(path: Path, leaf: Any, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
             key = None
@@ -103,7 +105,7 @@ def mean(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, new)
+        return unflatten(treedef, everything | new)
 
     return stateless(update, name=name)
 

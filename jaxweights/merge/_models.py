@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
@@ -99,7 +99,7 @@ def round_stochastically(value: jax.Array, dtype: Any, key: jax.Array | None) ->
 
 def check_weights(name: str, weights: Weights, *, normalize: bool, absolute: bool = False) -> Any:
     """Checks weights that are numbers; arrays may be traced, and are taken as they come."""
-    if weights is None or isinstance(weights, jax.core.Tracer):
+    if weights is None or isinstance(weights, Tracer):
         return weights
     try:
         values = np.asarray(weights, np.float64)
@@ -146,6 +146,12 @@ def check_names(name: str, names: Sequence[str] | None) -> None:
 def model_key(key: jax.Array, path: Path, model: str) -> jax.Array:
     """Randomness of one leaf of one model, whatever else is merged."""
     return jax.random.fold_in(path_key(key, path), zlib.crc32(model.encode()))
+
+
+def selected(flat: Flat, context: Context) -> Flat:
+    """The leaves that may change."""
+    only = context.only
+    return flat if only is None else {path: leaf for path, leaf in flat.items() if path in only}
 
 
 def require_models(
@@ -260,7 +266,7 @@ def merge_leaves(
         new[path], finite[path] = merge_leaf(path, leaf, [model[path] for model in models])
         if context.progress is not None:
             context.progress(path, done, len(floating))
-    if not any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in finite.values()):
+    if not any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in finite.values()):
         bad = [path for path, good in finite.items() if not good]
         fail(name, [_nonfinite(path, flat, models, names) for path in bad])
     return new
@@ -274,7 +280,7 @@ def _nonfloat(path: Path, leaf: Any, others: list[Any], output: Output) -> tuple
         return others[0], None
     if output.nonfloat == "base":
         return leaf, None
-    if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in (leaf, *others)):
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in (leaf, *others)):
         return leaf, (
             f"{path!r}: nonfloat='require_equal' compares values, which are not there under jit. "
             "Merge outside of jit, or pass nonfloat='base'."

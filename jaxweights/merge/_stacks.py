@@ -30,18 +30,22 @@ def stack_axes(name: str, flat: Flat, layout: Layout) -> dict[Path, tuple[int, .
         if path in layout
     }
     prefixes = _leading_stacks(flat, matrices)
+    unclear = dict(layout.unclear)
     found, problems = {}, []
     for path, leaf in flat.items():
         if path in matrices:
             found[path] = matrices[path]
-        elif len(leaf.shape) < 3 or is_vector(path, leaf) or layout.traced:
+        elif len(leaf.shape) < 3 or (
+            path not in unclear and (layout.traced or is_vector(path, leaf))
+        ):
             found[path] = _like_neighbours(path, tuple(leaf.shape), prefixes)
         else:
+            note = f" ({unclear[path]})" if path in unclear else ""
             problems.append(
                 f"{path!r}: has shape {tuple(leaf.shape)}; which of its axes are stacked layers, "
-                "experts or heads is ambiguous. Pass layout=infer_layout(fn, params, *inputs), or "
-                f"state it, for example layout={{{path!r}: Axes(inputs=(-2,), outputs=(-1,))}} "
-                "where the other axes are stacked."
+                f"experts or heads is ambiguous{note}. Pass layout=infer_layout(fn, params, "
+                f"*inputs), or state it, for example layout={{{path!r}: Axes(inputs=(-2,), "
+                "outputs=(-1,))} where the other axes are stacked."
             )
     fail(name, problems)
     return found

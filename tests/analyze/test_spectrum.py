@@ -274,8 +274,8 @@ def test_norms_and_entropies_agree_with_weightwatcher(matrix):
     floor = 4 * np.finfo(np.float32).eps * np.sqrt(ours.max() * ours)
     esd = np.sort(arrays[f"{matrix}/esd"])
     assert np.all(np.abs(ours - esd) <= 1e-4 * esd + floor)
-    want = {name: float(arrays[f"{matrix}/default/{name}"]) for name in
-            ("stable_rank", "entropy", "matrix_rank", "spectral_norm", "sv_max", "norm")}  # fmt: skip
+    names = ("stable_rank", "entropy", "matrix_rank", "spectral_norm", "sv_max", "norm")
+    want = {name: float(arrays[f"{matrix}/default/{name}"]) for name in names}
     np.testing.assert_allclose(got.stable_rank, want["stable_rank"], rtol=1e-4)
     np.testing.assert_allclose(got.entropy, want["entropy"], rtol=1e-4)
     np.testing.assert_allclose(got.spectral, want["sv_max"], rtol=1e-4)
