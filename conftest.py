@@ -2,10 +2,15 @@
 
 import os
 
-# Read when JAX is imported.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Read when JAX is imported. Tests compile much and compute little, so nothing is optimized.
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+_given = os.environ.get("XLA_FLAGS", "")
+_missing = [flag for flag in _FLAGS if flag.split("=")[0] not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_missing]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Examples and reports draw figures; a test machine has no screen.
 os.environ.setdefault("MPLBACKEND", "agg")

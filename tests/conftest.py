@@ -26,4 +26,5 @@ def _strict_promotion(request):
 @pytest.fixture(scope="session")
 def mesh():
     """Eight virtual devices in a 2 by 4 grid with axes `data` and `model`."""
-    return jax.make_mesh((2, 4), ("data", "model"))
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(auto, auto))

@@ -10,13 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.core import Statistic
 from jaxweights.core._stats import combine
 from jaxweights.lift import Named
 from jaxweights.weights import View, Weight
-from jaxweights.weights._weight import activations_as_rows, static, weight_dataclass
+from jaxweights.weights._weight import (
+    activations_as_rows,
+    matrix_parts,
+    static,
+    weight_dataclass,
+)
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Record = dict[Statistic, jax.Array]
@@ -105,6 +111,27 @@ class Probe(Weight):
         base = self.base.squeeze_stack() if isinstance(self.base, Weight) else self.base[0]
         return None if base is None else dataclasses.replace(self, base=base, squeezed=True)
 
+    def partition(self, spec: Any, mesh: Any) -> Probe | None:
+        """Splits the weight, whose inputs every device must see whole."""
+        parts = matrix_parts(self.view, self.ndim, spec)
+        if parts is not None and parts[-2] is not None:
+            raise ValueError(
+                f"calibrate: a weight {self.shape} has its input axis split by shard_map, as "
+                f"{spec}: no device sees its whole inputs. Calibrate the model under jit with "
+                "sharded arrays instead."
+            )
+        base = self.base.partition(spec, mesh) if isinstance(self.base, Weight) else spec
+        if parts is None or base is None:
+            return None
+        return dataclasses.replace(
+            self, base=base, start=None if self.start is None else PartitionSpec()
+        )
+
+    def as_part(self, shape: tuple[int, ...]) -> Probe:
+        """Tells a represented base the shape of the part."""
+        base = self.base.as_part(shape) if isinstance(self.base, Weight) else self.base
+        return dataclasses.replace(self, base=base, view=View.of(shape, self.view.axes))
+
     def unstacked(self) -> Weight:
         """One slice of a scan."""
         return self._with(self.base.unstacked()) if isinstance(self.base, Weight) else self
@@ -157,7 +184,15 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
         # Dispatching experts leaves empty slots at zero: a row of zeros is no token.
         filled = jnp.any(found.x != 0, axis=-1)
         weights = filled if weights is None else filled & weights
-    return place(probe, statistics(found.x, weights, probe.wanted))
+    record = statistics(found.x, weights, probe.wanted)
+    # Matrices of a stack that all see the same activations have the same statistics.
+    own = len(found.x.shape) - 2
+    stack = tuple(probe.shape[axis] for axis in probe.view.stack_axes(probe.ndim))
+    record = {
+        name: jnp.broadcast_to(value, (*stack, *value.shape[own:]))
+        for name, value in record.items()
+    }
+    return place(probe, record)
 
 
 def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statistic]) -> Record:

@@ -5,9 +5,11 @@ Supported: JAX 0.10.2 to 0.12. A new release is taken in by making this file's f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core as jex
 from jax.extend.core import primitives as prim
 
@@ -24,9 +26,10 @@ CUSTOM_VJP = prim.custom_vjp_call_p
 
 
 REMAT = prim.remat_p
-# Two primitives have no public name; they are known by the one they carry.
+# Some primitives have no public name; they are known by the one they carry.
 SHARD_MAP_NAME = "shard_map"
 RAGGED_DOT_NAME = "ragged_dot_general"
+PVARY_NAME = "pvary"
 
 
 def open_jaxpr(jaxpr: Jaxpr) -> tuple[Any, list[Any]]:
@@ -56,6 +59,45 @@ def custom_call_jaxpr(eqn: Eqn) -> tuple[Any, list[Any]]:
     return open_jaxpr(eqn.params["call_jaxpr"])
 
 
+def varying_axes(tree: Any) -> frozenset[str]:
+    """Mesh axes along which any array of a tree differs between devices, inside `shard_map`."""
+    kinds = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree))
+    return frozenset().union(*(kind.varying for kind in kinds))
+
+
+def pvary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """Declares inside `shard_map` that a value differs between devices along mesh axes."""
+    new = tuple(axis for axis in axes if axis not in varying_axes(x))
+    return jax.lax.pcast(x, new, to="varying") if new else x
+
+
+def abstract(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    """The type of an array, with all that tracing tells types apart by."""
+    kind = jax.typeof(x)
+    return jax.ShapeDtypeStruct(
+        kind.shape,
+        kind.dtype,
+        weak_type=kind.weak_type,
+        manual_axis_type=kind.manual_axis_type,
+        sharding=None if kind.sharding.mesh.empty else kind.sharding,
+    )
+
+
+def abstract_weight(weight: Any) -> jax.ShapeDtypeStruct:
+    """The type of the dense weight: split over a mesh and differing as its parts do."""
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(weight)]
+    meshes = [mesh for mesh in meshes if not mesh.empty]
+    if not meshes:
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    if jax.sharding.AxisType.Explicit in meshes[0].axis_types:
+        return jax.eval_shape(lambda: weight.materialize())
+    replicated = jax.sharding.NamedSharding(meshes[0], jax.sharding.PartitionSpec())
+    kind = jax.sharding.ManualAxisType(varying=varying_axes(weight))
+    return jax.ShapeDtypeStruct(
+        weight.shape, weight.dtype, sharding=replicated, manual_axis_type=kind
+    )
+
+
 def is_plain_jit(eqn: Eqn) -> bool:
     """Whether an inner `jit` states no shardings, layouts or compiler options of its own."""
     params = eqn.params
@@ -67,8 +109,8 @@ def is_plain_jit(eqn: Eqn) -> bool:
 def evaluate(eqn: Eqn, values: list[Any]) -> list[Any]:
     """Runs one equation as it is.
 
-    It is bound as a jaxpr of this one equation, so that no primitive's own calling convention (custom
-    derivatives, effects) has to be known here.
+    It is bound as a jaxpr of this one equation, so that no primitive's own calling convention
+    (custom derivatives, effects) has to be known here.
     """
     inputs: dict[Any, Any] = {}
     for var, value in zip(eqn.invars, values, strict=True):

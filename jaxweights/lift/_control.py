@@ -170,8 +170,10 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     params = eqn.params
     jaxpr, consts = _compat.open_jaxpr(params["jaxpr"])
     mesh = params["mesh"]
+    local_shapes = [var.aval.shape for var in jaxpr.invars]
     in_specs: list[Any] = []
     stack_specs: dict[str, PartitionSpec] = {}
+    copies: dict[str, set[str]] = {}  # mesh axes along which a weight's inputs are the same
     operands = list(values)
     for i, (value, spec) in enumerate(zip(values, params["in_specs"], strict=True)):
         if isinstance(value, Named):
@@ -181,14 +183,21 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
             else:
                 stack = len(value.weight.stack_shape)
                 stack_specs[value.path] = PartitionSpec(*spec[:stack])
+                copies[value.path] = _mesh_axes(spec[stack:])
                 spec = Named(specs, value.path)
         in_specs.append(spec)
 
     def inner(*operands: Any) -> tuple[list[Any], Records]:
         with walk.frame() as records:
-            outs = [walk.dense(out, "shard_map") for out in walk.run(jaxpr, consts, operands)]
+            parts = [
+                Named(value.weight.as_part(shape), value.path)
+                if isinstance(value, Named)
+                else value
+                for value, shape in zip(operands, local_shapes, strict=True)
+            ]
+            outs = [walk.dense(out, "shard_map") for out in walk.run(jaxpr, consts, parts)]
         return outs, {
-            path: _reduce_over_mesh(records.get(path, {}), spec)
+            path: _reduce_over_mesh(records.get(path, {}), _mesh_axes(spec), copies[path])
             for path, spec in stack_specs.items()
         }
 
@@ -212,18 +221,22 @@ def _shard_map(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     return outs
 
 
-def _reduce_over_mesh(record: Record, stack: PartitionSpec) -> Record:
-    kept = {
-        name for part in stack if part for name in (part if isinstance(part, tuple) else (part,))
-    }
+def _mesh_axes(spec: Any) -> set[str]:
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return {name for part in parts for name in part if name is not None}
+
+
+def _reduce_over_mesh(record: Record, stacked: set[str], copies: set[str]) -> Record:
+    """One record of all devices: those along stack axes stay apart, copies count once."""
 
     def reduce(name: str, value: jax.Array) -> jax.Array:
-        axes = tuple(sorted(set(jax.typeof(value).vma) - kept))
-        if not axes:
+        varying = _compat.varying_axes(value) - stacked
+        same, apart = tuple(sorted(varying & copies)), tuple(sorted(varying - copies))
+        value = jax.lax.pmax(value, same) if same else value
+        if not apart:
             return value
-        if name == "min":
-            return jax.lax.pmin(value, axes)
-        return jax.lax.pmax(value, axes) if name == "max" else jax.lax.psum(value, axes)
+        sums = {"min": jax.lax.pmin, "max": jax.lax.pmax}
+        return sums.get(name, jax.lax.psum)(value, apart)
 
     return {name: reduce(name, value) for name, value in record.items()}
 

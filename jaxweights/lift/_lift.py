@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from jaxweights.lift import _control, _linear  # noqa: F401  (they register the rules)
+from jaxweights.lift import _compat, _control, _linear  # noqa: F401  (they register the rules)
 from jaxweights.lift._walk import Named, OnMaterialize, Walk
 from jaxweights.weights._weight import is_weight
 
@@ -81,7 +81,8 @@ def evaluate_lifted(
         outputs[:] = [out_tree, [None if _is_arraylike(x) else (x,) for x in out]]
         return arrays
 
-    closed = jax.make_jaxpr(dense_fn)(*[_abstract(flat[i]) for i in traced])
+    abstract = lambda x: (_compat.abstract_weight if is_weight(x) else _compat.abstract)(x)  # noqa: E731
+    closed = jax.make_jaxpr(dense_fn)(*(abstract(flat[i]) for i in traced))
     values = [_named(leaves[i][0], flat[i]) for i in traced]
     results = iter(walk.run(closed.jaxpr, closed.consts, values))
     out_tree, static = outputs
@@ -94,22 +95,6 @@ def _named(key_path: Any, leaf: Any) -> Any:
         return leaf
     # key_path starts with the slot in (args, kwargs) and the argument's own position or name.
     return Named(leaf, jax.tree_util.keystr(key_path[2:], simple=True, separator="/"))
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    if is_weight(leaf):
-        kinds = [jax.typeof(x) for x in jax.tree.leaves(leaf) if _is_array(x)]
-        vma = frozenset().union(*(getattr(kind, "vma", frozenset()) for kind in kinds))
-        return _struct(leaf.shape, leaf.dtype, vma)
-    kind = jax.typeof(leaf)
-    return _struct(leaf.shape, leaf.dtype, getattr(kind, "vma", frozenset()), kind.weak_type)
-
-
-def _struct(
-    shape: tuple[int, ...], dtype: Any, vma: frozenset[str], weak_type: bool = False
-) -> jax.ShapeDtypeStruct:
-    varying = {"vma": vma} if vma else {}
-    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type, **varying)
 
 
 def _is_array(x: Any) -> bool:

@@ -132,14 +132,18 @@ def _slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 @rule("dynamic_slice")
 def _dynamic_slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    """A range of layers that starts at a traced index."""
+    """A range of layers that starts at a traced index, or one row of a table."""
     del walk
     named, start = values[:2]
     sizes = eqn.params["slice_sizes"]
     # A slice as long as its axis starts at 0 whatever its index says.
     if isinstance(start, Named) or tuple(sizes[1:]) != tuple(named.weight.shape[1:]):
         return None
-    return named.become(named.weight.slice_stack(start, sizes[0]))
+    layers = named.weight.slice_stack(start, sizes[0])
+    if layers is None and sizes[0] == 1:
+        row = named.weight.take(jnp.clip(start, 0, named.weight.shape[0] - 1)[None])
+        return None if row is None else [row.astype(named.weight.dtype)]
+    return named.become(layers)
 
 
 @rule("squeeze")
@@ -179,3 +183,11 @@ def _astype(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 def _unchanged(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
     del walk, eqn
     return [values[0]]
+
+
+@rule(_compat.PVARY_NAME)
+def _pvary(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Inside `shard_map`: a replicated weight meets activations that differ between devices."""
+    del walk
+    vary = lambda field: _compat.pvary(field, eqn.params["axes"])  # noqa: E731
+    return values[0].become(jax.tree.map(vary, values[0].weight))

@@ -18,6 +18,7 @@ from jaxweights.weights._weight import (
     Weight,
     is_weight,
     materialize,
+    matrix_parts,
     static,
     weight_dataclass,
 )
@@ -198,15 +199,10 @@ class LowRank(Weight):
     def partition(self, spec: Any, mesh: Any) -> LowRank | None:
         """`down` is split like the input axis, `up` like the output axis, the rank never."""
         base = self.base.partition(spec, mesh) if is_weight(self.base) else spec
-        entries = (*spec, *[None] * (self.ndim - len(spec)))
-        pick = lambda axes: [entries[a] for a in axes]  # noqa: E731
-        (first_in, *minor_in), (first_out, *minor_out) = map(
-            pick, (self.view.axes.inputs, self.view.axes.outputs)
-        )
-        # Flattened axes are split into contiguous parts by their first axis only.
-        if base is None or any(part is not None for part in (*minor_in, *minor_out)):
+        parts = matrix_parts(self.view, self.ndim, spec)
+        if base is None or parts is None:
             return None
-        stack = pick(self.view.stack_axes(self.ndim))
+        *stack, first_in, first_out = parts
         return dataclasses.replace(
             self,
             base=base,
@@ -214,6 +210,11 @@ class LowRank(Weight):
             up=PartitionSpec(*stack, None, first_out),
             scaling=PartitionSpec(*stack),
         )
+
+    def as_part(self, shape: tuple[int, ...]) -> LowRank:
+        """Tells the base the shape of the part; the factors' lengths are their own."""
+        base = self.base.as_part(shape) if is_weight(self.base) else self.base
+        return dataclasses.replace(self, base=base, view=View.of(shape, self.view.axes))
 
     def unstacked(self) -> Weight:
         """Tells the base that axis 0 was taken away."""

@@ -84,6 +84,10 @@ class Masked(Weight):
         base = self.base.partition(spec, mesh) if is_weight(self.base) else spec
         return self._both(base, spec)
 
+    def as_part(self, shape: tuple[int, ...]) -> Masked:
+        """Tells a represented base the shape of the part."""
+        return Masked(self.base.as_part(shape), self.mask) if is_weight(self.base) else self
+
     def unstacked(self) -> Masked:
         """Tells a represented base that axis 0 was taken away."""
         if not is_weight(self.base):

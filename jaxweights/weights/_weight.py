@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
@@ -103,8 +104,13 @@ class Weight(abc.ABC):
         del spec, mesh
         return None
 
+    def as_part(self, shape: tuple[int, ...]) -> Weight:
+        """Called once on one device's part, whose dense shape is `shape`, after `partition`."""
+        del shape
+        return self
+
     def slice_stack(self, start: Any, size: int, stride: int = 1) -> Weight | None:
-        """Matrices `start, start + stride, ...` of the leading stack axis; `start` may be traced."""
+        """Matrices `start, start + stride, ...` of the leading stack axis; maybe traced."""
         if not self.stack_shape:
             return None
         if isinstance(start, int):
@@ -206,6 +212,33 @@ class MatrixWeight(Weight):
         view = self.view.reshaped(self.shape, shape)
         return None if view is None else dataclasses.replace(self, view=view)  # type: ignore
 
+    def partition(self, spec: Any, mesh: Any) -> Any:
+        """Splits every `(*stack, rows, columns)` field as the inputs and the outputs are split."""
+        parts = matrix_parts(self.view, self.ndim, spec)
+        if parts is None:
+            return None
+        *stack, rows, columns = parts
+        specs = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("static") or value is None:
+                continue
+            if value.ndim < len(stack) + 2 and (rows or columns):
+                return None  # whether it follows the inputs or the outputs, only its class knows
+            fitted = []
+            for length, part in zip(value.shape[len(stack) :], (rows, columns), strict=False):
+                # A single row or column serves all parts.
+                part = None if length == 1 else part
+                if length % _devices(part, mesh):
+                    return None
+                fitted.append(part)
+            specs[field.name] = PartitionSpec(*stack, *fitted)
+        return dataclasses.replace(self, **specs)
+
+    def as_part(self, shape: tuple[int, ...]) -> Weight:
+        """Takes over the lengths of the part."""
+        return dataclasses.replace(self, view=View.of(shape, self.view.axes))  # type: ignore
+
     def dot(
         self,
         x: jax.Array,
@@ -236,10 +269,31 @@ class MatrixWeight(Weight):
         return rows.reshape(*indices.shape, *self.shape[1:]).astype(self.dtype)
 
 
+def matrix_parts(view: View, ndim: int, spec: Any) -> tuple[Any, ...] | None:
+    """Mesh axes that split each axis of the `(*stack, in, out)` matrix, for a spec of the leaf.
+
+    Returns:
+      The parts, or None where a split leaf is no split matrix: of axes that are flattened
+      together only the first gives contiguous rows.
+    """
+    entries = (*spec, *[None] * (ndim - len(spec)))
+    pick = lambda axes: [entries[a] for a in axes]  # noqa: E731
+    first_in, *other_in = pick(view.axes.inputs)
+    first_out, *other_out = pick(view.axes.outputs)
+    if any(part is not None for part in (*other_in, *other_out)):
+        return None
+    return (*pick(view.stack_axes(ndim)), first_in, first_out)
+
+
+def _devices(part: Any, mesh: Any) -> int:
+    names = part if isinstance(part, tuple) else (part,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
+
+
 class Rows(NamedTuple):
     """Activations, rearranged for the product with a `(*stack, in, out)` matrix."""
 
-    x: jax.Array  # (*stack, tokens, contracted)
+    x: jax.Array  # (*stack, tokens, contracted), 1 for a stack axis that they do not have
     transposed: bool  # whether the outputs are contracted, not the inputs
     free_shape: tuple[int, ...]  # free axes of the activations; their product is `tokens`
     free_axes: tuple[int, ...]
@@ -258,11 +312,11 @@ def activations_as_rows(
 
     Returns:
       The rows, or None where the contraction is neither over all inputs nor over all outputs, or
-      cuts across the stack.
+      a batch axis is no stack axis.
     """
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     stack = view.stack_axes(ndim)
-    if set(w_batch) != set(stack):
+    if not set(w_batch) <= set(stack):
         return None
     inputs = tuple(a % ndim for a in view.axes.inputs)
     outputs = tuple(a % ndim for a in view.axes.outputs)
@@ -271,12 +325,13 @@ def activations_as_rows(
     contracted = inputs if set(w_contract) == set(inputs) else outputs
     batch_of = dict(zip(w_batch, x_batch, strict=True))
     contract_of = dict(zip(w_contract, x_contract, strict=True))
-    front = [batch_of[a] for a in stack]
+    front = [batch_of[a] for a in stack if a in batch_of]
     back = [contract_of[a] for a in contracted]
     free = tuple(a for a in range(x.ndim) if a not in front and a not in back)
     free_shape = tuple(x.shape[a] for a in free)
+    stack_sizes = (x.shape[batch_of[a]] if a in batch_of else 1 for a in stack)
     rows = jnp.transpose(x, (*front, *free, *back)).reshape(
-        *(x.shape[a] for a in front), math.prod(free_shape), math.prod(x.shape[a] for a in back)
+        *stack_sizes, math.prod(free_shape), math.prod(x.shape[a] for a in back)
     )
     return Rows(rows, contracted is outputs, free_shape, free)
 
@@ -293,7 +348,8 @@ def dot_through_matrix(
 
     Returns:
       The product with axes (batch, free axes of x, free axes of the weight), or None where the
-      contraction is neither over all inputs nor over all outputs, or cuts across the stack.
+      contraction is neither over all inputs nor over all outputs. Stack axes that are no batch
+      axes are free axes of the weight: every matrix of them sees the same activations.
     """
     view, ndim = weight.view, weight.ndim
     rows = activations_as_rows(view, ndim, x, dimension_numbers)
@@ -307,11 +363,16 @@ def dot_through_matrix(
     kept = view.axes.inputs if rows.transposed else view.axes.outputs
     kept_shape = view.in_shape if rows.transposed else view.out_shape
     stack = view.stack_axes(ndim)
-    y = y.reshape(*rows.x.shape[:-2], *rows.free_shape, *kept_shape)
-    # Batch axes come in dot_general's order, free weight axes in the leaf's order.
-    batch_order = [stack.index(a) for a in dimension_numbers[1][1]]
+    y = y.reshape(*y.shape[:-2], *rows.free_shape, *kept_shape)
     first_free = len(stack)
     first_kept = first_free + len(rows.free_shape)
-    kept_order = [first_kept + i for i in np.argsort(kept)]
-    order = (*batch_order, *range(first_free, first_kept), *kept_order)
+    # Batch axes come in dot_general's order, free weight axes in the leaf's order.
+    batch = dimension_numbers[1][1]
+    weight_axes = {a: stack.index(a) for a in stack if a not in batch}
+    weight_axes |= {a % ndim: first_kept + i for i, a in enumerate(kept)}
+    order = (
+        *(stack.index(a) for a in batch),
+        *range(first_free, first_kept),
+        *(weight_axes[a] for a in sorted(weight_axes)),
+    )
     return jnp.transpose(y, order).astype(result_dtype)
