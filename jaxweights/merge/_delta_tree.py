@@ -46,7 +46,7 @@ class Thinning(NamedTuple):
     def counts(self, n: int, share: float, compat: Compat) -> tuple[int, int]:
         """How many of `n` ranked entries are dropped from the top, and how many kept below."""
         count = round if compat == "paper" else int
-        kept = max(count(share * n), 1) if share > 0 else 0
+        kept = min(max(count(share * n), 1), n) if share > 0 else 0
         return min(count(self.outliers * n), n - kept), kept
 
 
