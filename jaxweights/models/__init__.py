@@ -9,7 +9,7 @@ from jaxweights.models._convert import checkpoint_from_params as checkpoint_from
 from jaxweights.models._convert import param_shapes as param_shapes
 from jaxweights.models._convert import params_from_checkpoint as params_from_checkpoint
 from jaxweights.models._generate import generate as generate
-from jaxweights.models._hf_config import config_to_dict as config_to_dict
+from jaxweights.models._hf_json import config_to_dict as config_to_dict
 from jaxweights.models._llama import Llama as Llama
 from jaxweights.models._llama_config import LlamaConfig as LlamaConfig
 from jaxweights.models._load import Pretrained as Pretrained

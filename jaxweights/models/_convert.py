@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxweights.models._arrange import read_tree, write_tree
 from jaxweights.models._bert import BertConfig
 from jaxweights.models._bert_names import bert_names
 from jaxweights.models._llama_config import LlamaConfig
 from jaxweights.models._llama_names import llama_names
-from jaxweights.models._names import Convention, NameMap, read_tree, tree_shapes, write_tree
+from jaxweights.models._names import Convention, NameMap, tree_shapes
 
 
 def params_from_checkpoint(

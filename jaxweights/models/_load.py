@@ -14,10 +14,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.core._paths import flatten
+from jaxweights.models._arrange import check_tree
 from jaxweights.models._bert import Bert
-from jaxweights.models._convert import name_map, params_from_checkpoint, tell_convention
+from jaxweights.models._convert import name_map, params_from_checkpoint
 from jaxweights.models._llama import Llama
-from jaxweights.models._names import check_tree
 from jaxweights.models._registry import ModelConfig, build, config_from_dict, config_from_gguf
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Pretrained:
       config: Sizes and options.
       tokenizer_path: File from which `load_tokenizer` makes the tokenizer, or None.
       source: The checkpoint that was read.
-      carried: Tensors of the checkpoint that the model does not use (a pooler, position ids), so
-        that a copy of the checkpoint need not lose them.
+      carried: Tensors of a safetensors checkpoint that the model does not use (a pooler, position
+        ids), so that a copy of the checkpoint need not lose them.
     """
 
     model: Llama | Bert
@@ -77,10 +77,10 @@ def load_pretrained(
         params = load_tree(path).tree
         check_tree(flatten(params)[0], name_map(config, "huggingface"), asker=_ASKER)
     else:
-        tensors = _Tensors(source)
-        params = params_from_checkpoint(tensors, config)
-        names = name_map(config, tell_convention(tensors))
-        unused = [name for name in tensors if names.is_carried(names.canonical(name))]
+        params = params_from_checkpoint(_Tensors(source), config)
+    if source.format == "safetensors":  # what GGUF has beyond the model is in the config
+        names = name_map(config, "huggingface")
+        unused = [name for name in source.names if names.is_carried(names.canonical(name))]
         carried = {name: source.read(name) for name in unused}
     return Pretrained(
         model=build(config, remat=remat),

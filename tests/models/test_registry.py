@@ -79,6 +79,13 @@ def test_a_null_window_of_mistral_is_none_and_an_absent_one_is_its_default():
     assert config_from_dict(values).sliding_window == 4096
 
 
+def test_null_key_heads_are_as_many_as_query_heads_and_absent_ones_the_familys_default():
+    values = CASES["mistral"] | {"num_attention_heads": 16, "head_dim": 8}
+    assert config_from_dict(values | {"num_key_value_heads": None}).num_kv_heads == 16
+    del values["num_key_value_heads"]
+    assert config_from_dict(values).num_kv_heads == 8
+
+
 def test_the_architecture_can_be_read_off_the_class_name():
     values = {k: v for k, v in CASES["qwen2"].items() if k != "model_type"}
     config = config_from_dict(values | {"architectures": ["Qwen2ForCausalLM"]})
