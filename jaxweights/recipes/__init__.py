@@ -6,6 +6,7 @@ from jaxweights.recipes._evaluate import RetrievalScore as RetrievalScore
 from jaxweights.recipes._evaluate import embed as embed
 from jaxweights.recipes._evaluate import passages as passages
 from jaxweights.recipes._evaluate import perplexity as perplexity
+from jaxweights.recipes._evaluate import relative_change as relative_change
 from jaxweights.recipes._evaluate import retrieval as retrieval
 from jaxweights.recipes._evaluate import sequences as sequences
 from jaxweights.recipes._evaluate import windows as windows

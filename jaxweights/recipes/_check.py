@@ -174,7 +174,9 @@ def spell(annotation: Any) -> str:
     if origin is Literal:
         return f"one of {_listing(args)}"
     if _is_union(annotation):
-        return " or ".join(spell(arg) for arg in args)
+        # A function or an array is no choice that a file has.
+        writable = [arg for arg in args if _is_writable(arg)] or args
+        return " or ".join(dict.fromkeys(spell(arg) for arg in writable))
     if origin in (tuple, list, Sequence, Collection):
         items = [arg for arg in args if arg is not ...]
         if origin is tuple and items and ... not in args:
@@ -183,6 +185,17 @@ def spell(annotation: Any) -> str:
     if origin in (dict, Mapping):
         return "a mapping"
     return getattr(annotation, "__name__", str(annotation))
+
+
+def _is_writable(annotation: Any) -> bool:
+    """Whether YAML has a value of a type."""
+    known = (Literal, tuple, list, Sequence, Collection, dict, Mapping)
+    return (
+        annotation in _WORDS
+        or typing.get_origin(annotation) in known
+        or dataclasses.is_dataclass(annotation)
+        or _is_union(annotation)
+    )
 
 
 def settings_of(factory: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]:

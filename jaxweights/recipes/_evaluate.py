@@ -30,12 +30,14 @@ class PerplexityScore:
       nll: Mean negative log-likelihood, in nats a token.
       error: Standard error of `nll` over windows; 0 for one window.
       tokens: Tokens that were predicted.
+      windows: Mean negative log-likelihood of each window.
     """
 
     perplexity: float
     nll: float
     error: float
     tokens: int
+    windows: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,41 @@ def perplexity(
     error = float(nll.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0
     scored = count * (tokens.shape[1] - 1)
     # exp overflows beyond 709 nats, which only a broken model reaches.
-    return PerplexityScore(math.exp(min(mean, 700.0)), mean, error, scored)
+    return PerplexityScore(math.exp(min(mean, 700.0)), mean, error, scored, tuple(nll.tolist()))
+
+
+def relative_change(before: PerplexityScore, after: PerplexityScore) -> tuple[float, float]:
+    """How much larger one perplexity is than another of the same windows.
+
+    Both saw the same text, so what is hard in it cancels: the change is surer than either.
+
+    Args:
+      before: The reference.
+      after: The other.
+
+    Returns:
+      The relative change, and its standard error over windows (0 for one window).
+
+    Raises:
+      ValueError: If they are of different windows.
+
+    Example:
+      >>> old = PerplexityScore(2.718, 1.0, 0.0, 2, (0.5, 1.5))
+      >>> new = PerplexityScore(4.482, 1.5, 0.0, 2, (1.0, 2.0))
+      >>> change, error = relative_change(old, new)
+      >>> round(change, 3), error
+      (0.649, 0.0)
+    """
+    if len(before.windows) != len(after.windows):
+        raise ValueError(
+            f"recipes.relative_change: {len(before.windows)} and {len(after.windows)} windows. "
+            "Compare scores of the same windows."
+        )
+    differences = np.subtract(after.windows, before.windows)
+    ratio = math.exp(min(float(differences.mean()), 700.0))
+    count = len(differences)
+    error = float(differences.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    return ratio - 1.0, ratio * error
 
 
 def passages(documents: Sequence[str], *, count: int) -> tuple[list[str], list[str]]:

@@ -20,7 +20,9 @@ _COLOURS = {
 }
 _INK, _RULE, _BEFORE, _AFTER, _CARD = _COLOURS
 
-_SETTINGS = {
+_WIDTH = 9.3  # inches, at which text is as large as the page's small print
+
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "text.color": _INK,
@@ -53,9 +55,9 @@ def bars(panels: Sequence[tuple[str, str, float, float, float, float]]) -> str:
     Returns:
       SVG.
     """
-    columns = min(len(panels), 3)
+    columns = 3
     rows = -(-len(panels) // columns)
-    with _figure("bars", columns * 3.1, rows * 1.5, rows, columns) as (out, axes):
+    with _figure("bars", _WIDTH, rows * 1.5, rows, columns) as (out, axes):
         for axis, panel in zip(axes, panels, strict=False):
             _bar_panel(axis, *panel)
         for axis in axes[len(panels) :]:
@@ -100,7 +102,7 @@ def heatmap(errors: Mapping[str, Sequence[float]]) -> str:
     grid = np.full((layers, len(kinds)), np.nan)
     for i, column in enumerate(errors.values()):
         grid[: len(column), i] = column
-    width = min(2.2 + 0.78 * len(kinds), 9.3)
+    width = min(2.2 + 0.78 * len(kinds), _WIDTH)
     with _figure("heatmap", width, 1.1 + 0.235 * layers, 1, 1) as (out, (axis,)):
         top = float(np.nanmax(grid)) or 1.0
         spec = ".1f" if top >= 0.1 else ".2f" if top >= 0.01 else ".2g"
@@ -144,9 +146,9 @@ def spectra(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> st
     Returns:
       SVG.
     """
-    columns = min(len(panels), 3)
+    columns = 3
     rows = -(-len(panels) // columns)
-    with _figure("spectra", columns * 3.1, rows * 2.05, rows, columns) as (out, axes):
+    with _figure("spectra", _WIDTH, rows * 2.2, rows, columns) as (out, axes):
         for axis, (name, (before, after)) in zip(axes, panels.items(), strict=False):
             for values, colour, label, width in (
                 (before, _BEFORE, "before", 2.6),
@@ -181,7 +183,7 @@ def _figure(
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
-        figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06, hspace=0.06, wspace=0.04)  # type: ignore
+        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06, hspace=0.09, wspace=0.04)  # type: ignore
         yield out, figure.subplots(rows, columns, squeeze=False).ravel()
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

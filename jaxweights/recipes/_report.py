@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxweights.recipes._evaluate import PerplexityScore, relative_change
 from jaxweights.recipes._figures import bars, heatmap, spectra
 from jaxweights.recipes._leaves import LeafResult, error_grid
 
@@ -144,12 +146,17 @@ def _cards(result: Mapping[str, Any]) -> str:
     for label, spec, before, after, *_, less in measured(result):
         change = (after - before) / before if before else 0.0
         better = change <= 0 if less else change >= 0
-        cards.append(
-            _card(
-                label, format(after, spec), format(before, spec), f"{100 * change:+.1f} %", better
-            )
-        )
+        words = f"{100 * change:+.1f} %"
+        if label == "Perplexity":
+            words = _perplexity_change(result)
+        cards.append(_card(label, format(after, spec), format(before, spec), words, better))
     return f'<ul class="cards">{"".join(cards)}</ul>'
+
+
+def _perplexity_change(result: Mapping[str, Any]) -> str:
+    scores = result["evaluation"]["perplexity"]
+    change, error = relative_change(*(PerplexityScore(**scores[k]) for k in ("before", "after")))
+    return f"{100 * change:+.1f} %" + (f" ± {100 * error:.1f}" if error else "")
 
 
 def _card(label: str, value: str, was: str, change: str, better: bool) -> str:
@@ -171,8 +178,14 @@ def _before_after(result: Mapping[str, Any]) -> str:
         "Size counts the arrays that stand for the weights, scales and masks included, as they lie "
         "in memory."
     )
+    on_disk = [f"{form} {megabytes(count)}" for form, count in size["on_disk"].items()]
+    if on_disk:
+        notes.append(f"On the disk: {', '.join(on_disk)}.")
     if any(panel[4] for panel in panels):
-        notes.append("Bars of error are one standard error over windows.")
+        notes.append(
+            "Bars of error are one standard error over windows. Both saw the same windows, so the "
+            "difference is surer than the bars."
+        )
     return _figure(bars(panels), " ".join(notes))
 
 
@@ -243,7 +256,7 @@ def _left_table(leaves: Sequence[LeafResult]) -> str:
             f"<code>{_text(leaf.path)}</code>",
             _text(" × ".join(map(str, leaf.shape))),
             megabytes(leaf.bytes_after),
-            _text(leaf.why),
+            re.sub(r"`([^`]*)`", r"<code>\1</code>", _text(leaf.why)),
         )
         for leaf in sorted(left, key=lambda leaf: -leaf.bytes_after)
     ]

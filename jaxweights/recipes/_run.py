@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.calibrate import calibrate, pipeline
 from jaxweights.checkpoint import Provenance, atomic_directory
 from jaxweights.checkpoint._atomic import check_destination
-from jaxweights.core import Layout, apply, chain, flatten
+from jaxweights.core import Layout, apply, chain, describe_nonfinite, fail, flatten
 from jaxweights.core._plan import Plan, plan
 from jaxweights.lift import infer_layout
 from jaxweights.recipes._download import Progress
@@ -38,6 +39,7 @@ from jaxweights.recipes._recipe import Recipe
 from jaxweights.recipes._report import render_report
 from jaxweights.recipes._write import write_checkpoint
 from jaxweights.recipes._yaml import RecipeError
+from jaxweights.weights import materialize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ def run_recipe(
     Raises:
       FileExistsError: If the destination exists and `overwrite` is False.
       RecipeError: If the recipe does not suit the model.
+      ValueError: If a weight of the model is not finite, or a text is too short.
     """
     report = progress or (lambda task, done, total: None)
     clock = _Clock()
@@ -93,12 +96,15 @@ def run_recipe(
         model = load_model(recipe.model, progress=report)
         others = tuple(load_model(m, progress=report).params for m in recipe.models)
         check_fit(recipe, model)
+        _refuse_nonfinite(model)
         layout, _ = _plan(recipe, model, others)
         data = prepare_calibration(recipe, model, report)
         measures = prepare_measures(recipe, model, report)
     before = model.params
     with clock("measure before"):
-        scores = {m.name: {"before": m.score(before, "before")} for m in measures}
+        scores: dict[str, dict[str, Any]] = {
+            m.name: {"before": m.score(before, "before")} for m in measures
+        }
     with clock("change"):
         after = _transform(recipe, model, others, layout, data, report)
         jax.block_until_ready(jax.tree.leaves(after))
@@ -118,6 +124,9 @@ def run_recipe(
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)
         summary["seconds"] = clock.seconds
+        summary["size"]["on_disk"] = {
+            form: _folder_bytes(folder / form) for form in recipe.output.formats
+        }
         _write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, after)
 
@@ -176,6 +185,17 @@ def _plan(recipe: Recipe, model: Model, others: tuple[Any, ...]) -> tuple[Layout
         lines = [_with_line(line, recipe) for line in str(error).splitlines()]
         raise RecipeError("\n".join(lines)) from error
     return layout, found
+
+
+def _refuse_nonfinite(model: Model) -> None:
+    """Names every weight that holds NaN or infinity, before all that they would spoil."""
+    finite = jax.jit(lambda leaf: jnp.all(jnp.isfinite(leaf)))
+    bad = [
+        (path, leaf)
+        for path, leaf in flatten(materialize(model.params))[0].items()
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not finite(leaf)
+    ]
+    fail("jaxweights run", [describe_nonfinite(path, leaf) for path, leaf in bad])
 
 
 def _with_line(message: str, recipe: Recipe) -> str:
@@ -305,6 +325,10 @@ def _write_weights(
         report("Writing weights", done, len(formats))
         write_checkpoint(folder / form, form, model.pretrained, params, provenance=provenance)
     report("Writing weights", len(formats), len(formats))
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _write_report(
