@@ -132,7 +132,8 @@ def gptq_matrix(
     in_dim = weight.shape[0]
     if problem := unfit_group(settings, in_dim):
         raise ValueError(f"quantize.gptq_matrix: {problem}")
-    moving = isinstance(group_size, int) and not static_groups
+    # Rows of a group whose scales are still to be found when its first row is reached.
+    moving = group_size if isinstance(group_size, int) and not static_groups else None
 
     weight = weight.astype(jnp.float32)
     gram = gram.astype(jnp.float32)
@@ -143,7 +144,6 @@ def gptq_matrix(
     alive = jnp.where(dead[:, None], 0, weight) if compat else weight
     # One scale per output is found before dead inputs are dropped, in the authors' code too.
     source = alive if static_groups else weight
-    fixed = None if moving else find_scale(split_groups(source, settings), settings)
 
     live_mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
     # Filling with the mean keeps it the mean, whatever the scale; the authors fill with one.
@@ -158,12 +158,11 @@ def gptq_matrix(
         mask = None if mask is None else mask[order]
     factor, used = inverse_factor(gram, damping)
 
-    if fixed is None:
-        rows = in_dim // settings.group_size
-        of_row = jnp.arange(in_dim) // settings.group_size
-        scales = RowScales.unset(rows, weight.shape[1], of_row, settings)
+    if moving:
+        of_row = jnp.arange(in_dim) // moving
+        scales = RowScales.unset(in_dim // moving, weight.shape[1], of_row, settings)
     else:
-        scale, zero = fixed
+        scale, zero = find_scale(split_groups(source, settings), settings)
         of_row = jnp.arange(in_dim) // (in_dim // scale.shape[0])
         of_row = of_row if order is None else of_row[order]
         scales = RowScales(scale[:, 0], None if zero is None else zero[:, 0], of_row)
@@ -182,7 +181,7 @@ def gptq_matrix(
     if order is not None:
         place = jnp.argsort(order)
         codes = codes[place]
-        group_index = (place // settings.group_size).astype(jnp.int32) if moving else None
+        group_index = (place // moving).astype(jnp.int32) if moving else None
     return GptqMatrix(
         Codes(codes, scales.scale, scales.zero_point), group_index, used, jnp.sum(errors**2)
     )

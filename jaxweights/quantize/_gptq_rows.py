@@ -56,7 +56,7 @@ def quantize_rows(
     scales: RowScales,
     grid: Grid,
     *,
-    moving: bool,
+    moving: int | None,
     stale: bool,
     block_size: int,
     mask: jax.Array | None,
@@ -72,7 +72,7 @@ def quantize_rows(
       factor: U, `(in, in)` upper triangular, with :math:`U^\top U` the inverse Gram matrix.
       scales: All scales; of moving groups those that are still to be found.
       grid: The grid.
-      moving: Whether each group's scales are found when its first row is reached.
+      moving: Rows of a group, where a group's scales are found when its first row is reached.
       stale: Whether they are then read from rows that lack the errors of their own block.
       block_size: Rows of a block, about.
       mask: Bool like `weight`; False makes a code that stands for zero.
@@ -81,15 +81,14 @@ def quantize_rows(
       Codes `(in, out)` int8 or uint8, the scales, and the errors `(in, out)` float32.
     """
     in_dim, out_dim = weight.shape
-    group = grid.group_size if moving and isinstance(grid.group_size, int) else None
-    block, sub = _block_sizes(in_dim, group, block_size)
+    block, sub = _block_sizes(in_dim, moving, block_size)
     padding = -in_dim % block
     # Rows of zeros with an identity factor take no part.
     weight = jnp.pad(weight, ((0, padding), (0, 0)))
     spread = jnp.pad(factor.T, (0, padding))  # spread[j, i] = U[i, j]
     on_padding = jnp.arange(in_dim + padding) >= in_dim
     spread = jnp.where(on_padding[:, None] & jnp.eye(in_dim + padding, dtype=bool), 1, spread)
-    scales = _pad_scales(scales, padding, group, grid)
+    scales = _pad_scales(scales, padding, moving)
     if mask is not None:
         mask = jnp.pad(mask, ((0, padding), (0, 0)))
     kept = lambda rows, at: (  # noqa: E731
@@ -107,16 +106,14 @@ def quantize_rows(
         def sub_step(s: jax.Array, state: Any) -> Any:
             rows, errors, codes, scales = state
             at = s * sub
-            if group is not None:
-                source = first if stale else rows
-                find = lambda scales: scales.found(  # noqa: E731
-                    (start + at) // group, kept(_slice(source, at, group), start + at), grid
-                )
-                scales = (
-                    find(scales)
-                    if sub == group
-                    else jax.lax.cond(at % group == 0, find, lambda scales: scales, scales)
-                )
+            if moving:
+                group = kept(_slice(first if stale else rows, at, moving), start + at)
+                number = (start + at) // moving
+                found_now = lambda old: old.found(number, group, grid)  # noqa: E731
+                if sub == moving:
+                    scales = found_now(scales)
+                else:
+                    scales = jax.lax.cond(at % moving == 0, found_now, lambda old: old, scales)
             now, found = _subblock(
                 _slice(rows, at, sub),
                 _slice(_slice(inside, at, sub), at, sub, axis=1),
@@ -140,7 +137,7 @@ def quantize_rows(
     (errors, scales), codes = jax.lax.scan(
         block_step, (jnp.zeros_like(weight), scales), jnp.arange(0, in_dim + padding, block)
     )
-    rows = scales.scale.shape[0] if group is None else in_dim // group
+    rows = in_dim // moving if moving else scales.scale.shape[0]
     scales = RowScales(
         scales.scale[:rows],
         None if scales.zero_point is None else scales.zero_point[:rows],
@@ -184,14 +181,14 @@ def _block_sizes(in_dim: int, group: int | None, block_size: int) -> tuple[int, 
     return block, max(d for d in range(1, min(_SUBBLOCK, unit) + 1) if unit % d == 0)
 
 
-def _pad_scales(scales: RowScales, padding: int, group: int | None, grid: Grid) -> RowScales:
+def _pad_scales(scales: RowScales, padding: int, group: int | None) -> RowScales:
     """Scales for the rows of padding: groups of their own where groups move, else any."""
     if not padding:
         return scales
     scale, zero, of_row = scales
     if group is None:
         return scales._replace(of_row=jnp.pad(of_row, (0, padding)))
-    rows = padding // group
-    pad = lambda x: None if x is None else jnp.pad(x, ((0, rows), (0, 0)))  # noqa: E731
+    new_rows = ((0, padding // group), (0, 0))
+    zero = None if zero is None else jnp.pad(zero, new_rows)
     padded = jnp.arange(of_row.shape[0], of_row.shape[0] + padding) // group
-    return RowScales(pad(scale), pad(zero), jnp.concatenate([of_row, padded]))
+    return RowScales(jnp.pad(scale, new_rows), zero, jnp.concatenate([of_row, padded]))

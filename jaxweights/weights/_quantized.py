@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._weight import MatrixWeight, Weight, static, weight_dataclass
+from jaxweights.weights._weight import (
+    MatrixWeight,
+    Weight,
+    matrix_parts,
+    static,
+    weight_dataclass,
+)
 
 
 @weight_dataclass
@@ -61,14 +68,16 @@ class Quantized(MatrixWeight):
       (1, 2)
     """
 
+    rows_follow_inputs: ClassVar[bool] = True
+
     codes: jax.Array
     scale: jax.Array
     zero_point: jax.Array | None = None
     group_index: jax.Array | None = None
-    bits: int = static(8)
-    codes_per_byte: int = static(1)
-    dtype: Any = static(np.dtype(np.float32))
-    view: View = static(None)
+    bits: int = static(default=8)
+    codes_per_byte: int = static(default=1)
+    dtype: Any = static(default=np.dtype(np.float32))
+    view: View = static(default=None)
 
     @classmethod
     def from_codes(
@@ -289,6 +298,17 @@ class Quantized(MatrixWeight):
     def materialize(self) -> jax.Array:
         """The dense weight."""
         return self._fitted().view.from_matrix(self.matrix())
+
+    def partition(self, spec: Any, mesh: Any) -> Any:
+        """Groups and packed rows are split with the inputs; groups in another order are not."""
+        fitted = self._fitted()
+        if self.group_index is None:
+            return MatrixWeight.partition(fitted, spec, mesh)
+        parts = matrix_parts(fitted.view, self.ndim, spec)
+        if parts is None or parts[-2] is not None:
+            return None
+        specs = MatrixWeight.partition(dataclasses.replace(fitted, group_index=None), spec, mesh)
+        return specs and dataclasses.replace(specs, group_index=PartitionSpec(*parts[:-2]))
 
     def transpose(self, permutation: Sequence[int]) -> Weight | None:
         """Permutes the axes by changing the view only."""
