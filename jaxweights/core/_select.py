@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 # Three candidates a pass are the digits of a number in base 4.
 _CANDIDATES = 3
@@ -180,7 +181,7 @@ def smallest_of_leaves(leaves: Sequence[jax.Array], k: int | jax.Array) -> list[
     if not leaves:
         return []
     wanted = Count.of(k)
-    traced = any(isinstance(x, jax.core.Tracer) for x in (*leaves, wanted.low))
+    traced = any(isinstance(x, Tracer) for x in (*leaves, wanted.low))
 
     def count(candidates: jax.Array) -> Count:
         return functools.reduce(

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxweights.core._context import Context
 from jaxweights.core._leafwise import leafwise
@@ -249,7 +250,7 @@ def _read(name: str, sparsity: Any, context: Context) -> jax.Array:
             f"{name}: sparsity has shape {value.shape}. It must be one number for all leaves; give "
             "leaves their own with `partition`."
         )
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         _refuse_outside(name, float(value))
     return value
 
@@ -263,7 +264,7 @@ def _unfit(path: Path, leaf: Any, view: View, group: Group, sparsity: float | No
 def _sparser_already(leaf: Any, view: View, group: Group, sparsity: float | None) -> str | None:
     if sparsity is None or group.name == "global" or not isinstance(leaf, Masked):
         return None
-    if not isinstance(leaf.mask, jax.Array | np.ndarray) or isinstance(leaf.mask, jax.core.Tracer):
+    if not isinstance(leaf.mask, jax.Array | np.ndarray) or isinstance(leaf.mask, Tracer):
         return None
     size = math.prod(leaf.shape)
     there = size - int(np.count_nonzero(leaf.mask))

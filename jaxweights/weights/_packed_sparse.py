@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import Axes, View
@@ -285,7 +286,7 @@ def _pack_bitmask(
 
 def _concrete(counts: jax.Array) -> int | None:
     """The largest count, or None where it is traced or abstract."""
-    if isinstance(counts, jax.core.Tracer):
+    if isinstance(counts, Tracer):
         return None
     return int(np.max(np.asarray(counts), initial=0))
 
