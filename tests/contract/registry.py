@@ -1,0 +1,87 @@
+"""Every public transform, by one line: the contract suite runs over this list."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jaxweights as jw
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One transform under contract.
+
+    Args:
+      name: Family and factory, such as `sparsify.wanda`; a suffix after a space tells variants apart.
+      make: Builds the transform.
+      models: Other models that it reads.
+      keyed: Whether it draws random numbers.
+      elementwise: Whether it promises to compile to no collective on a tree whose outputs are
+        sharded. Methods that rank whole columns search until every column is done, which the
+        devices have to tell each other.
+      per_slice: Whether a stack is transformed as its slices are (not so for global thresholds
+        and for random draws, which differ between slices).
+    """
+
+    name: str
+    make: Callable[[], jw.Transform]
+    models: int = 0
+    keyed: bool = False
+    elementwise: bool = False
+    per_slice: bool = True
+
+
+_Q, _S, _A, _M = jw.quantize, jw.sparsify, jw.adapt, jw.merge
+
+CASES = [
+    Case(
+        "quantize.round_to_nearest",
+        lambda: _Q.round_to_nearest(bits=4, group_size=8),
+        elementwise=True,
+    ),
+    Case("quantize.round_to_nearest int8", lambda: _Q.round_to_nearest(bits=8), elementwise=True),
+    Case("quantize.round_to_nearest affine", lambda: _Q.round_to_nearest(bits=3, grid="affine")),
+    Case("quantize.gptq", lambda: _Q.gptq(bits=4, group_size=8)),
+    Case("quantize.gptq ordered", lambda: _Q.gptq(bits=3, act_order=True, static_groups=True)),
+    Case("sparsify.magnitude", lambda: _S.magnitude(sparsity=0.5)),
+    Case("sparsify.magnitude output", lambda: _S.magnitude(sparsity=0.5, group="output")),
+    Case("sparsify.magnitude 2:4", lambda: _S.magnitude(keep=2, of=4), elementwise=True),
+    Case(
+        "sparsify.magnitude global",
+        lambda: _S.magnitude(sparsity=0.5, group="global"),
+        per_slice=False,
+    ),
+    Case("sparsify.magnitude dense", lambda: _S.magnitude(sparsity=0.5, form="dense")),
+    Case("sparsify.wanda", lambda: _S.wanda(sparsity=0.5)),
+    Case("sparsify.wanda 2:4", lambda: _S.wanda(keep=2, of=4), elementwise=True),
+    Case("adapt.lora", lambda: _A.lora(rank=3), keyed=True, per_slice=False),
+    Case("adapt.rslora", lambda: _A.rslora(rank=3), keyed=True, per_slice=False),
+    Case("merge.mean", _M.mean, models=2, elementwise=True),
+    Case("merge.task_arithmetic", _M.task_arithmetic, models=2, elementwise=True),
+    Case("merge.delta_merge", _M.delta_merge, models=2, elementwise=True),
+    Case("merge.ties", lambda: _M.ties(density=0.5, scope="leaf"), models=2, per_slice=False),
+    Case("merge.ties tree", lambda: _M.ties(density=0.5, scope="tree"), models=2, per_slice=False),
+    Case(
+        "merge.dare_linear",
+        lambda: _M.dare_linear(density=0.5),
+        models=2,
+        keyed=True,
+        per_slice=False,
+    ),
+    Case(
+        "merge.dare_ties", lambda: _M.dare_ties(density=0.5), models=2, keyed=True, per_slice=False
+    ),
+    Case(
+        "merge.breadcrumbs",
+        lambda: _M.breadcrumbs(density=0.7, outliers=0.05),
+        models=2,
+        per_slice=False,
+    ),
+    Case(
+        "merge.breadcrumbs_ties",
+        lambda: _M.breadcrumbs_ties(density=0.7, outliers=0.05),
+        models=2,
+        per_slice=False,
+    ),
+]
