@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.core import Statistic
 from jaxweights.core._stats import combine
-from jaxweights.lift import Named
+from jaxweights.lift import Named, _compat
 from jaxweights.weights import View, Weight
 from jaxweights.weights._weight import (
     activations_as_rows,
@@ -34,19 +33,18 @@ class Probe(Weight):
 
     Args:
       base: The weight, dense or represented.
-      start: Where on the leading stack axis an indexed part lies, int32 scalar; None for the whole.
+      index: Where in the flattened leading stack of the whole weight each matrix of a part
+        lies, int32 of the part's leading stack axes; None for the whole.
       view: Its axes.
       wanted: Statistics to collect.
-      part_of: Length of the leading stack axis that `start` counts on; 0 for the whole.
-      squeezed: Whether the indexed part has lost its stack axis.
+      part_of: Leading stack axes of the whole weight; empty for the whole.
     """
 
     base: Any
-    start: Any
+    index: Any
     view: View = static()
     wanted: frozenset[Statistic] = static()
-    part_of: int = static(0)
-    squeezed: bool = static(False)
+    part_of: tuple[int, ...] = static(())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,12 +59,15 @@ class Probe(Weight):
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """Leading stack axes that a scan may slice."""
-        if self.part_of:  # `start` would be sliced with them
-            return ()
         if isinstance(self.base, Weight):
             return self.base.stack_shape
         axes = self.view.stack_axes(self.ndim)
         return tuple(self.shape[axis] for i, axis in enumerate(axes) if i == axis)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether its records are of the whole weight, though it is a part of it."""
+        return bool(self.part_of)
 
     def materialize(self) -> jax.Array:
         """The dense weight."""
@@ -79,37 +80,41 @@ class Probe(Weight):
     def transpose(self, permutation: Sequence[int]) -> Weight | None:
         """The probe of the permuted weight."""
         view = self.view.transposed(self.ndim, permutation)
-        if view is None:
+        if view is None or (
+            self.is_part and tuple(permutation[: self.index.ndim]) != tuple(range(self.index.ndim))
+        ):
             return None
-        dense = isinstance(self.base, Weight)
-        base = self.base.transpose(permutation) if dense else jnp.transpose(self.base, permutation)
+        represented = isinstance(self.base, Weight)
+        base = (
+            self.base.transpose(permutation)
+            if represented
+            else jnp.transpose(self.base, permutation)
+        )
         return self._with(base, view)
 
     def reshape(self, shape: Sequence[int]) -> Weight | None:
-        """The probe of the reshaped weight, where its matrix stays the same."""
+        """The probe of the reshaped weight, where its matrices stay the same."""
         view = self.view.reshaped(self.shape, shape)
-        return None if view is None else self._with(self.base.reshape(shape), view)
+        if view is None:
+            return self._as_part().reshape_stack(shape) if self.stack_shape else None
+        return self._with(self.base.reshape(shape), view)
 
     def slice_stack(self, start: Any, size: int, stride: int = 1) -> Weight | None:
         """The probe of some layers, which remembers where they lie."""
-        if not self.stack_shape or stride != 1:
-            return None
-        length = self.shape[0]
-        if isinstance(self.base, Weight):
-            base = self.base.slice_stack(start, size)
-        else:
-            base = jax.lax.dynamic_slice_in_dim(self.base, start, size, axis=0)
-        if base is None:
-            return None
-        start = jnp.asarray(start, jnp.int32)
-        return dataclasses.replace(self, base=base, start=start, part_of=length)
+        part = self._as_part() if self.stack_shape else self
+        return Weight.slice_stack(part, start, size, stride)
 
-    def squeeze_stack(self) -> Weight | None:
-        """The probe of a single layer."""
-        if not self.part_of or self.squeezed:
-            return None
-        base = self.base.squeeze_stack() if isinstance(self.base, Weight) else self.base[0]
-        return None if base is None else dataclasses.replace(self, base=base, squeezed=True)
+    def take_stack(self, indices: jax.Array) -> Weight | None:
+        """The probe of chosen layers, which remembers where they lie."""
+        part = self._as_part() if self.stack_shape else self
+        return Weight.take_stack(part, indices)
+
+    def _as_part(self) -> Probe:
+        if self.is_part:
+            return self
+        stack = self.stack_shape
+        index = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)
+        return dataclasses.replace(self, index=index, part_of=stack)
 
     def partition(self, spec: Any, mesh: Any) -> Probe | None:
         """Splits the weight, whose inputs every device must see whole."""
@@ -121,11 +126,9 @@ class Probe(Weight):
                 "sharded arrays instead."
             )
         base = self.base.partition(spec, mesh) if isinstance(self.base, Weight) else spec
-        if parts is None or base is None:
+        if parts is None or base is None or self.is_part:
             return None
-        return dataclasses.replace(
-            self, base=base, start=None if self.start is None else PartitionSpec()
-        )
+        return dataclasses.replace(self, base=base)
 
     def as_part(self, shape: tuple[int, ...]) -> Probe:
         """Tells a represented base the shape of the part."""
@@ -171,15 +174,21 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
     if not isinstance(probe, Probe):
         return None
     if kind == "ragged_dot":
+        if mask is not None:
+            raise ValueError(
+                f"calibrate: {named.path!r}: its tokens are sorted by expert, so the mask "
+                f"{mask.shape} does not tell which are padding. {_NO_MASK}"
+            )
         return place(probe, ragged_statistics(x, params["group_sizes"], probe))
     if kind == "conv":
-        rows = patches_as_rows(named.path, x, probe, params)
-        return place(probe, statistics(rows, None, probe.wanted))
+        rows, windows = patches_as_rows(named.path, x, probe, params)
+        weights = token_weights(named.path, windows, mask)
+        return place(probe, statistics(rows, weights, probe.wanted))
     found = activations_as_rows(probe.view, probe.ndim, x, params["dimension_numbers"])
     if found is None or found.transposed:
         return None
     stacked = found.x.ndim > 2
-    weights = token_weights(named.path, found.free_shape, mask, stacked)
+    weights = token_weights(named.path, found.free_shape, mask)
     if stacked:
         # Dispatching experts leaves empty slots at zero: a row of zeros is no token.
         filled = jnp.any(found.x != 0, axis=-1)
@@ -213,7 +222,8 @@ def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statis
         keep = jnp.broadcast_to(keep, x.shape[:-1])
         count = jnp.sum(keep, axis=-1, dtype=jnp.int32)
         x = jnp.where(keep[..., None], x, 0)
-    record: Record = {"count": count}
+    # Though it is one number on all devices of a `shard_map`, it counts what differs between them.
+    record: Record = {"count": _compat.pvary(count, _compat.varying_axes(x))}
     if "sum" in wanted:
         record["sum"] = jnp.sum(x, axis=-2)
     if "gram" in wanted:
@@ -240,8 +250,10 @@ def ragged_statistics(x: jax.Array, group_sizes: jax.Array, probe: Probe) -> Rec
     return jax.lax.map(one, (ends - group_sizes, ends))
 
 
-def patches_as_rows(path: str, x: jax.Array, probe: Probe, params: dict[str, Any]) -> jax.Array:
-    """The windows that a convolution multiplies with its kernel, `(windows, in)`."""
+def patches_as_rows(
+    path: str, x: jax.Array, probe: Probe, params: dict[str, Any]
+) -> tuple[jax.Array, tuple[int, ...]]:
+    """The windows that a convolution multiplies with its kernel, as rows, and their axes."""
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
         raise ValueError(
             f"calibrate: {path!r}: this convolution has {params['feature_group_count']} feature "
@@ -263,57 +275,65 @@ def patches_as_rows(path: str, x: jax.Array, probe: Probe, params: dict[str, Any
         ),
         precision=HIGHEST,
     )
-    patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
+    batch_axis, channels, *positions = numbers.out_spec
+    patches = jnp.transpose(patches, (batch_axis, *positions, channels))
+    windows = tuple(patches.shape[:-1])
     # Patches are laid out (channel, *window); the kernel's inputs in the order of its view.
     patches = patches.reshape(-1, probe.shape[channel_axis], *spatial)
     held = [channel_axis, *spatial_axes]
     order = [1 + held.index(axis % probe.ndim) for axis in probe.view.axes.inputs]
-    return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1)
+    return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1), windows
+
+
+_NO_MASK = "Remove padding from the batches and pass no mask, or leave this weight out."
 
 
 def token_weights(
-    path: str, free_shape: tuple[int, ...], mask: jax.Array | None, stacked: bool
+    path: str, free_shape: tuple[int, ...], mask: jax.Array | None
 ) -> jax.Array | None:
     """Which rows a padding mask keeps, for activations whose free axes have this shape."""
     if mask is None:
         return None
-    tokens = math.prod(free_shape)
     if free_shape[: mask.ndim] == mask.shape:
-        rest = free_shape[mask.ndim :]
-        return jnp.broadcast_to(mask.reshape(*mask.shape, *[1] * len(rest)), free_shape).reshape(-1)
-    if tokens == mask.size:
-        return mask.reshape(-1)
-    if free_shape[:1] == mask.shape[:1]:  # pooled: one row an example
-        kept = jnp.any(mask.reshape(mask.shape[0], -1), axis=1)
-        return jnp.broadcast_to(kept.reshape(-1, *[1] * (len(free_shape) - 1)), free_shape).reshape(
-            -1
+        kept, rest = mask, free_shape[mask.ndim :]
+    elif free_shape[:1] == (mask.size,):  # tokens of all examples in one axis
+        kept, rest = mask.reshape(-1), free_shape[1:]
+    elif math.prod(free_shape) == mask.shape[0] and free_shape[0] == mask.shape[0]:
+        kept, rest = jnp.any(mask.reshape(mask.shape[0], -1), axis=1), free_shape[1:]  # pooled
+    else:
+        raise ValueError(
+            f"calibrate: {path!r}: its activations have free axes {free_shape}, so the mask "
+            f"{mask.shape} does not tell which are padding. Give the mask the leading axes of the "
+            f"tokens. {_NO_MASK}"
         )
-    if stacked:  # dispatched to experts: empty slots show themselves
-        return None
-    raise ValueError(
-        f"calibrate: {path!r}: its activations have free axes {free_shape}, so the mask "
-        f"{mask.shape} does not tell which are padding. Give the mask the leading axes of the "
-        "tokens, or remove padding from the batches and pass no mask."
-    )
+    return jnp.broadcast_to(kept.reshape(*kept.shape, *[1] * len(rest)), free_shape).reshape(-1)
 
 
 def place(probe: Probe, record: Record) -> Record:
-    """Puts the statistics of indexed layers where they belong in the whole stack."""
-    if not probe.part_of:
+    """Puts the statistics of a part where they belong in the whole stack."""
+    if not probe.is_part:
         return record
+    count, index = math.prod(probe.part_of), probe.index
 
     def put(name: Statistic, value: jax.Array) -> jax.Array:
-        value = value[None] if probe.squeezed else value
-        whole = neutral(name, jax.ShapeDtypeStruct((probe.part_of, *value.shape[1:]), value.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(whole, value, probe.start, axis=0)
+        rest = value.shape[index.ndim :]
+        whole = neutral(name, value, (count, *rest))
+        if not index.ndim:
+            whole = jax.lax.dynamic_update_index_in_dim(whole, value, index, axis=0)
+        else:  # a matrix may have been chosen more than once
+            at = whole.at[index.reshape(-1)]
+            method = {"min": at.min, "max": at.max}.get(name, at.add)
+            whole = method(value.reshape(-1, *rest), mode="promise_in_bounds")
+        return whole.reshape(*probe.part_of, *rest)
 
     return {name: put(name, value) for name, value in record.items()}
 
 
-def neutral(name: Statistic, like: Any) -> jax.Array:
-    """The statistic of no data."""
+def neutral(name: Statistic, like: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """The statistic of no data, like another one."""
     fill = {"min": np.inf, "max": -np.inf}.get(name, 0)
-    return jnp.full(like.shape, fill, like.dtype)
+    value = jnp.full(like.shape if shape is None else shape, fill, like.dtype)
+    return _compat.pvary(value, _compat.varying_axes(like))
 
 
 def neutral_record(like: Record) -> Record:

@@ -5,7 +5,7 @@ Supported: JAX 0.10.2 to 0.12. A new release is taken in by making this file's f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +61,17 @@ def custom_call_jaxpr(eqn: Eqn) -> tuple[Any, list[Any]]:
 
 def varying_axes(tree: Any) -> frozenset[str]:
     """Mesh axes along which any array of a tree differs between devices, inside `shard_map`."""
-    kinds = (jax.typeof(x).manual_axis_type for x in jax.tree.leaves(tree))
-    return frozenset().union(*(kind.varying for kind in kinds))
+    kinds = (_manual_axis_type(x) for x in jax.tree.leaves(tree))
+    return frozenset().union(*(kind.varying for kind in kinds if kind is not None))
 
 
-def pvary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+def _manual_axis_type(x: Any) -> Any:
+    return (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type
+
+
+def pvary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     """Declares inside `shard_map` that a value differs between devices along mesh axes."""
-    new = tuple(axis for axis in axes if axis not in varying_axes(x))
+    new = tuple(sorted(set(axes) - varying_axes(x)))
     return jax.lax.pcast(x, new, to="varying") if new else x
 
 

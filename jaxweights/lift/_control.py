@@ -63,8 +63,9 @@ def _scan(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
     xs = [
         v if stackable(v) else walk.dense(v, "scan") for v in values[parts.consts + parts.carry :]
     ]
-    # A weight that is sliced gives one record a step; one that is not gives one for all steps.
-    sliced = {x.path for x in xs if isinstance(x, Named)}
+    # A weight that is sliced gives one record a step; one that is not, or whose records are of the
+    # whole weight although it is a part, gives one for all steps.
+    sliced = {x.path for x in xs if isinstance(x, Named) and not x.weight.is_part}
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any], Records]:
         with walk.frame() as records:

@@ -91,6 +91,10 @@ def _layout_of(uses: Sequence[Use], ranks: dict[Path, int]) -> Layout:
                 "the model multiplies it in contradictory ways, with input axes "
                 + " and ".join(str(inputs) for inputs, _ in sorted(products))
             )
+        elif not products and any(len(use.inputs) > 1 for use in lookups):
+            unclear[path] = (
+                "the model picks entries of its first axis, which may be rows or matrices"
+            )
         elif products or lookups:
             inputs, outputs = (
                 products.pop() if products else (lookups[0].inputs, lookups[0].outputs)

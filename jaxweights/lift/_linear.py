@@ -104,8 +104,7 @@ def _gather(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
     safe = jnp.clip(positions, 0, last)
     if weight.stack_shape and rows == 1 and not fills:
-        taken = jax.tree.map(lambda field: jnp.take(field, safe, axis=0, mode="clip"), weight)
-        return named.become(taken)
+        return named.become(weight.take_stack(safe))
     y = weight.take(safe)
     if y is None:
         return None

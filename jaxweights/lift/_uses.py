@@ -40,11 +40,15 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """A leaf, or a rearrangement or slice of one, on its way through the jaxpr."""
+    """A leaf, or a rearrangement or slice of one, on its way through the jaxpr.
+
+    `place` tells which slice it is: equal for two leaves where the same matrices of both are meant.
+    """
 
     path: str
     origins: tuple[Origin, ...]
     shape: tuple[int, ...]
+    place: tuple[Any, ...] = ()
 
 
 def find_uses(jaxpr: Any, consts: Sequence[Any], paths: Sequence[str | None]) -> list[Use]:
@@ -79,6 +83,8 @@ class _Analysis:
         self._counter = itertools.count()
         self._known: dict[Any, list[int]] = {}
         self._alive: list[Any] = []  # keeps the jaxprs whose ids are keys
+        # The loop's body or the branch at hand, which may run several times or not at all.
+        self.scope = self.fresh()
 
     def fresh(self) -> int:
         return next(self._counter)
@@ -134,7 +140,9 @@ def _call(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 
 
 def _body_once(analysis: _Analysis, eqn: Any, jaxpr: Any, inputs: list[Any]) -> Sequence[Any]:
+    outer, analysis.scope = analysis.scope, analysis.fresh()
     analysis.inline(jaxpr, inputs)
+    analysis.scope = outer
     return [analysis.fresh() for _ in eqn.outvars]
 
 
@@ -143,7 +151,9 @@ def _scan(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     consts, rest = inputs[: parts.consts], inputs[parts.consts :]
     carry = [analysis.fresh() for _ in rest[: parts.carry]]
     xs = [
-        _Leaf(x.path, x.origins[1:], x.shape[1:]) if isinstance(x, _Leaf) else analysis.fresh()
+        _Leaf(x.path, x.origins[1:], x.shape[1:], (*x.place, "step"))
+        if isinstance(x, _Leaf)
+        else analysis.fresh()
         for x in rest[parts.carry :]
     ]
     return _body_once(analysis, eqn, eqn.params["jaxpr"], [*consts, *carry, *xs])
@@ -158,14 +168,14 @@ def _while(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 
 def _cond(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     for branch in eqn.params["branches"]:
-        analysis.inline(branch, inputs[1:])
+        _body_once(analysis, eqn, branch, inputs[1:])
     return [analysis.fresh() for _ in eqn.outvars]
 
 
 def _shard_map(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     inner, _ = _compat.open_jaxpr(eqn.params["jaxpr"])
     local = [
-        _Leaf(x.path, x.origins, tuple(var.aval.shape)) if isinstance(x, _Leaf) else x
+        dataclasses.replace(x, shape=tuple(var.aval.shape)) if isinstance(x, _Leaf) else x
         for x, var in zip(inputs, inner.invars, strict=True)
     ]
     return _body_once(analysis, eqn, eqn.params["jaxpr"], local)
@@ -220,6 +230,7 @@ def _product(
     inputs, outputs = _whole_axes(leaf, contract), _whole_axes(leaf, free)
     if not inputs or not outputs:
         return None
+    source = (source, leaf.place, analysis.scope)
     analysis.uses.append(Use(leaf.path, kind, inputs, outputs, source, eqn.primitive.name))
     return [analysis.fresh()]
 
@@ -258,30 +269,34 @@ def _same(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 
 def _transpose(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     del analysis
-    leaf = inputs[0]
-    order = eqn.params["permutation"]
-    return [
-        _Leaf(leaf.path, tuple(leaf.origins[a] for a in order), tuple(leaf.shape[a] for a in order))
-    ]
+    return [_pick_axes(inputs[0], eqn.params["permutation"])]
 
 
 def _slice(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
     """A range of layers; a cut through any other axis is another kind of use."""
     del analysis
-    leaf = inputs[0]
+    leaf, *starts = inputs
     sizes = tuple(eqn.outvars[0].aval.shape)
     if not isinstance(leaf, _Leaf) or sizes[1:] != tuple(leaf.shape[1:]):
         return None
-    return [_Leaf(leaf.path, leaf.origins, sizes)]
+    strides = eqn.params.get("strides") or (1,)
+    start = starts[0] if starts else eqn.params["start_indices"][0]
+    where = (len(leaf.place), leaf.shape[0], start, strides[0], sizes[0])
+    return [dataclasses.replace(leaf, shape=sizes, place=(*leaf.place, where))]
 
 
 def _squeeze(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     del analysis
     leaf, gone = inputs[0], eqn.params["dimensions"]
-    kept = [a for a in range(len(leaf.shape)) if a not in gone]
-    return [
-        _Leaf(leaf.path, tuple(leaf.origins[a] for a in kept), tuple(leaf.shape[a] for a in kept))
-    ]
+    return [_pick_axes(leaf, [a for a in range(len(leaf.shape)) if a not in gone])]
+
+
+def _pick_axes(leaf: _Leaf, axes: Sequence[int]) -> _Leaf:
+    return dataclasses.replace(
+        leaf,
+        origins=tuple(leaf.origins[a] for a in axes),
+        shape=tuple(leaf.shape[a] for a in axes),
+    )
 
 
 def _reshape(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
@@ -314,7 +329,7 @@ def _reshape(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] 
             origins += [()] * len(news)
         else:
             return None
-    return [_Leaf(leaf.path, tuple(origins), new)]
+    return [dataclasses.replace(leaf, origins=tuple(origins), shape=new)]
 
 
 _HANDLERS = {
@@ -338,5 +353,6 @@ _HANDLERS = {
     "convert_element_type": _same,
     "copy": _same,
     "copy_p": _same,
+    _compat.PVARY_NAME: _same,
     "sharding_constraint": _same,
 }

@@ -194,7 +194,9 @@ class LowRank(Weight):
     def reshape(self, shape: Sequence[int]) -> Weight | None:
         """Reshapes the base, where the matrix stays the same."""
         view = self.view.reshaped(self.shape, shape)
-        return None if view is None else self._with_base(self.base.reshape(shape), view)
+        if view is None:
+            return self.reshape_stack(shape)
+        return self._with_base(self.base.reshape(shape), view)
 
     def partition(self, spec: Any, mesh: Any) -> LowRank | None:
         """`down` is split like the input axis, `up` like the output axis, the rank never."""

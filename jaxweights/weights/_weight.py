@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ class Weight(abc.ABC):
     def stack_shape(self) -> tuple[int, ...]:
         """Lengths of the leading axes that may be sliced away together with every field."""
         return ()
+
+    @property
+    def is_part(self) -> bool:
+        """Whether what is recorded of its products is told of a larger weight."""
+        return False
 
     def astype(self, dtype: DTypeLike) -> Weight | None:
         """The weight that materialises to another dtype."""
@@ -119,6 +124,22 @@ class Weight(abc.ABC):
             lambda field: jax.lax.dynamic_slice_in_dim(field, start, size, axis=0), self
         )
 
+    def take_stack(self, indices: jax.Array) -> Weight | None:
+        """Matrices `indices` `(n,)` of the leading stack axis; none of them out of range."""
+        if not self.stack_shape:
+            return None
+        return jax.tree.map(lambda field: jnp.take(field, indices, axis=0, mode="clip"), self)
+
+    def reshape_stack(self, shape: Sequence[int]) -> Weight | None:
+        """The weight with other leading stack axes of the same size; None where more changes."""
+        leading = len(self.stack_shape)
+        rest = self.shape[leading:]
+        split = len(shape) - len(rest)
+        if not leading or split < 0 or tuple(shape[split:]) != rest:
+            return None
+        stack = tuple(shape[:split])
+        return jax.tree.map(lambda field: field.reshape(*stack, *field.shape[leading:]), self)
+
     def squeeze_stack(self) -> Weight | None:
         """The only matrix of a leading stack axis of length 1."""
         return jax.tree.map(lambda field: field[0], self).unstacked() if self.stack_shape else None
@@ -163,6 +184,8 @@ class MatrixWeight(Weight):
     """
 
     view: View
+    # Whether fields with fewer rows than inputs, such as one for a group, split as the inputs do.
+    rows_follow_inputs: ClassVar[bool] = False
 
     @abc.abstractmethod
     def matrix(self) -> jax.Array:
@@ -210,7 +233,9 @@ class MatrixWeight(Weight):
     def reshape(self, shape: Sequence[int]) -> Weight | None:
         """Reshapes by changing the view only, where the matrix stays the same."""
         view = self.view.reshaped(self.shape, shape)
-        return None if view is None else dataclasses.replace(self, view=view)  # type: ignore
+        if view is None:
+            return self.reshape_stack(shape)
+        return dataclasses.replace(self, view=view)  # type: ignore
 
     def partition(self, spec: Any, mesh: Any) -> Any:
         """Splits every `(*stack, rows, columns)` field as the inputs and the outputs are split."""
@@ -232,6 +257,9 @@ class MatrixWeight(Weight):
                 if length % _devices(part, mesh):
                     return None
                 fitted.append(part)
+            follows = self.rows_follow_inputs or value.shape[-2] in (1, self.view.in_dim)
+            if rows is not None and not follows:
+                return None
             specs[field.name] = PartitionSpec(*stack, *fitted)
         return dataclasses.replace(self, **specs)
 

@@ -113,7 +113,7 @@ def test_rules_see_all_names_while_blocks_are_transformed(params, batches):
 
 
 def test_one_layer_of_statistics_is_alive_at_a_time(params, batches, monkeypatch):
-    import jaxweights.calibrate._blocks as blocks
+    from jaxweights.calibrate import _blocks as blocks
 
     shapes = []
     original = blocks._apply_inside

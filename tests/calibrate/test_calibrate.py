@@ -1,0 +1,476 @@
+"""Statistics against a slow NumPy oracle, for every way a model uses its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxweights as jw
+from jaxweights.calibrate import STATISTICS, calibrate
+from jaxweights.checkpoint import load_tree, save_tree
+from jaxweights.weights import Axes
+from tests.calibrate._models import MODELS, draw
+
+ALL = frozenset({"sum", "gram", "second_moment", "min", "max"})
+
+
+def numpy_statistics(rows):
+    rows = np.asarray(rows, np.float64)
+    width = rows.shape[-1]
+    return {
+        "count": np.asarray(len(rows)),
+        "sum": rows.sum(0),
+        "second_moment": (rows**2).sum(0),
+        "gram": rows.T @ rows,
+        "min": rows.min(0, initial=np.inf) if len(rows) else np.full(width, np.inf),
+        "max": rows.max(0, initial=-np.inf) if len(rows) else np.full(width, -np.inf),
+    }
+
+
+def stacked(parts):
+    """Statistics of every matrix of a (nested) stack."""
+    if isinstance(parts, np.ndarray) and parts.ndim == 2:
+        return numpy_statistics(parts)
+    inner = [stacked(part) for part in parts]
+    return {name: np.stack([one[name] for one in inner]) for name in inner[0]}
+
+
+def joined(batches_of_rows):
+    """Rows of several batches, matrix by matrix."""
+    first = batches_of_rows[0]
+    if isinstance(first, np.ndarray) and first.ndim == 2:
+        return np.concatenate(batches_of_rows)
+    return [joined(list(parts)) for parts in zip(*batches_of_rows, strict=True)]
+
+
+def oracle(model, batches):
+    found = [model.rows(model.params, batch) for batch in batches]
+    return {path: stacked(joined([rows[path] for rows in found])) for path in found[0]}
+
+
+def assert_statistics(stats, expected, tolerance=1e-5):
+    """Float32 sums of some ten products of order one, of which few roundings remain."""
+    for path, one in expected.items():
+        for name, value in one.items():
+            actual = stats.get(path, name)
+            assert actual is not None, (path, name)
+            assert actual.shape == value.shape, (path, name)
+            np.testing.assert_allclose(
+                actual, value, rtol=tolerance, atol=tolerance, err_msg=f"{path} {name}"
+            )
+
+
+def batches_of(model, count=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return [model.batch(rng) for _ in range(count)]
+
+
+def needs_of(model, names=ALL):
+    return dict.fromkeys(model.params, names)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_equal_those_of_a_slow_oracle(name):
+    model = MODELS[name]
+    batches = batches_of(model)
+    stats = calibrate(model.fn, model.params, batches, needs=needs_of(model))
+    assert_statistics(stats, oracle(model, batches))
+    assert {str(stats.get(p, n).dtype) for p in model.params for n in ("gram", "max")} == {
+        "float32"
+    }
+    assert all(stats.get(p, "count").dtype == jnp.int32 for p in model.params)
+
+
+def test_the_oracle_tells_models_apart():
+    """Rows must differ between weights and batches, or agreement would prove little."""
+    found = oracle(MODELS["scan"], batches_of(MODELS["scan"]))
+    grams = [*found["rest"]["gram"]]
+    assert not np.allclose(grams[0], grams[1], rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["plain", "attention", "experts with empty slots", "conv"])
+def test_bfloat16_activations_are_summed_in_float32(name):
+    model = MODELS[name]
+    half = lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 else x  # noqa: E731
+    params = jax.tree.map(half, model.params)
+    batches = jax.tree.map(half, batches_of(model, count=1))
+    stats = calibrate(model.fn, params, batches, needs=needs_of(model))
+    first = {"plain": "a", "attention": "q"}.get(name, next(iter(model.params)))
+    rounded = jax.tree.map(lambda x: np.asarray(x, np.float32), batches)
+    exact = oracle(model, rounded)[first]
+    # The first weight reads the batch itself: nothing but the sums may round.
+    assert_statistics(stats, {first: exact})
+
+
+def test_a_represented_weight_is_calibrated_as_the_model_uses_it():
+    model = MODELS["scan"]
+    batches = batches_of(model)
+    represented = jw.apply(
+        jw.quantize.round_to_nearest(bits=4), model.params, layout={".*": Axes()}
+    )
+    assert jw.is_weight(represented["rest"])
+    stats = calibrate(model.fn, represented, batches, needs=needs_of(model))
+    dense = jax.tree.map(np.asarray, jw.materialize(represented))
+    coarse = dataclasses.replace(model, params=dense)
+    assert_statistics(stats, oracle(coarse, batches), tolerance=1e-4)
+
+
+HALVES = ["scan", "cond", "experts by ragged_dot", "unrolled"]
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_two_halves_add_up_to_the_whole_in_any_order(name):
+    model = MODELS[name]
+    batches = batches_of(model, count=3)
+    run = lambda some: calibrate(model.fn, model.params, some, needs=needs_of(model))  # noqa: E731
+    whole, first, second = run(batches), run(batches[:1]), run(batches[1:])
+    for total in (first + second, jw.merge_stats(second, first), run(batches[::-1])):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), total, whole
+        )
+        assert total.owners == whole.owners and total.layout == whole.layout
+
+
+def test_statistics_of_different_needs_or_models_are_not_merged():
+    model = MODELS["plain"]
+    run = lambda needs: calibrate(model.fn, model.params, batches_of(model), needs=needs)  # noqa: E731
+    with pytest.raises(ValueError, match=r"core.merge_stats: .*'a: gram'.*collected on one side"):
+        run({"a": {"gram"}}) + run({"a": {"sum"}})
+
+
+def test_weights_that_read_one_input_share_one_entry():
+    model = MODELS["attention"]
+    stats = calibrate(model.fn, model.params, batches_of(model), needs=needs_of(model))
+    assert set(stats.values) == {"q", "o"}
+    assert set(stats.paths) == {"q", "k", "v", "o"}
+    assert stats.get("v", "gram") is stats.get("q", "gram")
+
+
+def test_needs_of_all_who_share_an_input_are_collected_once():
+    model = MODELS["attention"]
+    needs = {"k": {"max"}, "v": {"gram"}}
+    stats = calibrate(model.fn, model.params, batches_of(model), needs=needs)
+    assert set(stats.values) == {"k"}
+    assert stats.get("k", "gram").shape == stats.get("v", "gram").shape == (4, 4)
+
+
+def test_different_inputs_of_equal_shape_are_not_shared():
+    params = {"a": draw(0, 4, 4), "b": draw(1, 4, 4)}
+    fn = lambda p, x, y: x @ p["a"] + y @ p["b"]  # noqa: E731
+    x, y = draw(2, 3, 4), draw(3, 3, 4)
+    stats = calibrate(fn, params, [(x, y)], needs=dict.fromkeys(params, frozenset({"gram"})))
+    np.testing.assert_allclose(stats.get("b", "gram"), y.T @ y, rtol=1e-5, atol=1e-6)
+    assert set(stats.values) == {"a", "b"}
+
+
+def test_minimum_and_maximum_of_inputs_on_one_side_of_zero():
+    x = -1 - np.abs(draw(0, 6, 4))
+    stats = calibrate(
+        lambda p, x: x @ p["w"], {"w": draw(1, 4, 2)}, [x], needs={"w": {"min", "max"}}
+    )
+    np.testing.assert_array_equal(stats.get("w", "max"), x.max(0))
+    np.testing.assert_array_equal(stats.get("w", "min"), x.min(0))
+    assert float(stats.get("w", "max").max()) < 0
+
+
+def test_batches_may_be_a_generator_and_the_last_may_be_shorter():
+    model = MODELS["plain"]
+    x = draw(0, 11, 4)
+    stats = calibrate(
+        model.fn, model.params, (x[i : i + 4] for i in range(0, 11, 4)), needs=needs_of(model)
+    )
+    whole = {path: stacked(rows) for path, rows in model.rows(model.params, x).items()}
+    assert_statistics(stats, whole)
+
+
+def test_batches_may_be_dicts_and_progress_is_told():
+    told = []
+    fn = lambda p, batch: batch["x"] @ p["w"]  # noqa: E731
+    batches = [{"x": draw(i, 3, 4)} for i in range(2)]
+    progress = lambda *state: told.append(state)  # noqa: E731
+    calibrate(fn, {"w": draw(0, 4, 2)}, batches, needs={"w": {"gram"}}, progress=progress)
+    assert told == [("calibrate", 1, 2), ("calibrate", 2, 2)]
+
+
+def test_without_a_batch_there_is_an_error():
+    with pytest.raises(ValueError, match=r"calibrate: there is no batch. Pass at least one."):
+        calibrate(lambda p, x: x @ p["w"], {"w": draw(0, 4, 2)}, [], needs={"w": {"gram"}})
+
+
+def test_unknown_statistics_are_refused_with_the_nearest_name():
+    words = r"calibrate: 'w': unknown statistic 'grams'.*the nearest is 'gram'"
+    with pytest.raises(ValueError, match=words):
+        calibrate(
+            lambda p, x: x @ p["w"], {"w": draw(0, 4, 2)}, [draw(1, 3, 4)], needs={"w": {"grams"}}
+        )
+
+
+def test_gradient_statistics_without_a_loss_are_refused():
+    with pytest.raises(
+        ValueError, match=r"'w': \['grad_sq'\] are statistics of gradients. Pass loss="
+    ):
+        calibrate(
+            lambda p, x: x @ p["w"], {"w": draw(0, 4, 2)}, [draw(1, 3, 4)], needs={"w": {"grad_sq"}}
+        )
+
+
+def test_needs_of_leaves_that_are_no_matrices_are_ignored_until_a_transform_asks():
+    params = {"w": draw(0, 4, 4), "table": draw(1, 4, 4)}
+    fn = lambda p, x: x @ p["w"] + jnp.sum(p["table"])  # noqa: E731
+    wanda = jw.sparsify.wanda(sparsity=0.5)
+    stats = calibrate(fn, params, [draw(2, 8, 4)], needs=wanda.needs(params))
+    assert stats.paths == ["w"]
+    assert isinstance(jw.apply(wanda, params, stats=stats)["table"], np.ndarray)
+    both = jw.partition(("w|table", wanda))
+    with pytest.raises(ValueError, match=r"sparsify.wanda: 'table': .*never multiplies this leaf"):
+        jw.apply(both, params, stats=stats)
+    stated = {"table": Axes()}
+    with pytest.raises(ValueError, match=r"'table': the statistic '\w+' is missing; no statistics"):
+        jw.apply(both, params, stats=stats, layout=stated)
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def test_gradients_are_taken_one_example_at_a_time():
+    params = {"w": draw(0, 4, 3), "v": draw(1, 3, 2)}
+    fn = lambda p, x, y: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    loss = lambda p, x, y: jnp.mean(jnp.square(fn(p, x, y) - y))  # noqa: E731
+    batches = [(draw(2, 5, 4), draw(3, 5, 2)), (draw(4, 3, 4), draw(5, 3, 2))]
+    needs = dict.fromkeys(params, frozenset({"grad_abs", "grad_sq", "gram"}))
+    stats = calibrate(fn, params, batches, needs=needs, loss=loss)
+    absolute, squared = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    for x, y in batches:
+        for i in range(len(x)):
+            grads = jax.grad(loss)(params, x[i : i + 1], y[i : i + 1])
+            for path, g in grads.items():
+                absolute[path] += np.abs(g)
+                squared[path] += np.square(g)
+    for path in params:
+        np.testing.assert_allclose(
+            stats.get(path, "grad_abs"), absolute[path], rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(stats.get(path, "grad_sq"), squared[path], rtol=1e-4, atol=1e-6)
+        assert int(stats.get(path, "examples")) == 8
+    assert stats.get("w", "gram").shape == (4, 4)
+
+
+def test_gradients_are_never_shared_although_inputs_are():
+    params = {"a": draw(0, 4, 3), "b": draw(1, 4, 3)}
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) * (x @ p["b"])  # noqa: E731
+    loss = lambda p, x: jnp.sum(fn(p, x))  # noqa: E731
+    needs = dict.fromkeys(params, frozenset({"gram", "grad_sq"}))
+    stats = calibrate(fn, params, [draw(2, 5, 4)], needs=needs, loss=loss)
+    assert stats.owners == (("b", "a"),)
+    assert stats.get("b", "gram") is stats.get("a", "gram")
+    assert not np.allclose(stats.get("a", "grad_sq"), stats.get("b", "grad_sq"), rtol=0.1)
+
+
+# --- padding ------------------------------------------------------------------------------------
+
+MASK = np.array([[True, True, False], [True, False, False]])
+
+
+def masked_run(fn, params, batch, mask, names=ALL):
+    needs = dict.fromkeys(params, names)
+    return calibrate(fn, params, [batch], needs=needs, mask=lambda batch: mask)
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_padding_is_left_out_of_every_statistic(flattened):
+    params = {"w": draw(0, 4, 5), "v": draw(1, 5, 2)}
+
+    def fn(p, x):
+        x = x.reshape(-1, 4) if flattened else x
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
+    x = draw(2, 2, 3, 4)
+    stats = masked_run(fn, params, x, MASK)
+    kept = x[MASK]
+    expected = {"w": stacked(kept), "v": stacked(np.tanh(kept @ params["w"]))}
+    assert_statistics(stats, expected)
+    assert int(stats.get("w", "count")) == 3
+
+
+def test_padding_of_one_example_leaves_its_pooled_row_out():
+    params = {"w": draw(0, 4, 5)}
+    mask = np.array([[True, False, False], [False, False, False]])
+    x = draw(2, 2, 3, 4)
+    stats = masked_run(lambda p, x: jnp.mean(x, axis=1) @ p["w"], params, x, mask)
+    assert_statistics(stats, {"w": stacked(x.mean(1)[:1])})
+
+
+def test_padding_under_scan_and_heads():
+    model = MODELS["attention"]
+    x = draw(2, 2, 3, 4)
+    stats = masked_run(model.fn, model.params, x, MASK)
+    rows = {path: r[MASK.reshape(-1)] for path, r in model.rows(model.params, x).items()}
+    assert_statistics(stats, {path: stacked(r) for path, r in rows.items()})
+
+
+def test_an_image_mask_of_examples_leaves_out_their_windows():
+    model = MODELS["conv"]
+    x = draw(2, 2, 6, 5, 2)
+    stats = masked_run(model.fn, model.params, x, np.array([True, False]))
+    assert_statistics(stats, {p: stacked(r) for p, r in model.rows(model.params, x[:1]).items()})
+
+
+@pytest.mark.parametrize("axes", ["time first", "another length"])
+def test_a_mask_that_does_not_fit_is_refused(axes):
+    def fn(p, x):
+        x = jnp.swapaxes(x, 0, 1) if axes == "time first" else x[:, :2]
+        return x @ p["w"]
+
+    shape = r"\(3, 2\)" if axes == "time first" else r"\(2, 2\)"
+    words = rf"calibrate: 'w': its activations have free axes {shape}, so the mask \(2, 3\)"
+    with pytest.raises(ValueError, match=words):
+        masked_run(fn, {"w": draw(0, 4, 5)}, draw(2, 2, 3, 4), MASK)
+
+
+def test_a_mask_with_tokens_sorted_by_expert_is_refused():
+    model = MODELS["experts by ragged_dot"]
+    batch = batches_of(model, count=1)[0]
+    with pytest.raises(ValueError, match=r"calibrate: 'w': its tokens are sorted by expert"):
+        masked_run(model.fn, model.params, batch, np.ones(6, bool))
+
+
+def test_nan_in_padding_does_not_reach_the_statistics():
+    x = draw(2, 2, 3, 4)
+    x[~MASK] = np.nan
+    stats = masked_run(lambda p, x: x @ p["w"], {"w": draw(0, 4, 5)}, x, MASK)
+    assert_statistics(stats, {"w": stacked(x[MASK])})
+
+
+def test_grouped_convolutions_are_refused_by_name():
+    def fn(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+        )
+
+    with pytest.raises(
+        ValueError, match=r"calibrate: 'conv': this convolution has 2 feature groups"
+    ):
+        calibrate(
+            fn, {"conv": draw(0, 2, 2, 2, 4)}, [draw(1, 1, 4, 4, 4)], needs={"conv": {"gram"}}
+        )
+
+
+# --- saving, sharding, cost ---------------------------------------------------------------------
+
+
+def test_statistics_survive_saving_bit_for_bit(tmp_path):
+    model = MODELS["attention"]
+    stats = calibrate(model.fn, model.params, batches_of(model), needs=needs_of(model))
+    save_tree(tmp_path / "stats", stats)
+    loaded = load_tree(tmp_path / "stats").tree
+    assert isinstance(loaded, jw.Stats)
+    assert loaded.owners == stats.owners and loaded.layout == stats.layout
+    jax.tree.map(np.testing.assert_array_equal, loaded, stats)
+
+
+@pytest.mark.parametrize("name", ["scan", "attention"])
+def test_a_batch_split_over_devices_gives_the_statistics_of_one(mesh, name):
+    model = MODELS[name]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 4) if name == "scan" else (8, 3, 4)).astype(np.float32)
+    spread = jax.device_put(x, NamedSharding(mesh, P(("data", "model"))))
+    stats = calibrate(model.fn, model.params, [spread], needs=needs_of(model))
+    assert_statistics(stats, oracle(model, [x]))
+
+
+SHARD_MAP_SPECS = {
+    "outputs split": (P(None, "model"), P("data"), P("data", "model")),
+    "replicated": (P(), P(("data", "model")), P(("data", "model"))),
+}
+
+
+@pytest.mark.parametrize("case", SHARD_MAP_SPECS)
+def test_inside_shard_map_every_token_counts_once(mesh, case):
+    w_spec, x_spec, y_spec = SHARD_MAP_SPECS[case]
+    inner = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
+    split = jax.shard_map(inner, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=y_spec)
+    x = draw(1, 8, 4)
+    stats = calibrate(lambda p, x: split(p["w"], x), {"w": draw(0, 4, 8)}, [x], needs={"w": ALL})
+    assert_statistics(stats, {"w": stacked(x)})
+
+
+def test_loops_inside_shard_map_sum_up_what_differs_between_devices(mesh):
+    specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+    for name in ("scan", "shared by fori_loop", "fori over a stack", "cond"):
+        model = MODELS[name]
+        split = jax.shard_map(model.fn, mesh=mesh, **specs)
+        x = np.random.default_rng(3).standard_normal((8, 4)).astype(np.float32)
+        x[:, 0] = 1  # every device takes the same branch
+        stats = calibrate(split, model.params, [x], needs=needs_of(model))
+        assert_statistics(stats, oracle(model, [x]))
+
+
+def test_inside_shard_map_split_inputs_are_refused_and_split_experts_stay_apart(mesh):
+    fn = lambda w, x: jax.lax.psum(x @ w, "model")  # noqa: E731
+    specs = {"in_specs": (P("model"), P("data", "model")), "out_specs": P("data")}
+    split = jax.shard_map(fn, mesh=mesh, **specs)
+    with pytest.raises(ValueError, match=r"has its input axis split by shard_map"):
+        calibrate(
+            lambda p, x: split(p["w"], x), {"w": draw(0, 8, 4)}, [draw(1, 4, 8)], needs={"w": ALL}
+        )
+    experts = jax.shard_map(
+        lambda w, x: jnp.einsum("etd,edf->etf", x, w),
+        mesh=mesh,
+        in_specs=(P("model"), P("model", "data")),
+        out_specs=P("model", "data"),
+    )
+    x = draw(1, 4, 6, 5)
+    stats = calibrate(
+        lambda p, x: experts(p["w"], x), {"w": draw(0, 4, 5, 2)}, [x], needs={"w": ALL}
+    )
+    assert_statistics(stats, {"w": stacked(list(x))})
+
+
+def compiled_step(fn, params, batch, names):
+    """The program of one batch, lowered through the same functions as `calibrate`."""
+    from jaxweights.calibrate._calibrate import _assign, _input_records
+    from jaxweights.core import flatten
+    from jaxweights.lift import trace_model
+
+    flat, treedef = flatten(params)
+    trace = trace_model(fn, params, (batch,))
+    needs = dict.fromkeys(flat, frozenset(names))
+    wanted, _ = _assign(needs, flat, trace.layout, dict(trace.owners))
+    run = lambda flat, batch: _input_records(  # noqa: E731
+        fn, flat, treedef, trace.layout, wanted, batch, None
+    )
+    return jax.jit(run).lower(flat, batch).compile()
+
+
+def test_the_program_holds_one_product_for_the_model_and_one_for_the_gram():
+    model = MODELS["scan"]
+    program = compiled_step(model.fn, model.params, draw(0, 6, 4), {"gram", "sum", "max"}).as_text()
+    products = len(re.findall(r"= \S+ dot\(", program))
+    # `first` and the body of the scan; the last layer's product is not needed but sits in the loop.
+    assert products == 4
+
+
+def test_memory_does_not_grow_with_layers_times_tokens():
+    fn = MODELS["scan"].fn
+    width, tokens = 16, 512
+
+    def temporary(layers):
+        params = {"first": draw(0, width, width), "rest": draw(1, layers, width, width)}
+        program = compiled_step(fn, params, draw(2, tokens, width), {"gram"})
+        return program.memory_analysis().temp_size_in_bytes
+
+    activations = tokens * width * 4
+    # Twelve more layers add their Gram matrices, 1 KiB each, not their activations, 32 KiB each.
+    assert temporary(16) - temporary(4) < activations
+
+
+def test_every_statistic_has_a_test():
+    assert set(STATISTICS) == ALL | {"count", "grad_abs", "grad_sq"}
