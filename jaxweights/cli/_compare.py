@@ -11,18 +11,22 @@ import numpy as np
 SUMMARY = "show how far two checkpoints of one model are apart"
 DESCRIPTION = """\
 Compares two checkpoints of one model, tensor by tensor: the relative error of the second, the
-angle between them, and the share of zeros. Formats may differ: names and orientations are mapped
-where the model's architecture is known."""
+angle between them, the share of zeros, and with --ranks the rank of the difference (low for an
+adapter, full for rounding). Formats may differ: names and orientations are mapped where the
+model's architecture is known."""
 EXAMPLES = """\
 examples:
   jaxweights compare model runs/quickstart
-  jaxweights compare model.gguf model-safetensors --json"""
+  jaxweights compare base finetuned --ranks --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("first", metavar="A", help="a checkpoint: the reference")
     parser.add_argument("second", metavar="B", help="another checkpoint of the same model")
+    parser.add_argument(
+        "--ranks", action="store_true", help="take the rank of every difference: slower"
+    )
 
 
 def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -36,7 +40,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     first, second = resolve(Path(options.first)), resolve(Path(options.second))
     with show_progress(options.quiet) as progress:
-        tensors, one_sided = _compare(first, second, progress)
+        tensors, one_sided = _compare(first, second, options.ranks, progress)
     total_error = sum(t["error_norm"] ** 2 for t in tensors)
     total = sum(t["norm"] ** 2 for t in tensors)
     result = {
@@ -50,7 +54,9 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, _text(result)
 
 
-def _compare(first: Path, second: Path, progress: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def _compare(
+    first: Path, second: Path, ranks: bool, progress: Any
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Compares tensors under the names of both files, or as the model's parameters."""
     from jaxweights.checkpoint import open_checkpoint
 
@@ -72,7 +78,7 @@ def _compare(first: Path, second: Path, progress: Any) -> tuple[list[dict[str, A
         if old.shape != new.shape:
             one_sided.append(f"{name}: {old.shape} in one, {new.shape} in the other")
         else:
-            tensors.append({"name": name, "shape": list(old.shape)} | _difference(old, new))
+            tensors.append(_difference(name, old, new, ranks))
         progress("Comparing", done, len(shared))
     return tensors, one_sided
 
@@ -86,20 +92,44 @@ def _as_parameters(path: Path) -> dict[str, Any]:
     return flatten(materialize(load_pretrained(path).params))[0]
 
 
-def _difference(old: np.ndarray, new: np.ndarray) -> dict[str, Any]:
+def _difference(name: str, old: np.ndarray, new: np.ndarray, ranks: bool) -> dict[str, Any]:
+    from jaxweights.analyze import compare
+    from jaxweights.weights import Axes
+
     identical = old.dtype == new.dtype and old.tobytes() == new.tobytes()
-    first, second = (x.astype(np.float32).ravel() for x in (old, new))
-    error, norm, other = (float(np.linalg.norm(x)) for x in (second - first, first, second))
-    cosine = float(np.dot(first, second)) / (norm * other) if norm and other else float(identical)
-    return {
+    result: dict[str, Any] = {
+        "name": name,
+        "shape": list(old.shape),
         "identical": identical,
-        "relative_error": error / norm if norm else float(error > 0),
-        "angle_degrees": float(np.degrees(np.arccos(min(max(cosine, -1.0), 1.0)))),
-        "zeros": float(np.mean(second == 0)) if second.size else 0.0,
-        "largest_difference": float(np.max(np.abs(second - first), initial=0.0)),
-        "norm": norm,
-        "error_norm": error,
+        "relative_error": 0.0,
+        "angle_degrees": 0.0,
+        "largest_difference": 0.0,
+        "zeros": float(np.mean(new == 0)) if new.size else 0.0,
+        "norm": float(np.linalg.norm(old.astype(np.float64).ravel())),
+        "error_norm": 0.0,
     }
+    if identical:
+        return result
+    if not _is_float(old) or not _is_float(new):
+        raise ValueError(f"{name!r} holds {old.dtype} and {new.dtype} that differ, not weights.")
+    whole = compare({"all": old.ravel()}, {"all": new.ravel()}, ranks=False)["all"]
+    result |= {
+        "relative_error": float(np.squeeze(whole.relative_error)),
+        "angle_degrees": float(np.degrees(np.squeeze(whole.angle))),
+        "largest_difference": float(np.squeeze(whole.max_abs)),
+        "error_norm": float(np.squeeze(whole.fro)),
+    }
+    if ranks and old.ndim >= 2:
+        plain = {"all": Axes()}
+        found = compare({"all": old}, {"all": new}, layout=plain)["all"]
+        result["rank_of_difference"] = np.asarray(found.numerical_rank).tolist()
+    return result
+
+
+def _is_float(array: np.ndarray) -> bool:
+    import jax.numpy as jnp
+
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -109,14 +139,24 @@ def _text(result: dict[str, Any]) -> str:
     lines.append(f"{same} tensors identical, {len(changed)} different")
     if changed:
         width = max(len(t["name"]) for t in changed)
-        lines += ["", f"  {'':<{width}}  {'error':>9}  {'angle':>8}  {'zeros':>7}"]
-        lines += [
-            f"  {t['name']:<{width}}  {100 * t['relative_error']:>7.3f} %"
-            f"  {t['angle_degrees']:>7.2f}°  {100 * t['zeros']:>5.1f} %"
-            for t in changed
-        ]
+        has_ranks = any("rank_of_difference" in t for t in changed)
+        title = f"  {'':<{width}}  {'error':>9}  {'angle':>8}  {'zeros':>7}"
+        lines += ["", title + ("  rank of the difference" if has_ranks else "")]
+        lines += [_row(t, width) for t in changed]
         lines += ["", f"relative error of all together: {100 * result['relative_error']:.3f} %"]
     if result["only_in_one"]:
         lines += ["", "only in one of them, or misshapen:"]
         lines += [f"  {name}" for name in result["only_in_one"]]
     return "\n".join(lines)
+
+
+def _row(tensor: dict[str, Any], width: int) -> str:
+    row = (
+        f"  {tensor['name']:<{width}}  {100 * tensor['relative_error']:>7.3f} %"
+        f"  {tensor['angle_degrees']:>7.2f}°  {100 * tensor['zeros']:>5.1f} %"
+    )
+    if "rank_of_difference" in tensor:
+        ranks = np.ravel(tensor["rank_of_difference"])
+        low, high = int(ranks.min()), int(ranks.max())
+        row += f"  {low}" if low == high else f"  {low} to {high}"
+    return row

@@ -197,7 +197,8 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="([^"]*)pt"', rf'\1 class="{name}"', svg, count=1)
     svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for drawn, variable in _COLOURS.items():
         svg = svg.replace(drawn, variable)
     # Other figures of the page have groups of the same names.
-    return re.sub(r'<g id="[^"]*">', "<g>", svg)
+    return re.sub(r'<g id="[^"]*"', "<g", svg)

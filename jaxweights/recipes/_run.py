@@ -18,7 +18,16 @@ import numpy as np
 from jaxweights.calibrate import calibrate, pipeline
 from jaxweights.checkpoint import Provenance, atomic_directory
 from jaxweights.checkpoint._atomic import check_destination
-from jaxweights.core import Layout, apply, chain, describe_nonfinite, fail, flatten
+from jaxweights.core import (
+    Context,
+    Layout,
+    Transform,
+    apply,
+    chain,
+    describe_nonfinite,
+    fail,
+    flatten,
+)
 from jaxweights.core._plan import Plan, plan
 from jaxweights.lift import infer_layout
 from jaxweights.recipes._download import Progress
@@ -35,7 +44,7 @@ from jaxweights.recipes._measure import (
     prepare_measures,
 )
 from jaxweights.recipes._model import Model, check_fit, load_model
-from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
 from jaxweights.recipes._write import write_checkpoint
 from jaxweights.recipes._yaml import RecipeError
@@ -227,20 +236,25 @@ def _transform(
     report: Progress,
 ) -> Any:
     key = jax.random.key(recipe.seed)
-    watch = _Watch(report)
+    steps = _watched(recipe, report)
     section = recipe.calibrate
+
+    def calibrating(what: str, done: int, total: int | None) -> None:
+        del what
+        report("Calibrating", done, total or 0)
+
     if section is not None and section.again != "never" and data is not None:
         return pipeline(
             model.forward,
             model.params,
             data.batches,
-            [step.transform for step in recipe.steps],
+            steps,
             block_by_block=section.again == "each_block",
             loss=model.loss if model.is_decoder else None,
             key=key,
-            progress=watch,
+            progress=calibrating,
         )
-    transform, stats = recipe.transform, None
+    transform, stats = chain(*steps), None
     needs = transform.needs(model.params)
     if needs and data is not None:
         stats = calibrate(
@@ -249,28 +263,28 @@ def _transform(
             data.batches,
             needs=needs,
             loss=model.loss if model.is_decoder else None,
-            progress=watch,
+            progress=calibrating,
         )
     return apply(
-        transform,
-        model.params,
-        stats=stats,
-        models=others or None,
-        key=key,
-        layout=layout,
-        progress=watch,
+        transform, model.params, stats=stats, models=others or None, key=key, layout=layout
     )
 
 
-class _Watch:
-    """Passes progress of calibration and of leaves on, under names that people read."""
+def _watched(recipe: Recipe, report: Progress) -> list[Transform]:
+    """The steps' transforms, each reporting its leaves under its own name."""
 
-    def __init__(self, report: Progress) -> None:
-        self._report = report
+    def watch(number: int, step: Step) -> Transform:
+        task = f"Step {number} of {len(recipe.steps)}: {step.method}"
 
-    def __call__(self, what: str, done: int, total: int | None) -> None:
-        task = "Calibrating" if what == "calibrate" else "Changing weights"
-        self._report(task, done, total or 0)
+        def show(path: Path | str, done: int, total: int) -> None:
+            report(task, done, total)
+
+        def update(params: Any, state: Any, context: Context) -> tuple[Any, Any]:
+            return step.transform.update(params, state, dataclasses.replace(context, progress=show))
+
+        return dataclasses.replace(step.transform, update=update)
+
+    return [watch(number, step) for number, step in enumerate(recipe.steps, start=1)]
 
 
 def _provenance(recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...]) -> Any:

@@ -89,6 +89,38 @@ def test_compare_measures_across_formats(capsys, llama, quantized):
     assert "layers/mlp/up/kernel" in out and "°" in out
 
 
+def test_the_rank_of_the_difference_tells_an_adapter_from_rounding(capsys, llama, tmp_path):
+    from jaxweights.checkpoint import write_safetensors
+
+    checkpoint = open_checkpoint(llama)
+    tensors = {name: np.array(value) for name, value in checkpoint.items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    rng = np.random.default_rng(0)
+    down, up = rng.normal(size=(64, 3)), rng.normal(size=(3, 32))
+    tensors[name] = (tensors[name] + down @ up).astype(np.float32)
+    write_safetensors(tmp_path / "adapted", tensors, files=checkpoint.files)
+    found = run_json(capsys, "compare", llama, tmp_path / "adapted", "--ranks")
+    (changed,) = [tensor for tensor in found["tensors"] if not tensor["identical"]]
+    assert (changed["name"], changed["rank_of_difference"]) == (name, 3)
+    out, _ = run(capsys, "compare", llama, tmp_path / "adapted", "--ranks")
+    assert "rank of the difference" in out
+
+
+def test_a_tensor_that_one_lacks_is_listed(capsys, llama, tmp_path):
+    from jaxweights.checkpoint import write_safetensors
+
+    tensors = dict(open_checkpoint(llama).items())
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((2, 2), np.float32)
+    write_safetensors(tmp_path / "less", tensors)
+    found = run_json(capsys, "compare", llama, tmp_path / "less")
+    assert not found["identical"]
+    assert found["only_in_one"] == [
+        "model.norm.weight",
+        "model.layers.0.mlp.up_proj.weight: (64, 32) in one, (2, 2) in the other",
+    ]
+
+
 def test_models_without_a_common_tensor_are_refused(capsys, llama, tmp_path):
     from jaxweights.checkpoint import write_safetensors
 
