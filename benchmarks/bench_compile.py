@@ -39,7 +39,9 @@ def compiled(fn, *args) -> tuple[float, int]:
 def main() -> None:
     """Prints the table."""
     tx = jw.chain(
-        jw.sparsify.wanda(sparsity=0.5), jw.quantize.gptq(bits=4, group_size=128), jw.adapt.lora(rank=8)
+        jw.sparsify.wanda(sparsity=0.5),
+        jw.quantize.gptq(bits=4, group_size=128),
+        jw.adapt.lora(rank=8),
     )
     rows = {}
     for layers in (4, 64):
@@ -47,7 +49,8 @@ def main() -> None:
         x = jax.random.normal(jax.random.key(1), (8, WIDTH))
         stats = jw.calibrate(model, params, [x], needs=tx.needs(params))
         small = jw.apply(tx, params, stats=stats)
-        chain = min(compiled(lambda p, s: jw.apply(tx, p, stats=s), params, stats) for _ in range(3))
+        run = lambda p, s: jw.apply(tx, p, stats=s)  # noqa: E731
+        chain = min(compiled(run, params, stats) for _ in range(3))
         lifted = min(compiled(jw.lift(model), small, x) for _ in range(3))
         rows[layers] = (*chain, *lifted)
     print(f"{'layers':>8} {'chain s':>9} {'lines':>7} {'lifted model s':>15} {'lines':>7}")

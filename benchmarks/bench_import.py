@@ -22,7 +22,8 @@ def main() -> None:
     """Prints the table."""
     command = [sys.executable, "-c", SCRIPT]
     seconds = [float(subprocess.check_output(command, text=True)) for _ in range(7)]
-    print(f"import jaxweights after jax: median {statistics.median(seconds):.3f} s of {len(seconds)}")
+    median = statistics.median(seconds)
+    print(f"import jaxweights after jax: median {median:.3f} s of {len(seconds)} runs")
     print(f"fastest {min(seconds):.3f} s, slowest {max(seconds):.3f} s")
 
 

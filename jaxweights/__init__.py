@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# These touch Flax, Orbax and files: loaded when first used, so that importing the library stays quick.
+# These touch Flax, Orbax and files: loaded when first used, so that the import stays quick.
 _LAZY = ("checkpoint", "models", "recipes")
 
 

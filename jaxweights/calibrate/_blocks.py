@@ -1,4 +1,4 @@
-"""Layer after layer: a scanned model taken apart, so that one layer's statistics exist at a time."""
+"""Layer after layer: a scanned model taken apart, one layer's statistics in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from jaxweights.calibrate._calibrate import (
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
 from jaxweights.core import Context, Layout, Params, Path, Stats, Transform, flatten, unflatten
 from jaxweights.core._apply import LayoutLike
-from jaxweights.lift import Named, Walk, trace_model
-from jaxweights.lift import _compat
+from jaxweights.lift import Named, Walk, _compat, trace_model
 from jaxweights.weights import View, is_weight
 
 
@@ -152,7 +151,9 @@ def _run_layer(
 ) -> list[Any]:
     n_front = model.parts.consts + model.parts.carry
     slices = [
-        jax.lax.dynamic_index_in_dim(operand, layer, keepdims=False) if path is None else block[path]
+        block[path]
+        if path is not None
+        else jax.lax.dynamic_index_in_dim(operand, layer, keepdims=False)
         for operand, path in zip(state[n_front:], model.stacks, strict=True)
     ]
     named = [
@@ -221,12 +222,10 @@ def _find_layers(
     head_fn = jex.jaxpr_as_fun(jex.ClosedJaxpr(head, closed.consts))
 
     def before(leaves: list[Any], given: list[Any]) -> list[Any]:
-        # Parameters that the scan slices are not needed here; represented ones stay out of the trace.
+        # The trace is of dense leaves; the stacks that the scan slices are not read here.
         dense = [leaf.materialize() if is_weight(leaf) else leaf for leaf in leaves]
         values = iter(head_fn(*dense, *given))
-        out = [
-            var.val if isinstance(var, _compat.Literal) else next(values) for var in eqn.invars
-        ]
+        out = [var.val if isinstance(var, _compat.Literal) else next(values) for var in eqn.invars]
         parts = _compat.scan_parts(eqn.params)
         front = parts.consts + parts.carry
         # The stacks of parameters themselves are dropped: layers are taken from the tree.

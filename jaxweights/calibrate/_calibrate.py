@@ -47,8 +47,8 @@ def calibrate(
       batches: Batches of inputs, streamed once. Batches of another shape compile again.
       needs: Statistics per path, from `tx.needs(params)`. Paths that turn out to be no matrices
         of the model are left out; what needs them says so.
-      loss: `loss(params, *batch)`, a scalar, for `grad_abs` and `grad_sq`: it is differentiated for one
-        example at a time (batches of leading length 1).
+      loss: `loss(params, *batch)`, a scalar, for `grad_abs` and `grad_sq`: it is differentiated for
+        one example at a time (batches of leading length 1).
       layout: Axes that win over those read off the trace; a mapping from patterns to `Axes`.
       mask: Tells which tokens of a batch count: `mask(batch)` is bool, shaped like the leading axes
         of the activations, such as `(batch, tokens)`.

@@ -29,8 +29,8 @@ def pipeline(
 ) -> Params:
     """Applies stages one after another, calibrating anew before each that reads statistics.
 
-    Where `chain` gives every transform the statistics of the original model, a pipeline gives each stage those
-    of the model that reaches it, represented weights included. With
+    Where `chain` gives every transform the statistics of the original model, a pipeline gives each
+    stage those of the model that reaches it, represented weights included. With
     `block_by_block`, a stage goes further, as GPTQ and SparseGPT are published: the model's
     scan over layers is run on the host, and each layer is calibrated on the outputs of the layers
     already transformed, with the statistics of one layer in memory at a time.
@@ -41,8 +41,8 @@ def pipeline(
       batches: Calibration batches, read once per stage: a sequence, or a function that returns a
         new iterator.
       stages: Transforms.
-      block_by_block: Whether stages that read statistics go through the layers in sequence. The model
-        must scan over its stacked layers.
+      block_by_block: Whether stages that read statistics go through the layers in sequence. The
+        model must scan over its stacked layers.
       loss: As in `calibrate`.
       layout: As in `calibrate`.
       mask: As in `calibrate`.

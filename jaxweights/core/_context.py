@@ -24,8 +24,7 @@ _REMEDIES = {
 }
 
 
-def _static(default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +50,10 @@ class Context:
     grads: Flat | None = None
     step: jax.Array | None = None
     key: jax.Array | None = None
-    layout: Layout = _static(Layout())
-    named: bool = _static(False)
-    only: frozenset[Path] | None = _static(None)
-    progress: Progress | None = _static(None)
+    layout: Layout = dataclasses.field(default=Layout(), metadata=_STATIC)
+    named: bool = dataclasses.field(default=False, metadata=_STATIC)
+    only: frozenset[Path] | None = dataclasses.field(default=None, metadata=_STATIC)
+    progress: Progress | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def require(self, field: str, asker: str) -> Any:
         """A field that must be there.

@@ -76,8 +76,8 @@ def conventional_layout(params: Params) -> Layout:
     """Reads the layout off names and ranks, where there is no model to trace.
 
     Float leaves of rank 2 are `(in, out)`, tables named like an embedding are `(vocab, dim)`,
-    kernels of rank 4 named `kernel` under a path with `conv` are HWIO. A leaf of rank 3 or more that
-    is none of these gets no entry: it is ambiguous, and a transform that wants it says so.
+    kernels of rank 4 under a path with `conv` are HWIO. A leaf of rank 3 or more that is none of
+    these gets no entry: it is ambiguous, and a transform that wants it says so.
 
     Args:
       params: Tree of arrays, abstract arrays or represented weights.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_default_target, is_float, is_vector
@@ -51,12 +52,12 @@ def leafwise(
     Args:
       fn: `fn(weight, **inputs)` with `weight` `(in, out)` in the leaf's dtype. Inputs, by
         keyword: each needed statistic of this matrix; `key` if `randomized`; `mask`
-        `(in, out)` bool if `masked` and the weight has one. Returns a pytree of arrays, or the new matrix when
-        `wrap` is None.
+        `(in, out)` bool if `masked` and the weight has one. Returns a pytree of arrays, or
+        the new matrix when `wrap` is None.
       name: What errors call the transform.
       needs: Statistics that `fn` takes.
-      wrap: `wrap(leaf, result, view)` builds the new leaf from the result, whose arrays have got the
-        stack axes in front. None puts the new matrix in place of the old one.
+      wrap: `wrap(leaf, result, view)` builds the new leaf from the result, whose arrays have got
+        the stack axes in front. None puts the new matrix in place of the old one.
       accepts: Representations that may be transformed; `fn` sees their dense value.
       refusal: What to do instead, for other representations.
       randomized: Whether `fn` draws random numbers.
@@ -100,9 +101,10 @@ def leafwise(
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
         targets = _targets(flat, context, name, accepts, refusal, check, wanted)
-        key = context.require("key", name) if randomized and targets else None
+        key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context) if shared is not None and targets else {}
         new, finite = dict(flat), {}
+        problems: dict[Path, str] = {}
         for done, (path, view) in enumerate(targets.items(), start=1):
             leaf = flat[path]
             inputs = _statistics(context, path, wanted, view)
@@ -113,10 +115,12 @@ def leafwise(
             result, finite[path] = run(leaf, inputs, common, view)
             new[path] = (_put_value if wrap is None else wrap)(leaf, result, view)
             if verify is not None and not _is_abstract(result):
-                fail(name, [problem] if (problem := verify(path, result)) else [])
+                if problem := verify(path, result):
+                    problems[path] = problem
             if context.progress is not None:
                 context.progress(path, done, len(targets))
-        _refuse_nonfinite(name, flat, finite)
+        # A leaf that is not finite explains whatever else went wrong with it.
+        fail(name, (problems | _nonfinite(flat, finite)).values())
         return unflatten(treedef, new)
 
     def declare(params: Params, *, named: bool = False) -> Needs:
@@ -207,14 +211,14 @@ def _unfit(
             )
         if context.layout.traced:
             return (
-                f"{path!r}: the traced model never multiplies this leaf {shape} with activations, so "
-                "it has no input and output axes. Leave it out with `partition`, or state its axes "
-                "with layout={pattern: Axes(inputs=..., outputs=...)}."
+                f"{path!r}: the traced model never multiplies this leaf {shape} with activations, "
+                "so it has no input and output axes. Leave it out with `partition`, or state its "
+                "axes with layout={pattern: Axes(inputs=..., outputs=...)}."
             )
         return (
             f"{path!r}: has shape {shape}; which of its axes are inputs and outputs is ambiguous. "
             f"Pass layout=infer_layout(fn, params, *inputs), or state it, for example "
-            f"layout={{{path!r}: Axes(inputs=(-2,), outputs=(-1,))}} where the other axes are stacked."
+            f"layout={{{path!r}: Axes(inputs=(-2,), outputs=(-1,))}} where other axes are stacked."
         )
     return None
 
@@ -242,9 +246,9 @@ def _unfit_statistics(
         }.get(statistic, (*stack, view.in_dim))
         if tuple(value.shape) != expected:
             return (
-                f"{path!r}: the statistic {statistic!r} has shape {tuple(value.shape)}, but a weight "
-                f"of shape {tuple(leaf.shape)} needs {expected}. These statistics belong to another "
-                "model or layout; calibrate this one."
+                f"{path!r}: the statistic {statistic!r} has shape {tuple(value.shape)}, but a "
+                f"weight of shape {tuple(leaf.shape)} needs {expected}. These statistics belong "
+                "to another model or layout; calibrate this one."
             )
     return None
 
@@ -258,7 +262,7 @@ def _statistics(
 ) -> dict[str, Any]:
     if not wanted or context.stats is None:
         return {}
-    inputs = {name: context.stats.get(path, name) for name in sorted(wanted)}
+    inputs: dict[str, Any] = {name: context.stats.get(path, name) for name in sorted(wanted)}
     for name in wanted & frozenset(GRADIENT_STATISTICS):
         inputs[name] = view.to_matrix(inputs[name])
     return inputs
@@ -286,17 +290,13 @@ def _put_value(leaf: Any, result: jax.Array, view: View) -> Any:
 
 
 def _is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+    return any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
-def _refuse_nonfinite(name: str, flat: Flat, finite: dict[Path, jax.Array]) -> None:
+def _nonfinite(flat: Flat, finite: dict[Path, jax.Array]) -> dict[Path, str]:
     if _is_abstract(finite):
-        return
-    problems = []
-    for path, good in finite.items():
-        if not good:
-            problems.append(describe_nonfinite(path, flat[path]))
-    fail(name, problems)
+        return {}
+    return {path: describe_nonfinite(path, flat[path]) for path, ok in finite.items() if not ok}
 
 
 def describe_nonfinite(path: Path, leaf: Any) -> str:

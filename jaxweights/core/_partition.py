@@ -26,11 +26,11 @@ Rule = tuple[str | types.EllipsisType, Transform]
 def partition(*rules: Rule) -> Transform:
     """Gives every leaf to the first rule that names it.
 
-    A rule is a pair of a pattern and a transform. The pattern is a regular expression for the whole path, or
-    `...` for all leaves that no earlier rule took. Leaves that no rule takes stay as they are. A
-    leaf that a pattern names is transformed even where the transform would leave it alone by
-    default (an embedding, a head), and refused where it cannot be; the leaves under `...` follow
-    the transform's default.
+    A rule is a pair of a pattern and a transform. The pattern is a regular expression for the whole
+    path, or `...` for all leaves that no earlier rule took. Leaves that no rule takes stay as they
+    are. A leaf that a pattern names is transformed even where the transform would leave it alone
+    by default (an embedding, a head), and refused where it cannot be; the leaves under `...`
+    follow the transform's default.
 
     Args:
       *rules: Pairs of pattern and transform.

@@ -13,7 +13,7 @@ class Case:
     """One transform under contract.
 
     Args:
-      name: Family and factory, such as `sparsify.wanda`; a suffix after a space tells variants apart.
+      name: Family and factory, such as `sparsify.wanda`; a suffix tells variants apart.
       make: Builds the transform.
       models: Other models that it reads.
       keyed: Whether it draws random numbers.
