@@ -172,7 +172,7 @@ def spell(annotation: Any) -> str:
         return "a mapping"
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
-        return f"one of {_listing(args)}"
+        return f"one of {_listing(args)}" if len(args) > 1 else _listing(args)
     if _is_union(annotation):
         # A function or an array is no choice that a file has.
         writable = [arg for arg in args if _is_writable(arg)] or args
@@ -203,6 +203,9 @@ def settings_of(factory: Callable[..., Any]) -> tuple[dict[str, Any], list[str]]
     annotations, required = {}, []
     hints = _hints(factory)
     for name, parameter in inspect.signature(factory).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # **settings: Unpack[SomeTypedDict]
+            packed = next(iter(typing.get_args(hints.get(name))), None)
+            annotations |= typing.get_type_hints(packed) if typing.is_typeddict(packed) else {}
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         annotations[name] = hints.get(name, Any)

@@ -215,6 +215,23 @@ def test_a_run_can_be_opened_by_the_commands(decoded, capsys):
     assert json.loads(capsys.readouterr().out)["format"] == "orbax"
 
 
+def test_models_are_merged_onto_the_model(llama, tmp_path):
+    other = write_tiny(tmp_path / "other", LLAMA, seed=1)
+    text = (
+        f"model: {{path: '{llama}'}}\n"
+        f"models: [{{path: '{other}'}}]\n"
+        "transforms: [{method: merge.task_arithmetic, scale: 0.25}]\n"
+        f"output: {{directory: '{tmp_path / 'out'}', formats: [safetensors], report: false}}\n"
+    )
+    run_recipe(parse_recipe(text))
+    base, tuned, merged = (
+        load_pretrained(path).params["embed"]["embedding"]
+        for path in (llama, other, tmp_path / "out" / "safetensors")
+    )
+    # One product and one sum in float32.
+    np.testing.assert_allclose(merged, 0.75 * base + 0.25 * tuned, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("again", ["each_step", "each_block"])
 def test_statistics_can_be_taken_anew(llama, tmp_path, again):
     calibrate = f"{{text: pydoc-topics, sequences: 2, length: 16, again: {again}}}"
