@@ -144,8 +144,7 @@ def _merged_layout(traced: Layout, layout: LayoutLike, paths: list[Path]) -> Lay
         for pattern, axes in layout.items():
             check_pattern("calibrate: layout", pattern)
             stated |= dict.fromkeys(matching(pattern, paths), axes)
-    unclear = tuple(item for item in traced.unclear if item[0] not in stated)
-    return Layout(tuple((dict(traced) | dict(stated)).items()), traced=True, unclear=unclear)
+    return traced.with_stated(stated)
 
 
 def _assign(

@@ -74,13 +74,15 @@ def apply(
     """
     flat, treedef = flatten(params)
     unique, representative = _untie(flat)
+    resolved = resolve_layout(flat, layout, stats)
+    _refuse_other_model(flat, resolved)
     context = Context(
         stats=stats,
         models=None if models is None else _flat_models(models, representative),
         grads=None if grads is None else flatten(grads)[0],
         step=None if step is None else jnp.asarray(step, jnp.int32),
         key=key,
-        layout=resolve_layout(flat, layout, stats),
+        layout=resolved,
         progress=progress,
     )
     new, _ = tx.update(unique, tx.init(unique), context)
@@ -95,20 +97,37 @@ def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = Non
     if not layout:
         return found
     paths = flatten(params)[0]
-    entries: dict[Path, Axes] = dict(found)
+    stated: dict[Path, Axes] = {}
     problems = []
     for pattern, axes in layout.items():
         check_pattern("apply: layout", pattern)
         matched = matching(pattern, paths)
-        entries |= dict.fromkeys(matched, axes)
+        stated |= dict.fromkeys(matched, axes)
         if not matched:
             problems.append(
                 f"pattern {pattern!r} matches no leaf. The nearest paths: "
                 f"{nearest(re.sub(r'[.*]+', '', pattern), paths)}."
             )
     fail("apply: layout", problems)
-    unclear = tuple(item for item in found.unclear if item[0] not in entries)
-    return Layout(tuple(entries.items()), traced=found.traced, unclear=unclear)
+    return found.with_stated(stated)
+
+
+def _refuse_other_model(flat: Flat, layout: Layout) -> None:
+    """Refuses statistics or a layout whose model had other leaves than the tree has."""
+    if not layout.seen or layout.seen == tuple(flat):
+        return
+    lacking = [path for path in layout.seen if path not in flat]
+    unknown = [path for path in flat if path not in layout.seen]
+    words = []
+    if lacking:
+        words.append(f"the tree lacks {lacking[:5]}, which the traced model has")
+    if unknown:
+        words.append(f"the tree has {unknown[:5]}, which the traced model lacks")
+    if words:
+        raise ValueError(
+            f"apply: {' and '.join(words)}. The statistics or the layout belong to another tree; "
+            "calibrate, or infer the layout, with the one that is transformed."
+        )
 
 
 def _flat_models(models: Sequence[Params], representative: dict[Path, Path]) -> tuple[Flat, ...]:

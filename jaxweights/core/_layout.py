@@ -36,6 +36,7 @@ class Layout(Mapping[Path, Axes]):
       traced: Whether it was read off a model's trace, so that a leaf without an entry is known
         not to be a matrix of the model.
       unclear: Pairs of path and reason for matrices whose axes the trace leaves open.
+      seen: Every leaf of the traced model, matrix or not; empty where nobody says.
 
     Example:
       >>> Layout.of({"attn/q/kernel": Axes(inputs=(-3,), outputs=(-2, -1))})["attn/q/kernel"].inputs
@@ -45,6 +46,7 @@ class Layout(Mapping[Path, Axes]):
     entries: tuple[tuple[Path, Axes], ...] = ()
     traced: bool = False
     unclear: tuple[tuple[Path, str], ...] = ()
+    seen: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, axes: Mapping[Path, Axes], *, traced: bool = False) -> Layout:
@@ -62,6 +64,12 @@ class Layout(Mapping[Path, Axes]):
     def __len__(self) -> int:
         """Number of matrices."""
         return len(self.entries)
+
+    def with_stated(self, stated: Mapping[Path, Axes]) -> Layout:
+        """The layout in which stated axes win."""
+        unclear = tuple(item for item in self.unclear if item[0] not in stated)
+        entries = tuple((dict(self) | dict(stated)).items())
+        return Layout(entries, self.traced, unclear, self.seen)
 
     @property
     def _index(self) -> dict[Path, Axes]:

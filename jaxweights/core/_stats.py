@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core._layout import Layout
-from jaxweights.core._paths import Path, nearest
+from jaxweights.core._paths import Path, fail, nearest
 
 Statistic = str
 
@@ -52,7 +52,8 @@ class Stats:
 
     def get(self, path: Path, name: Statistic) -> jax.Array | None:
         """One statistic of one weight, or None."""
-        owner = path if name in GRADIENT_STATISTICS else dict(self.owners).get(path, path)
+        own = name in GRADIENT_STATISTICS or name == "examples"
+        owner = path if own else dict(self.owners).get(path, path)
         entry = self.values.get(owner, {})
         if name == "second_moment" and name not in entry and "gram" in entry:
             return jnp.diagonal(entry["gram"], axis1=-2, axis2=-1)
@@ -106,6 +107,16 @@ def merge_stats(first: Stats, second: Stats) -> Stats:
             f"core.merge_stats: {odd[:5]}: collected on one side only, or shared differently. "
             "Merge statistics of the same model, collected for the same needs."
         )
+    fail(
+        "core.merge_stats",
+        [
+            f"{path!r}: the statistic {name!r} has shape {value.shape} on one side and "
+            f"{second.values[path][name].shape} on the other. Merge statistics of the same model."
+            for path, entry in first.values.items()
+            for name, value in entry.items()
+            if value.shape != second.values[path][name].shape
+        ],
+    )
     values = {
         path: {
             name: combine(name, value, second.values[path][name]) for name, value in entry.items()

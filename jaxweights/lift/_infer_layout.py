@@ -104,7 +104,7 @@ def _layout_of(uses: Sequence[Use], ranks: dict[Path, int]) -> Layout:
             axes[path] = Axes(
                 tuple(axis - rank for axis in inputs), tuple(axis - rank for axis in outputs), kind
             )
-    return Layout(tuple(axes.items()), traced=True, unclear=tuple(unclear.items()))
+    return Layout(tuple(axes.items()), True, tuple(unclear.items()), seen=tuple(ranks))
 
 
 def _owners(uses: Sequence[Use]) -> tuple[tuple[Path, Path], ...]:

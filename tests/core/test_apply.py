@@ -1,0 +1,153 @@
+"""apply keeps structure, identity and ties, under tracing too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxweights as jw
+from jaxweights.core import Context, apply, flatten, identity, leafwise, partition, stateless
+from tests.core._transforms import add, add_noise, counting, matrix, scale_by_rms
+
+
+def make_params():
+    return {"a": {"kernel": matrix(0, 4, 3), "bias": jnp.ones(3)}, "steps": jnp.int32(3)}
+
+
+def test_untouched_leaves_are_the_same_objects():
+    params = make_params()
+    new = apply(add(1), params)
+    assert new["a"]["bias"] is params["a"]["bias"] and new["steps"] is params["steps"]
+    np.testing.assert_allclose(new["a"]["kernel"], params["a"]["kernel"] + 1, rtol=1e-6)
+    same = apply(identity(), params)
+    assert all(x is y for x, y in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True))
+
+
+def test_tied_leaves_are_transformed_once_and_stay_tied():
+    shared = matrix(0, 4, 4)
+    params = {"first": shared, "second": shared, "copy": jnp.copy(shared)}
+    calls = []
+    tx = stateless(lambda p, c: calls.append(list(p)) or {k: v + 1 for k, v in p.items()}, name="t")
+    new = apply(tx, params)
+    assert new["first"] is new["second"] and new["copy"] is not new["first"]
+    assert calls == [["copy", "first"]]
+
+
+def test_tied_random_transforms_draw_once():
+    shared = matrix(0, 4, 4)
+    new = apply(add_noise(), {"a": shared, "b": shared}, key=jax.random.key(0))
+    assert new["a"] is new["b"]
+
+
+def test_abstract_leaves_give_the_shapes_of_the_run():
+    params = make_params()
+    abstract = jax.eval_shape(lambda p: apply(add(1), p), params)
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    assert abstract["a"]["kernel"].shape == (4, 3)
+    traced = jax.jit(lambda p: apply(add(1), p))(params)
+    np.testing.assert_array_equal(traced["a"]["kernel"], apply(add(1), params)["a"]["kernel"])
+
+
+def test_containers_of_every_kind_are_kept():
+    from flax.core import freeze
+
+    params = freeze({"layers": [{"kernel": matrix(0, 4, 3)}, {"kernel": matrix(1, 3, 2)}]})
+    new = apply(add(1), params)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+
+
+def test_state_is_initialised_once_and_dropped():
+    params = {"w": matrix(0, 2, 2)}
+    np.testing.assert_allclose(apply(counting(), params)["w"], params["w"] + 1, rtol=1e-6)
+
+
+def test_progress_is_told_leaf_by_leaf():
+    told = []
+    params = {"a": matrix(0, 2, 2), "b": matrix(1, 2, 2), "c": jnp.ones(2)}
+    apply(add(1), params, progress=lambda *state: told.append(state))
+    assert told == [("a", 1, 2), ("b", 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "field, remedy",
+    [
+        ("stats", "pass stats=calibrate"),
+        ("models", r"pass models=\[...\]"),
+        ("grads", "pass grads"),
+        ("step", "pass step"),
+        ("key", "pass key=jax.random.key"),
+    ],
+)
+def test_what_is_missing_is_refused_by_name_with_a_remedy(field, remedy):
+    tx = stateless(lambda params, context: context.require(field, "mine"), name="mine")
+    with pytest.raises(ValueError, match=rf"mine: '{field}' is missing: {remedy}"):
+        apply(tx, make_params())
+
+
+def test_the_context_holds_what_was_given_by_path():
+    seen = {}
+    tx = stateless(lambda params, context: seen.update(c=context) or params, name="look")
+    params = make_params()
+    apply(tx, params, models=[params, params], grads=params, step=3, key=jax.random.key(1))
+    context = seen["c"]
+    assert isinstance(context, Context)
+    assert [list(m) for m in context.models] == [list(flatten(params)[0])] * 2
+    assert list(context.grads) == list(flatten(params)[0])
+    assert context.step.dtype == jnp.int32 and not context.named
+    assert context.layout["a/kernel"] == jw.Axes()
+    leaves, treedef = jax.tree.flatten(context)  # a pytree: it may be an argument of jit
+    assert jax.tree.unflatten(treedef, leaves).layout == context.layout
+
+
+def test_models_with_leaves_or_untied_values_that_params_lacks_are_refused():
+    shared = matrix(0, 2, 2)
+    look = identity()
+    with pytest.raises(ValueError, match=r"apply: models\[0\] has \['z'\], which params lacks"):
+        apply(look, {"a": shared}, models=[{"a": shared, "z": shared}])
+    with pytest.raises(
+        ValueError, match=r"'b': is tied to 'a' in params, but models\[0\] holds other"
+    ):
+        apply(look, {"a": shared, "b": shared}, models=[{"a": shared, "b": shared + 1}])
+
+
+def test_a_tree_with_a_missing_layer_names_what_is_nearest():
+    params = {"layer_0": {"kernel": matrix(0, 2, 2)}}
+    tx = partition((r"layer_0/kernel", add(1)), (r"layer_1/kernel", add(2)))
+    with pytest.raises(
+        ValueError, match=r"pattern 'layer_1/kernel' matches no leaf.*layer_0/kernel"
+    ):
+        apply(tx, params)
+
+
+def statistics_of(params):
+    model = lambda p, x: sum(x @ w for w in p.values())  # noqa: E731
+    x = matrix(1, 6, next(iter(params.values())).shape[0])
+    return jw.calibrate(model, params, [x], needs=scale_by_rms().needs(params))
+
+
+def test_statistics_of_another_model_are_refused():
+    stats = statistics_of({"w": matrix(0, 5, 3)})
+    words = r"'w': the statistic 'second_moment' has shape \(5,\).*needs \(4,\).*another model"
+    with pytest.raises(ValueError, match=words):
+        apply(scale_by_rms(), {"w": matrix(0, 4, 3)}, stats=stats)
+    words = r"apply: the tree lacks \['w'\], which the traced model has and the tree has \['v'\]"
+    with pytest.raises(ValueError, match=words):
+        apply(scale_by_rms(), {"v": matrix(0, 5, 3)}, stats=stats)
+
+
+def test_a_tree_that_lacks_a_layer_of_the_calibrated_model_is_refused():
+    params = {f"layer_{i}": matrix(i, 4, 4) for i in range(3)}
+    stats = statistics_of(params)
+    apply(scale_by_rms(), params, stats=stats)
+    params.pop("layer_1")
+    with pytest.raises(
+        ValueError, match=r"apply: the tree lacks \['layer_1'\].*calibrate, or infer"
+    ):
+        apply(scale_by_rms(), params, stats=stats)
+
+
+def test_donated_trees_may_be_transformed_under_jit():
+    run = jax.jit(
+        lambda p: apply(leafwise(lambda weight: -weight, name="negate"), p), donate_argnums=0
+    )
+    np.testing.assert_array_equal(run({"w": jnp.ones((2, 2))})["w"], -np.ones((2, 2)))
