@@ -44,7 +44,7 @@ class Probe(Weight):
     index: Any
     view: View = static()
     wanted: frozenset[Statistic] = static()
-    part_of: tuple[int, ...] = static(())
+    part_of: tuple[int, ...] = static(default=())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,7 +137,9 @@ class Probe(Weight):
 
     def unstacked(self) -> Weight:
         """One slice of a scan."""
-        return self._with(self.base.unstacked()) if isinstance(self.base, Weight) else self
+        if not isinstance(self.base, Weight):
+            return self
+        return dataclasses.replace(self, base=self.base.unstacked())
 
     def dot(self, x: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array | None:
         """The weight's own product."""

@@ -22,12 +22,11 @@ def _dot_general(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | Non
         left = walk.dense(left, "dot_general")
     (left_contract, right_contract), (left_batch, right_batch) = params["dimension_numbers"]
     weight_first = isinstance(left, Named)
+    operands: tuple[Any, Any] = (left, right) if weight_first else (right, left)
+    named, x = operands
+    numbers = params["dimension_numbers"]
     if weight_first:
-        named, x = left, right
         numbers = ((right_contract, left_contract), (right_batch, left_batch))
-    else:
-        named, x = right, left
-        numbers = params["dimension_numbers"]
     walk.observe(named, x, "dot", {"dimension_numbers": numbers})
     y = named.weight.dot(
         x,
@@ -49,17 +48,9 @@ def _dot_general(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | Non
 def _ragged_dot(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     x, named, group_sizes = values
     params = eqn.params
-    numbers = params["ragged_dot_dimension_numbers"]
-    plain = (
-        isinstance(named, Named)
-        and not isinstance(x, Named)
-        and numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
-        and tuple(numbers.lhs_ragged_dimensions) == (0,)
-        and tuple(numbers.rhs_group_dimensions) == (0,)
-        and params.get("group_offset") is None
-    )
-    if not plain:
+    if not isinstance(named, Named) or isinstance(x, Named) or not _is_plain_ragged(params):
         return None
+    x = jnp.asarray(x)
     walk.observe(named, x, "ragged_dot", {"group_sizes": group_sizes})
     y = named.weight.ragged_dot(
         x,
@@ -68,6 +59,17 @@ def _ragged_dot(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None
         preferred_element_type=params["preferred_element_type"],
     )
     return None if y is None else [y]
+
+
+def _is_plain_ragged(params: dict[str, Any]) -> bool:
+    """Whether it is `lax.ragged_dot`: rows sorted by group, one matrix a group."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    return (
+        numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+        and params.get("group_offset") is None
+    )
 
 
 @rule("conv_general_dilated")

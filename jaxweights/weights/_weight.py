@@ -244,7 +244,7 @@ class MatrixWeight(Weight):
             return None
         *stack, rows, columns = parts
         specs = {}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.metadata.get("static") or value is None:
                 continue
@@ -261,7 +261,7 @@ class MatrixWeight(Weight):
             if rows is not None and not follows:
                 return None
             specs[field.name] = PartitionSpec(*stack, *fitted)
-        return dataclasses.replace(self, **specs)
+        return dataclasses.replace(self, **specs)  # type: ignore[type-var]
 
     def as_part(self, shape: tuple[int, ...]) -> Weight:
         """Takes over the lengths of the part."""
