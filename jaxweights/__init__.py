@@ -31,6 +31,7 @@ from jaxweights.core import combine as combine
 from jaxweights.core import every as every
 from jaxweights.core import identity as identity
 from jaxweights.core import leafwise as leafwise
+from jaxweights.core import materialized as materialized
 from jaxweights.core import merge_stats as merge_stats
 from jaxweights.core import partition as partition
 from jaxweights.core import plan as plan
