@@ -18,7 +18,7 @@ _QUERY, _TARGET = slice(200, 240), slice(240, 280)
 WORDS_NEEDED = 280
 # Encoders see at most this many tokens of a passage, as sentence-transformers gives MiniLM.
 _MAX_PASSAGE_TOKENS = 256
-_WIDTH = 32
+_WIDTH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +274,7 @@ def embed(
     """
     encoded = [_truncated(item.ids) for item in tokenizer.encode_batch(list(texts))]
     compiled = jax.jit(fn)
-    # Like lengths go together, in widths that are multiples of 32: little padding, few programs.
+    # Like lengths go together, in widths that are multiples of 16: little padding, few programs.
     order = np.argsort([len(ids) for ids in encoded], kind="stable")
     found: list[np.ndarray] = [np.empty(0)] * len(encoded)
     for start in range(0, len(order), batch):

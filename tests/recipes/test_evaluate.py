@@ -147,7 +147,7 @@ def test_embedding_keeps_the_order_and_hides_the_padding(enclosing):
     rows = embed(mean_token, {}, texts, enclosing, batch=2)
     expected = [np.mean(enclosing.encode(text).ids) for text in texts]
     np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-6)
-    assert all(width % 32 == 0 for _, width in seen)
+    assert all(width % 16 == 0 for _, width in seen)
 
 
 def test_long_passages_are_cut_but_stay_closed(enclosing):
