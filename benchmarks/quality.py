@@ -1,6 +1,6 @@
 """What rounding, GPTQ, magnitude and Wanda cost two real models.
 
-    python benchmarks/quality.py                 # both models, about 12 minutes on two cores
+    python benchmarks/quality.py  # both models, about a quarter of an hour on two cores
     python benchmarks/quality.py --model minilm  # one of them
     python benchmarks/quality.py --windows 4 --documents 200   # less text: quicker, noisier
 
