@@ -183,9 +183,8 @@ def _find_layers(
         out = fn(tree, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    leaves = [abstract(x) for x in flat.values()]
-    given = [abstract(inputs[i]) for i in arrays]
+    leaves = [_compat.shape_of(x) for x in flat.values()]
+    given = [_compat.shape_of(inputs[i]) for i in arrays]
     closed = jax.make_jaxpr(run)(leaves, given)
     closed = jax.make_jaxpr(lambda *xs: _inline(closed.jaxpr, closed.consts, xs))(*leaves, *given)
     jaxpr = closed.jaxpr

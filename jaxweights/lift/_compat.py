@@ -102,6 +102,12 @@ def abstract_weight(weight: Any) -> jax.ShapeDtypeStruct:
     )
 
 
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype alone, under which JAX takes a value: NumPy's 64 bits may become 32."""
+    kind = jax.typeof(x) if isinstance(x, jax.Array | np.ndarray | np.generic) else x
+    return jax.ShapeDtypeStruct(x.shape, kind.dtype)
+
+
 def is_plain_jit(eqn: Eqn) -> bool:
     """Whether an inner `jit` states no shardings, layouts or compiler options of its own."""
     params = eqn.params

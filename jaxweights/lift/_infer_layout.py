@@ -10,6 +10,7 @@ import jax
 
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Params, Path, flatten, unflatten
+from jaxweights.lift._compat import shape_of
 from jaxweights.lift._uses import Use, find_uses
 from jaxweights.weights._axes import Axes, Kind
 from jaxweights.weights._weight import is_weight
@@ -70,9 +71,8 @@ def trace_model(fn: Callable[..., Any], params: Params, inputs: Sequence[Any]) -
         out = fn(params, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    leaves = [abstract(x) if is_weight(x) or hasattr(x, "dtype") else x for x in flat.values()]
-    closed = jax.make_jaxpr(run)(leaves, [abstract(input_leaves[i]) for i in traced])
+    leaves = [shape_of(x) if is_weight(x) or hasattr(x, "dtype") else x for x in flat.values()]
+    closed = jax.make_jaxpr(run)(leaves, [shape_of(input_leaves[i]) for i in traced])
     paths: list[Path | None] = [*flat, *(None for _ in traced)]
     uses = find_uses(closed.jaxpr, closed.consts, paths)
     ranks = {path: len(getattr(leaf, "shape", ())) for path, leaf in flat.items()}
