@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxweights as jw
 from jaxweights.lift import lift
 from jaxweights.weights import materialize
 from tests.lift._weights import REPRESENTATIONS, assert_same, int8, low_rank, normal
@@ -287,3 +288,60 @@ def test_arrays_with_shardings_in_their_types_keep_them():
         y = jax.jit(lift(lambda w, x: jnp.tanh(x @ w)))(w, x)
         assert jax.typeof(y).sharding.spec == P("data", "model")
         assert_same(y, jnp.tanh(jnp.matmul(x, materialize(w))))
+
+
+GRIDS = {
+    "packed groups": {"bits": 4, "group_size": 2},
+    "affine groups": {"bits": 3, "group_size": 4, "grid": "affine"},
+    "channels": {"bits": 8},
+    "one scale": {"bits": 8, "group_size": "tensor"},
+}
+
+
+@pytest.mark.parametrize("w_spec, x_spec, y_spec", SPECS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shard_map_splits_quantized_weights_with_their_groups(mesh, grid, w_spec, x_spec, y_spec):
+    dense = {"w": normal(0, 4, 16, 4)}
+    tx = jw.quantize.round_to_nearest(**GRIDS[grid])
+    weight, x = jw.apply(tx, dense, layout={"w": jw.Axes()})["w"], normal(1, 6, 16)
+
+    def fn(w, x):
+        y = jnp.einsum("td,edf->etf", x, w)
+        return jax.lax.psum(y, "model") if w_spec == SPECS[1][0] else y
+
+    split = jax.shard_map(fn, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=y_spec)
+    lifted = lift(split, on_materialize="error")
+    assert_same(*jax.jit(lambda w, x: (lifted(w, x), split(materialize(w), x)))(weight, x))
+
+
+def test_groups_that_a_split_would_cut_are_materialised(mesh):
+    tx = jw.quantize.round_to_nearest(bits=8, group_size=8)
+    weight = jw.apply(tx, {"w": normal(0, 16, 4)})["w"]
+    x = normal(1, 6, 16)
+    fn = jax.shard_map(
+        lambda w, x: jax.lax.psum(x @ w, "model"),
+        mesh=mesh,
+        in_specs=(P("model"), P(None, "model")),
+        out_specs=P(),
+    )
+    assert_same(jax.jit(lift(fn))(weight, x), x @ materialize(weight))
+    with pytest.raises(ValueError, match=r"the primitive 'shard_map' has no rule for a Quantized"):
+        lift(fn, on_materialize="error")(weight, x)
+
+
+def scan_pairs(p, x):
+    pair = lambda h, ws: (_layer(_layer(h, ws[0]), ws[1]), None)  # noqa: E731
+    return jax.lax.scan(pair, x, p.reshape(2, 2, 4, 4))[0]
+
+
+def scan_halves(p, x):
+    step = lambda h, w: (_layer(h, w), None)  # noqa: E731
+    return jax.lax.scan(step, jax.lax.scan(step, x, p[:2])[0], p[2:])[0]
+
+
+@pytest.mark.parametrize("fn", [scan_pairs, scan_halves])
+@pytest.mark.parametrize("represent", LAZY.values(), ids=LAZY)
+def test_stacks_are_cut_and_grouped_before_they_are_scanned(represent, fn):
+    p = represent(TINY * normal(1, 4, 4, 4))
+    both = jax.jit(lambda p, x: (lift(fn, on_materialize="error")(p, x), fn(materialize(p), x)))
+    assert_same(*both(p, X))
