@@ -163,7 +163,7 @@ def test_containers_and_numbers_come_back_as_they_were(tmp_path, case):
         np.dtype(jnp.float8_e4m3fn),
         View.of((4, 2, 3), Axes((-3,), (-2, -1))),
     ],
-    ids=str,
+    ids=["tuple", "dict", "bfloat16", "float32 type", "int8", "float8", "View"],
 )
 def test_settings_come_back_equal_and_of_the_same_type(tmp_path, setting):
     got = round_trip(tmp_path, Setting(jnp.ones(1), setting)).setting
