@@ -93,7 +93,7 @@ def test_layouts_of_linen_modules_know_heads_stacks_and_windows():
     def axes(name):
         model, shape = LINEN[name]
         x = np.array([[0, 3, 6]]) if shape is None else normal(0, *shape)
-        return infer_layout(model.apply, model.init(jax.random.key(0), x), x)
+        return infer_layout(model.apply, jax.eval_shape(model.init, jax.random.key(0), x), x)
 
     attention = axes("MultiHeadDotProductAttention")
     prefix = "params/MultiHeadDotProductAttention_0/"
