@@ -18,6 +18,7 @@ from jaxweights.calibrate._calibrate import (
     _assign,
     _merged_layout,
     calibrate,
+    refuse_incomplete,
 )
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
 from jaxweights.core import Context, Layout, Params, Path, Stats, Transform, flatten, unflatten
@@ -91,6 +92,7 @@ def transform_blocks(
             identity=neutral_record,
         )
         _run_layer(walk, model, probed, state, layer)
+        refuse_incomplete(walk, wanted)
         return dict(walk.records)
 
     @jax.jit

@@ -196,7 +196,22 @@ def _input_records(
         identity=neutral_record,
     )
     evaluate_lifted(fn, walk, (unflatten(treedef, probed), *_arguments(batch)), {})
+    refuse_incomplete(walk, wanted)
     return dict(walk.records)
+
+
+def refuse_incomplete(walk: Walk, wanted: Iterable[Path]) -> None:
+    """Refuses weights of which some uses were observed and others could not be."""
+    fail(
+        "calibrate",
+        [
+            f"{path!r}: the model also uses it in {walk.lost[path]!r}, where what it is multiplied "
+            "with cannot be followed, so that its statistics would be incomplete. Leave this "
+            "weight out of needs, with `partition`, or use it in matrix products only."
+            for path in wanted
+            if path in walk.lost and path in walk.records
+        ],
+    )
 
 
 def _gradient_records(

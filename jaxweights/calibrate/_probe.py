@@ -96,21 +96,20 @@ class Probe(Weight):
         """The probe of the reshaped weight, where its matrices stay the same."""
         view = self.view.reshaped(self.shape, shape)
         if view is None:
-            return self._as_part().reshape_stack(shape) if self.stack_shape else None
+            return Weight.reshape_stack(self.tracked(), shape)
         return self._with(self.base.reshape(shape), view)
 
     def slice_stack(self, start: Any, size: int, stride: int = 1) -> Weight | None:
         """The probe of some layers, which remembers where they lie."""
-        part = self._as_part() if self.stack_shape else self
-        return Weight.slice_stack(part, start, size, stride)
+        return Weight.slice_stack(self.tracked(), start, size, stride)
 
     def take_stack(self, indices: jax.Array) -> Weight | None:
         """The probe of chosen layers, which remembers where they lie."""
-        part = self._as_part() if self.stack_shape else self
-        return Weight.take_stack(part, indices)
+        return Weight.take_stack(self.tracked(), indices)
 
-    def _as_part(self) -> Probe:
-        if self.is_part:
+    def tracked(self) -> Probe:
+        """The probe as a part that is the whole stack."""
+        if self.is_part or not self.stack_shape:
             return self
         stack = self.stack_shape
         index = jnp.arange(math.prod(stack), dtype=jnp.int32).reshape(stack)

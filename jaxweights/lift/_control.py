@@ -16,11 +16,11 @@ Records = dict[str, Record]
 
 @rule(_compat.JIT.name)
 def _jit(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    if not _compat.is_plain_jit(eqn):
-        return None
     jaxpr, consts = _compat.open_jaxpr(eqn.params["jaxpr"])
     if walk.observing:
         return walk.run(jaxpr, consts, values)
+    if not _compat.is_plain_jit(eqn):
+        return None
 
     def inner(*values: Any) -> list[Any]:
         return walk.run(jaxpr, consts, values)
@@ -62,6 +62,12 @@ def _scan(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
     carry = [walk.dense(v, "scan") for v in values[parts.consts : parts.consts + parts.carry]]
     xs = [
         v if stackable(v) else walk.dense(v, "scan") for v in values[parts.consts + parts.carry :]
+    ]
+    # What the loop also uses whole, or twice, has records of the whole.
+    paths = [v.path for v in (*consts, *xs) if isinstance(v, Named)]
+    xs = [
+        Named(v.weight.tracked(), v.path) if isinstance(v, Named) and paths.count(v.path) > 1 else v
+        for v in xs
     ]
     # A weight that is sliced gives one record a step; one that is not, or whose records are of the
     # whole weight although it is a part, gives one for all steps.

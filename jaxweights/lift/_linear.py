@@ -147,6 +147,16 @@ def _dynamic_slice(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | N
     return named.become(layers)
 
 
+@rule("rev")
+def _rev(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Layers in the opposite order."""
+    del walk
+    weight = values[0].weight.tracked()
+    if tuple(eqn.params["dimensions"]) != (0,) or not weight.stack_shape:
+        return None
+    return values[0].become(jax.tree.map(lambda field: jnp.flip(field, axis=0), weight))
+
+
 @rule("squeeze")
 def _squeeze(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     del walk
@@ -175,12 +185,26 @@ def _reshape(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 @rule("convert_element_type")
 def _astype(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     del walk
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+    new = eqn.params["new_dtype"]
+    # Dtypes of 8 bits and fewer are cast to for the sake of rounding, which a weight does not do.
+    if not jnp.issubdtype(new, jnp.floating) or jnp.finfo(new).bits < 16:
         return None
     return values[0].become(values[0].weight.astype(eqn.params["new_dtype"]))
 
 
-@rule("copy", "copy_p", "sharding_constraint")
+@rule("stop_gradient")
+def _stop_gradient(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    del walk, eqn
+    return values[0].become(jax.tree.map(jax.lax.stop_gradient, values[0].weight))
+
+
+@rule("optimization_barrier")
+def _barrier(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    del walk, eqn
+    return jax.lax.optimization_barrier(values)
+
+
+@rule("copy", "copy_p", "name", "sharding_constraint")
 def _unchanged(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any]:
     del walk, eqn
     return [values[0]]

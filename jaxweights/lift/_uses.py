@@ -267,6 +267,11 @@ def _same(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     return [inputs[0]]
 
 
+def _all_same(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    del analysis, eqn
+    return inputs
+
+
 def _transpose(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     del analysis
     return [_pick_axes(inputs[0], eqn.params["permutation"])]
@@ -283,6 +288,14 @@ def _slice(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | 
     start = starts[0] if starts else eqn.params["start_indices"][0]
     where = (len(leaf.place), leaf.shape[0], start, strides[0], sizes[0])
     return [dataclasses.replace(leaf, shape=sizes, place=(*leaf.place, where))]
+
+
+def _rev(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    del analysis
+    leaf = inputs[0]
+    if tuple(eqn.params["dimensions"]) != (0,):
+        return None
+    return [dataclasses.replace(leaf, place=(*leaf.place, "reversed"))]
 
 
 def _squeeze(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
@@ -349,10 +362,14 @@ _HANDLERS = {
     "slice": _slice,
     "dynamic_slice": _slice,
     "squeeze": _squeeze,
+    "rev": _rev,
     "reshape": _reshape,
     "convert_element_type": _same,
     "copy": _same,
     "copy_p": _same,
+    "name": _same,
+    "stop_gradient": _same,
+    "optimization_barrier": _all_same,
     _compat.PVARY_NAME: _same,
     "sharding_constraint": _same,
 }

@@ -57,13 +57,16 @@ class Walk:
         over repeated uses and carried out of scans, loops and branches.
       combine: How two records of one path become one.
       identity: The record that changes nothing when combined, for a record's abstract form.
+      lost: Weights that became dense where nobody observed them, and the primitive that took them.
     """
 
     on_materialize: OnMaterialize = "ok"
     observer: Observer | None = None
     combine: Callable[[Record, Record], Record] | None = None
     identity: Callable[[Record], Record] | None = None
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
     _frames: list[dict[str, Record]] = dataclasses.field(default_factory=lambda: [{}])
+    _observed: list[Named] = dataclasses.field(default_factory=list)
 
     @property
     def observing(self) -> bool:
@@ -87,6 +90,7 @@ class Walk:
     def equation(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         """Evaluates one equation, by its rule where a weight reaches it."""
         if any(isinstance(value, Named) for value in values):
+            self._observed.clear()
             special = RULES.get(eqn.primitive.name)
             outputs = special(self, eqn, values) if special else None
             if outputs is not None:
@@ -98,6 +102,8 @@ class Walk:
         """The array of a value, reported where a weight is given up."""
         if not isinstance(value, Named):
             return value
+        if why != "output" and not any(value is named for named in self._observed):
+            self.lost.setdefault(value.path, why)
         if self.on_materialize != "ok":
             message = (
                 f"lift: {value.path!r}: the primitive {why!r} has no rule for a "
@@ -115,6 +121,7 @@ class Walk:
         if self.observer is not None:
             record = self.observer(named, x, kind, params)
             if record is not None:
+                self._observed.append(named)
                 self.record(named.path, record)
 
     def record(self, path: str, record: Record) -> None:

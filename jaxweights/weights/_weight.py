@@ -62,6 +62,10 @@ class Weight(abc.ABC):
         """Whether what is recorded of its products is told of a larger weight."""
         return False
 
+    def tracked(self) -> Weight:
+        """The same weight, whose parts will know where in it they lie, if it keeps records."""
+        return self
+
     def astype(self, dtype: DTypeLike) -> Weight | None:
         """The weight that materialises to another dtype."""
         del dtype

@@ -190,6 +190,28 @@ def two_level_indexed(p, x):
     return x
 
 
+def again_rows(p, x):
+    h, found = x, [[] for _ in range(3)]
+    for i in range(3):
+        found[i].append(h)
+        h = np.tanh(h @ p["w"][i])
+        found[0].append(h)
+        h = np.tanh(h @ p["w"][0])
+        found[2 - i].append(h)
+        h = np.tanh(h @ p["w"][2 - i])
+    return {"w": [np.concatenate(rows) for rows in found]}
+
+
+@register(
+    "a stack scanned, indexed and backwards", {"w": draw(0, 3, 4, 4)}, tokens(6, 4), again_rows
+)
+def again(p, x):
+    def step(h, ws):
+        return layer(layer(layer(h, ws[0]), p["w"][0]), ws[1]), None
+
+    return jax.lax.scan(step, x, (p["w"], p["w"][::-1]))[0]
+
+
 def cond_rows(p, x):
     taken, other = ("a", "b") if x[0, 0] > 0 else ("b", "a")
     return {taken: x, other: x[:0]}

@@ -236,6 +236,29 @@ def test_needs_of_leaves_that_are_no_matrices_are_ignored_until_a_transform_asks
         jw.apply(both, params, stats=stats, layout=stated)
 
 
+def test_a_weight_whose_uses_cannot_all_be_followed_is_refused():
+    params = {"w": draw(0, 4, 4), "v": draw(1, 4, 4)}
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ jnp.roll(p["w"], 1, axis=0) @ p["v"]  # noqa: E731
+    run = lambda needs: calibrate(fn, params, [draw(2, 3, 4)], needs=needs)  # noqa: E731
+    with pytest.raises(ValueError, match=r"calibrate: 'w': the model also uses it in .*incomplete"):
+        run({"w": {"gram"}, "v": {"gram"}})
+    assert run({"v": {"gram"}}).paths == ["v"]
+
+
+def test_returning_a_weight_loses_nothing():
+    fn = lambda p, x: (x @ p["w"], p)  # noqa: E731
+    x = draw(1, 3, 4)
+    stats = calibrate(fn, {"w": draw(0, 4, 2)}, [x], needs={"w": ALL})
+    assert_statistics(stats, {"w": stacked(x)})
+
+
+def test_an_inner_jit_with_shardings_is_looked_into(mesh):
+    inner = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(mesh, P("data")))
+    x = draw(1, 8, 4)
+    stats = calibrate(lambda p, x: inner(x, p["w"]), {"w": draw(0, 4, 2)}, [x], needs={"w": ALL})
+    assert_statistics(stats, {"w": stacked(x)})
+
+
 # --- gradients ----------------------------------------------------------------------------------
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxweights.lift import lift
 from jaxweights.weights import CONV_HWIO, EMBEDDING, Axes, materialize
@@ -263,6 +265,23 @@ LAYERS = [
 @pytest.mark.parametrize("represent", LAZY.values(), ids=LAZY)
 def test_layer_slices_stay_lazy_with_static_and_traced_indices(represent, layer):
     check(layer, represent(normal(0, 3, 6, 4)), jnp.int32(1), normal(1, 5, 6))
+
+
+def test_marks_and_barriers_pass_weights_on():
+    def fn(w, x):
+        x, w = jax.lax.optimization_barrier((x, checkpoint_name(w, "kernel")))
+        return x @ jax.lax.stop_gradient(jnp.copy(w))
+
+    for represent in LAZY.values():
+        check(fn, represent(normal(0, 6, 4)), normal(1, 5, 6))
+    weight, x = low_rank(normal(0, 6, 4)), normal(1, 5, 6)
+    loss = lambda up: jnp.sum(lift(fn)(dataclasses.replace(weight, up=up), x))  # noqa: E731
+    assert not np.any(jax.grad(loss)(weight.up))
+
+
+def test_casts_that_round_to_eight_bits_do_round():
+    fn = lambda w: w.astype(jnp.float8_e4m3fn).astype(jnp.float32)  # noqa: E731
+    check(fn, int8(normal(0, 6, 4)), lazy=False, tolerance=0)
 
 
 def test_weights_without_rules_become_dense_in_every_primitive():
