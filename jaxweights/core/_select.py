@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, UInt
 
 # Three candidates a pass are the digits of a number in base 4.
 _CANDIDATES = 3
@@ -68,7 +69,7 @@ class Bracket(NamedTuple):
     through: Count
 
 
-def magnitude_bits(scores: jax.Array) -> jax.Array:
+def magnitude_bits(scores: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """Unsigned integers that order as `abs(scores)` does: the pattern without its sign bit.
 
     Args:
@@ -84,7 +85,7 @@ def magnitude_bits(scores: jax.Array) -> jax.Array:
     return wide & jnp.asarray(_largest_pattern(scores.dtype), wide.dtype)
 
 
-def reversed_bits(scores: jax.Array) -> jax.Array:
+def reversed_bits(scores: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
     """Unsigned integers that order as `-abs(scores)` does.
 
     Args:
@@ -97,7 +98,7 @@ def reversed_bits(scores: jax.Array) -> jax.Array:
     return jnp.asarray(_largest_pattern(scores.dtype), bits.dtype) - bits
 
 
-def kth_smallest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
+def kth_smallest(scores: Float[Array, "*shape"], k: int | jax.Array) -> Float[Array, ""]:
     """The k-th smallest of `abs(scores)`, counted from 1, exactly.
 
     Args:
@@ -114,7 +115,9 @@ def kth_smallest(scores: jax.Array, k: int | jax.Array) -> jax.Array:
     return _kth(scores, Count.of(k))
 
 
-def smallest(scores: jax.Array, k: int | jax.Array, *, axis: int | None = None) -> jax.Array:
+def smallest(
+    scores: Float[Array, "*shape"], k: int | jax.Array, *, axis: int | None = None
+) -> Bool[Array, "*shape"]:
     """Marks exactly the `k` entries of smallest magnitude; of equal ones, the first in flat order.
 
     Args:
@@ -133,7 +136,9 @@ def smallest(scores: jax.Array, k: int | jax.Array, *, axis: int | None = None) 
     return _select(scores, Count.of(k), pattern=magnitude_bits, axis=axis)
 
 
-def largest(scores: jax.Array, k: int | jax.Array, *, axis: int | None = None) -> jax.Array:
+def largest(
+    scores: Float[Array, "*shape"], k: int | jax.Array, *, axis: int | None = None
+) -> Bool[Array, "*shape"]:
     """Marks exactly the `k` entries of largest magnitude; of equal ones, the first in flat order.
 
     Args:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
@@ -52,14 +53,14 @@ class GptqMatrix(NamedTuple):
     """
 
     codes: Codes
-    group_index: jax.Array | None
-    damping: jax.Array
-    error: jax.Array
+    group_index: Int[Array, "in"] | None
+    damping: Float[Array, ""]
+    error: Float[Array, ""]
 
 
 def gptq_matrix(
-    weight: jax.Array,
-    gram: jax.Array,
+    weight: Float[Array, "in out"],
+    gram: Float[Array, "in in"],
     *,
     bits: int,
     group_size: GroupSize = None,
@@ -70,7 +71,7 @@ def gptq_matrix(
     block_size: int = 128,
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
-    mask: jax.Array | None = None,
+    mask: Bool[Array, "in out"] | None = None,
     compat: bool = False,
 ) -> GptqMatrix:
     r"""Rounds a matrix one input row at a time, pushing each row's error onto the rows to come.

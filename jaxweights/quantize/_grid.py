@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Integer
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
@@ -34,9 +35,9 @@ class Codes(NamedTuple):
       zero_point: Like `scale`, uint8, or None.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-    zero_point: jax.Array | None
+    codes: Integer[Array, "in out"]
+    scale: Float[Array, "rows cols"]
+    zero_point: Integer[Array, "rows cols"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def unfit_group(grid: Grid, in_dim: int) -> str | None:
     )
 
 
-def quantize_matrix(weight: jax.Array, grid: Grid) -> Codes:
+def quantize_matrix(weight: Float[Array, "in out"], grid: Grid) -> Codes:
     """Rounds every entry of a matrix to the nearest level.
 
     Args:
@@ -269,7 +270,11 @@ def divide(values: jax.Array, by: jax.Array | float) -> jax.Array:
     return values / jnp.where(values == 0, jnp.float32(1), by)
 
 
-def decode(codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+def decode(
+    codes: Integer[Array, "*shape"],
+    scale: Float[Array, "*#shape"],
+    zero_point: Integer[Array, "*#shape"] | None,
+) -> Float[Array, "*shape"]:
     """The float32 values that codes stand for."""
     steps = codes.astype(jnp.float32)
     if zero_point is not None:

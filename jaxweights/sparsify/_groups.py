@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jaxweights.core._select import magnitude_bits, smallest
 from jaxweights.sparsify._counts import count_zeros, count_zeros_traced
@@ -169,7 +170,9 @@ def keep_mask(
     return ~jnp.concatenate([blocks, rest])
 
 
-def n_of_m_mask(scores: jax.Array, *, keep: int, of: int, tail: Tail = "error") -> jax.Array:
+def n_of_m_mask(
+    scores: Float[Array, "in out"], *, keep: int, of: int, tail: Tail = "error"
+) -> Bool[Array, "in out"]:
     """Keeps the `keep` highest scores in every run of `of` along the input axis.
 
     The input axis is the contracted one, the one that sparse tensor cores need. Ranks, not values,

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -113,7 +114,9 @@ def wanda(
     )
 
 
-def wanda_scores(weight: jax.Array, second_moment: jax.Array) -> jax.Array:
+def wanda_scores(
+    weight: Float[Array, "in out"], second_moment: Float[Array, "in"]
+) -> Float[Array, "in out"]:
     r"""Scores :math:`|W_{jo}| \, \sqrt{m_j}` of one matrix.
 
     Args:
