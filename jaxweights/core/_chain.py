@@ -7,7 +7,7 @@ from typing import Any
 from jaxweights.core._context import Context
 from jaxweights.core._paths import Params
 from jaxweights.core._stats import Needs, union_needs
-from jaxweights.core._transform import Transform
+from jaxweights.core._transform import Transform, widest
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -67,4 +67,5 @@ def chain(*transforms: Transform) -> Transform:
         name=f"chain({', '.join(transform.name for transform in transforms)})",
         reads_statistics=any(transform.reads_statistics for transform in transforms),
         moves_inputs=mover is not None,
+        scope=widest(transform.scope for transform in transforms),
     )

@@ -135,6 +135,7 @@ def leafwise(
         needs=declare,
         reads_statistics=bool(wanted),
         moves_inputs=moves_inputs,
+        scope="leaf",
     )
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol
 
 from jaxweights.core._context import Context
 from jaxweights.core._paths import Params
 from jaxweights.core._stats import Needs
 
 State = Any
+Scope = Literal["entry", "leaf", "tree"]
+SCOPES: tuple[Scope, ...] = ("entry", "leaf", "tree")  # from narrow to wide
 
 
 class NeedsFn(Protocol):
@@ -40,6 +42,9 @@ class Transform:
       reads_statistics: Whether `update` reads `context.stats`.
       moves_inputs: Whether it permutes, rotates or rescales input axes, after which statistics
         of the model before it are no longer true.
+      scope: What a result depends on, besides the settings: `"entry"`, on the same entry of the
+        tree and of the models, so that any slice of a leaf may be transformed alone; `"leaf"`, on
+        the same leaf; `"tree"`, on anything. Streams use it.
     """
 
     init: Callable[[Params], State]
@@ -48,6 +53,12 @@ class Transform:
     name: str = "transform"
     reads_statistics: bool = False
     moves_inputs: bool = False
+    scope: Scope = "tree"
+
+
+def widest(scopes: Iterable[Scope]) -> Scope:
+    """The scope of transforms that are used together."""
+    return max(scopes, key=SCOPES.index, default="entry")
 
 
 def stateless(
@@ -57,6 +68,7 @@ def stateless(
     needs: NeedsFn = needs_nothing,
     reads_statistics: bool = False,
     moves_inputs: bool = False,
+    scope: Scope = "tree",
 ) -> Transform:
     """A transform from a function of parameters and context.
 
@@ -66,6 +78,7 @@ def stateless(
       needs: As in `Transform`.
       reads_statistics: As in `Transform`.
       moves_inputs: As in `Transform`.
+      scope: As in `Transform`.
 
     Returns:
       The transform, whose state is empty.
@@ -77,9 +90,10 @@ def stateless(
         name=name,
         reads_statistics=reads_statistics,
         moves_inputs=moves_inputs,
+        scope=scope,
     )
 
 
 def identity() -> Transform:
     """Leaves every leaf as it is."""
-    return stateless(lambda params, context: params, name="identity")
+    return stateless(lambda params, context: params, name="identity", scope="entry")

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
 from jaxweights.core._paths import Params, Path, flatten, path_key, unflatten
+from jaxweights.core._transform import Scope as TransformScope
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.merge._delta_leaf import (
     Combine,
@@ -202,7 +203,16 @@ def delta_merge(
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
         return unflatten(treedef, everything | new)
 
-    return stateless(update, name=name)
+    return stateless(update, name=name, scope=_scope(row, trim, output))
+
+
+def _scope(row: Row, trim: PerModel, output: Output) -> TransformScope:
+    """What one entry of the result depends on."""
+    random = row.sparsifier == "bernoulli" or output.rounding == "stochastic"
+    if not random and not row.mixes_entries and row.scope == "leaf":
+        return "entry"
+    ranks = row.sparsifier in ("magnitude", "outliers") or np.any(np.asarray(trim) < 1)
+    return "tree" if row.scope == "tree" and (ranks or row.asks_majority) else "leaf"
 
 
 def _check_shares(name: str, argument: str, value: Any) -> None:

@@ -107,7 +107,7 @@ def mean(
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
         return unflatten(treedef, everything | new)
 
-    return stateless(update, name=name)
+    return stateless(update, name=name, scope="entry" if output.rounding == "nearest" else "leaf")
 
 
 def _with_first(shares: Any, i: int) -> Any:

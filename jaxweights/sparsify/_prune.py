@@ -172,7 +172,9 @@ def _globally(
             new[path] = _apply_mask(entry, ~lowest, form)
         return unflatten(treedef, new)
 
-    return dataclasses.replace(inner, update=lambda params, state, c: (update(params, c), state))
+    return dataclasses.replace(
+        inner, update=lambda params, state, c: (update(params, c), state), scope="tree"
+    )
 
 
 def _infeasible(

@@ -96,6 +96,25 @@ def test_a_stack_is_transformed_as_its_slices_are(case):
         np.testing.assert_allclose(stacked[i], alone["dense"]["kernel"], rtol=2e-6, atol=1e-7)
 
 
+@cases(lambda case: transform_of(case).scope != "tree")
+def test_a_leaf_is_transformed_alone_as_it_is_in_its_tree(case):
+    params, context, result = eager(case, ("dense", "stack"))
+    only = lambda tree: {"dense": {"kernel": tree["dense"]["kernel"]}}  # noqa: E731
+    part = context | {"models": [only(m) for m in context["models"] or ()] or None}
+    layout = {"dense/kernel": jw.Axes()}
+    alone = jw.apply(transform_of(case), only(params), layout=layout, **part)
+    assert_same(alone, only(result))
+
+
+@cases(lambda case: transform_of(case).scope == "entry")
+def test_rows_are_transformed_alone_as_they_are_in_their_leaf(case):
+    params, context, result = eager(case, ("dense", "stack"))
+    rows = lambda tree: {"rows": tree["dense"]["kernel"].reshape(-1)[40:90]}  # noqa: E731
+    part = context | {"models": [rows(m) for m in context["models"] or ()] or None}
+    alone = jw.apply(transform_of(case), rows(params), **part)
+    assert_same(alone, rows(result))
+
+
 @cases()
 def test_the_same_key_gives_the_same_bits_and_another_key_others(case):
     params, context, first = eager(case)

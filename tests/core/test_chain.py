@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxweights as jw
 from jaxweights.core import apply, chain, identity
 from tests.core._transforms import add, counting, matrix, rotate, scale_by_rms
 
@@ -59,3 +60,28 @@ def test_what_is_no_transform_is_refused():
 def test_dtypes_stay_through_a_chain():
     half = {"w": PARAMS["w"].astype(jnp.bfloat16)}
     assert apply(chain(add(1), add(2)), half)["w"].dtype == jnp.bfloat16
+
+
+def test_a_chain_depends_on_as_much_as_its_widest_part():
+    entry, leaf = jw.merge.mean(), jw.quantize.round_to_nearest(bits=4)
+    tree = jw.sparsify.magnitude(sparsity=0.5, group="global")
+    assert jw.chain().scope == jw.chain(entry, jw.identity()).scope == "entry"
+    assert jw.chain(entry, leaf).scope == "leaf"
+    assert jw.chain(leaf, tree, entry).scope == "tree"
+
+
+@pytest.mark.parametrize(
+    "tx, scope",
+    [
+        (jw.merge.ties(density=0.5), "tree"),
+        (jw.merge.ties(density=0.5, scope="leaf"), "leaf"),
+        (jw.merge.ties(density=1.0, scope="leaf"), "leaf"),
+        (jw.merge.task_arithmetic(), "entry"),
+        (jw.merge.task_arithmetic(out_dtype="bfloat16", rounding="stochastic"), "leaf"),
+        (jw.merge.dare_linear(density=0.5), "leaf"),
+        (jw.merge.dare_ties(density=0.5, trim=0.5), "tree"),
+        (jw.quantize.round_to_nearest(bits=4), "leaf"),
+    ],
+)
+def test_transforms_say_what_an_entry_of_their_result_depends_on(tx, scope):
+    assert tx.scope == scope
