@@ -119,6 +119,17 @@ def check_weights(name: str, weights: Weights, *, normalize: bool, absolute: boo
     return values
 
 
+def check_positive_weights(name: str, weights: Weights) -> Any:
+    """As `check_weights`, for methods whose divisors are sums of weight times data."""
+    values = check_weights(name, weights, normalize=True)
+    if values is not None and not isinstance(values, Tracer) and (values < 0).any():
+        raise ValueError(
+            f"{name}: weights={values.tolist()} must not be negative: they multiply sums of "
+            "squares, which are divided by."
+        )
+    return values
+
+
 def per_model(name: str, argument: str, value: Any, count: int) -> Any:
     """One value per model, from one for all or from a sequence."""
     if value is None or np.ndim(value) == 0:

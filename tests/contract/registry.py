@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
 import jaxweights as jw
 
 
@@ -33,6 +36,20 @@ class Case:
 
 
 _Q, _S, _A, _M = jw.quantize, jw.sparsify, jw.adapt, jw.merge
+
+
+def _regmean() -> jw.Transform:
+    """With Gram matrices of its own, one per model; all layers of the stack see the same inputs."""
+    stats = []
+    for i in range(2):
+        x = jax.random.normal(jax.random.key(i), (64, 32)).at[:, 0].mul(4.0)
+        one = {"gram": x.T @ x, "count": jnp.asarray(64, jnp.int32)}
+        three = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), one)
+        stats.append(
+            jw.Stats({"attention/kernel": one, "dense/kernel": one, "stack/kernel": three})
+        )
+    return _M.regmean(stats=stats)
+
 
 CASES = [
     Case(
@@ -84,4 +101,5 @@ CASES = [
         models=2,
         per_slice=False,
     ),
+    Case("merge.regmean", _regmean, models=2),
 ]
