@@ -5,6 +5,8 @@ from jaxweights.merge._breadcrumbs import breadcrumbs_ties as breadcrumbs_ties
 from jaxweights.merge._dare import dare_linear as dare_linear
 from jaxweights.merge._dare import dare_ties as dare_ties
 from jaxweights.merge._delta import delta_merge as delta_merge
+from jaxweights.merge._diagonal_fisher import diagonal_fisher as diagonal_fisher
+from jaxweights.merge._fisher import fisher as fisher
 from jaxweights.merge._mean import mean as mean
 from jaxweights.merge._regmean import regmean as regmean
 from jaxweights.merge._regmean import regmean_needs as regmean_needs

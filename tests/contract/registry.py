@@ -51,6 +51,16 @@ def _regmean() -> jw.Transform:
     return _M.regmean(stats=stats)
 
 
+def _fisher() -> jw.Transform:
+    """With Fisher information of its own, one tree per model."""
+    sizes = {"attention/kernel": (32, 4, 8), "dense/kernel": (32, 16), "dense/bias": (16,)}
+    trees = []
+    for i in range(2):
+        one = {p: jnp.square(jax.random.normal(jax.random.key(i), n)) for p, n in sizes.items()}
+        trees.append(one | {"stack/kernel": jnp.stack([one["dense/kernel"]] * 3)})
+    return _M.fisher(fishers=trees)
+
+
 CASES = [
     Case(
         "quantize.round_to_nearest",
@@ -102,4 +112,5 @@ CASES = [
         per_slice=False,
     ),
     Case("merge.regmean", _regmean, models=2),
+    Case("merge.fisher", _fisher, models=2),
 ]

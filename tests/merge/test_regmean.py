@@ -81,8 +81,6 @@ def test_it_agrees_with_its_authors(case):
     got = apply(tx, models[0], models=models, layout=dict.fromkeys(matrices, TORCH))
     tolerance = 1e-6 if settings["regmean_diag"] else 1e-4
     for path, expected in want.items():
-        if path not in matrices and settings["model_coeffs"]:
-            continue  # there the fixture takes the plain mean, and we the weighted one
         np.testing.assert_allclose(
             got[path], expected, rtol=0, atol=tolerance * abs(expected).max()
         )
