@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxweights import adapt as adapt
+from jaxweights import align as align
 from jaxweights import analyze as analyze
 from jaxweights import merge as merge
 from jaxweights import quantize as quantize

@@ -1,0 +1,13 @@
+"""Align independently trained models: permutations of hidden units that change no function."""
+
+from jaxweights.align._model_specs import bert_permutations as bert_permutations
+from jaxweights.align._model_specs import llama_permutations as llama_permutations
+from jaxweights.align._model_specs import mlp_permutations as mlp_permutations
+from jaxweights.align._permute import apply_permutation as apply_permutation
+from jaxweights.align._permute import compose as compose
+from jaxweights.align._permute import invert as invert
+from jaxweights.align._spec import AxisName as AxisName
+from jaxweights.align._spec import Permutations as Permutations
+from jaxweights.align._spec import PermutationSpec as PermutationSpec
+from jaxweights.align._weight_matching import Matching as Matching
+from jaxweights.align._weight_matching import weight_matching as weight_matching
