@@ -25,6 +25,8 @@ class Case:
         devices have to tell each other.
       per_slice: Whether a stack is transformed as its slices are (not so for global thresholds
         and for random draws, which differ between slices).
+      noise: Multiplies the tolerances for rounding, where singular vectors of neighbouring singular
+        values turn into each other by far more than the rounding of their matrix.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Case:
     keyed: bool = False
     elementwise: bool = False
     per_slice: bool = True
+    noise: float = 1
 
 
 _Q, _S, _A, _M = jw.quantize, jw.sparsify, jw.adapt, jw.merge
@@ -113,4 +116,15 @@ CASES = [
     ),
     Case("merge.regmean", _regmean, models=2),
     Case("merge.fisher", _fisher, models=2),
+    Case("merge.tsv", _M.tsv, models=2),
+    Case("merge.iso_c", _M.iso_c, models=2),
+    Case("merge.iso_cts", _M.iso_cts, models=2, noise=50),
+    Case("merge.slerp", lambda: _M.slerp(t=0.3), models=1),
+    Case("merge.nuslerp", lambda: _M.nuslerp(weights=[1, 2]), models=2),
+    Case("merge.nuslerp deltas", lambda: _M.nuslerp(deltas=True, group="output"), models=2),
+    Case("merge.karcher", _M.karcher, models=2),
+    Case("merge.multislerp", _M.multislerp, models=2),
+    Case("merge.model_stock", _M.model_stock, models=2),
+    Case("merge.nearswap", lambda: _M.nearswap(t=0.5), models=1, elementwise=True),
+    Case("merge.arcee_fusion", _M.arcee_fusion, models=1),
 ]

@@ -13,9 +13,12 @@ from jaxweights.merge import (
     breadcrumbs_ties,
     dare_linear,
     dare_ties,
+    iso_c,
+    iso_cts,
     mean,
     task_arithmetic,
     ties,
+    tsv,
 )
 from jaxweights.weights import Axes
 from tests.merge._trees import assert_close, assert_same_bits, copy, finetuned, floats, tree
@@ -43,6 +46,9 @@ THIN = {
     "dare_ties": lambda **k: dare_ties(density=0.6, trim=0.5, **k),
     "breadcrumbs": lambda **k: breadcrumbs(density=0.4, outliers=0.1, **k),
     "breadcrumbs_ties": lambda **k: breadcrumbs_ties(density=0.4, outliers=0.1, **k),
+    "tsv": lambda **k: tsv(**k),
+    "iso_c": lambda **k: iso_c(**k),
+    "iso_cts": lambda **k: iso_cts(common=0.5, **k),
 }
 DELTAS = {name: build for name, build in THIN.items() if name != "mean"}
 whole = pytest.mark.parametrize("build", WHOLE.values(), ids=WHOLE)
