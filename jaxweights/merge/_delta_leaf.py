@@ -107,7 +107,7 @@ def _largest(values: jax.Array, k: jax.Array, stack: tuple[int, ...]) -> jax.Arr
         return jnp.ones(values.shape, bool)
     if not stack:
         return largest(values, k)
-    return _from_rows(largest(_to_rows(values, stack), k, axis=1), values.shape, stack)
+    return from_rows(largest(to_rows(values, stack), k, axis=1), values.shape, stack)
 
 
 def masks_of_tree(values: list[jax.Array], skip: int, keep: int) -> list[jax.Array]:
@@ -256,13 +256,13 @@ def _divisor(takes_part: list[jax.Array], weights: jax.Array, row: Row) -> jax.A
     return jnp.where(jnp.asarray(total) > 0, total, 1)
 
 
-def _to_rows(x: jax.Array, stack: tuple[int, ...]) -> jax.Array:
+def to_rows(x: jax.Array, stack: tuple[int, ...]) -> jax.Array:
     """`(stack, entries)`, entries in the leaf's own order."""
     rows = math.prod(x.shape[a] for a in stack)
     return jnp.moveaxis(x, stack, range(len(stack))).reshape(rows, -1)
 
 
-def _from_rows(rows: jax.Array, shape: tuple[int, ...], stack: tuple[int, ...]) -> jax.Array:
+def from_rows(rows: jax.Array, shape: tuple[int, ...], stack: tuple[int, ...]) -> jax.Array:
     rest = [n for a, n in enumerate(shape) if a not in stack]
     moved = rows.reshape(*(shape[a] for a in stack), *rest)
     return jnp.moveaxis(moved, range(len(stack)), stack)

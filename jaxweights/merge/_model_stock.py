@@ -1,0 +1,138 @@
+"""Model Stock: how far to go from the base to the mean of its fine-tunes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxweights.core._transform import Transform
+from jaxweights.merge._delta_leaf import Compat
+from jaxweights.merge._models import Nonfloat, Output, Rounding, check_choice, compute_dtype
+from jaxweights.merge._per_leaf import GROUPS, Group, LeafJob, Merged, per_leaf
+from jaxweights.merge._sphere import directions, square, vectors_of, weighted_sum
+
+_MERGEKIT_FLOOR = 1e-6  # of products of two norms
+
+
+def model_stock(
+    *,
+    group: Group = "leaf",
+    clip: bool | None = None,
+    compat: Compat = "paper",
+    names: Sequence[str] | None = None,
+    out_dtype: DTypeLike | None = None,
+    rounding: Rounding = "nearest",
+    nonfloat: Nonfloat = "base",
+) -> Transform:
+    r"""Moves the base towards the mean of its fine-tunes, as far as they agree in direction.
+
+    The base is the tree that is transformed. With the mean cosine :math:`\cos\varphi` between two
+    of the :math:`N` deltas, every leaf (each layer and expert of a stacked one) becomes
+
+    .. math:: t\,\bar\theta + (1-t)\,\theta_0, \qquad t = \frac{N\cos\varphi}{1+(N-1)\cos\varphi}
+
+    Deltas that agree give t = 1, orthogonal ones the base. A delta that is zero counts as
+    orthogonal to all.
+
+    Args:
+      group: What one vector is: a `"leaf"`, the inputs of one `"output"` (filter-wise), or the
+        outputs of one `"input"`.
+      clip: Whether t is kept in [0, 1]; None: with `compat="paper"`. It has a pole where
+        the cosine is -1 / (N - 1), which three deltas come close to by summing to zero.
+      compat: `"paper"`, or `"mergekit"`: products of norms below 1e-6 count as 1e-6, which
+        pulls small leaves towards the base.
+      names: What errors call the models.
+      out_dtype: Dtype of the merged leaves; None keeps the base's.
+      rounding: `"nearest"`, or `"stochastic"` (needs a key), whose mean is exact.
+      nonfloat: As in `mean`.
+
+    Returns:
+      The transform; it acts on every floating leaf.
+
+    Raises:
+      ValueError: If there are fewer than two models, or one does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> base = {"w": jnp.zeros(2)}
+      >>> models = [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}]
+      >>> jw.apply(jw.merge.model_stock(), base, models=models)["w"].round(3)
+      Array([0.828, 0.414], dtype=float32)
+
+    Source: Jang et al. 2024, arXiv:2403.19522.
+    Differs: (1) of more than two models the cosines of all pairs are averaged, which the paper
+    leaves open. (2) t is clipped.
+    """
+    name = "merge.model_stock"
+    check_choice(name, "group", group, GROUPS)
+    check_choice(name, "compat", compat, ("paper", "mergekit"))
+    output = Output.checked(name, out_dtype, rounding, nonfloat)
+    clip = compat == "paper" if clip is None else clip
+
+    def merge_leaf(job: LeafJob) -> Merged:
+        cosine = _mean_cosine(job.base, job.models, axes=job.axes, compat=compat)
+        factors = _factors(cosine, len(job.models), clip=clip)
+        return Merged(
+            *weighted_sum(
+                job.base,
+                job.models,
+                factors,
+                job.key,
+                axes=job.axes,
+                deltas=True,
+                output=output,
+                dtype=job.dtype,
+            )
+        )
+
+    return per_leaf(
+        name,
+        merge_leaf,
+        output=output,
+        names=names,
+        fewest=2,
+        remedy="One delta has no angle to another; `mean` or `task_arithmetic` takes a single one.",
+        delta=True,
+        group=group,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "compat"))
+def _mean_cosine(
+    base: Any, models: list[Any], *, axes: tuple[int, ...], compat: Compat
+) -> jax.Array:
+    """Mean cosine of the angles between all pairs of deltas, `(vectors,)`."""
+    vectors = vectors_of(base, models, deltas=True)
+    units, norms = directions(vectors, axes)
+    n = len(vectors)
+    pairs = n * (n - 1)
+    if compat == "mergekit":
+        total = jnp.zeros((), compute_dtype(base))
+        for i in range(n):
+            for j in range(i):
+                product = jnp.sum(vectors[i] * vectors[j], axis=axes, keepdims=True)
+                size = jnp.maximum(norms[i] * norms[j], _MERGEKIT_FLOOR)
+                total = total + 2 * jnp.clip(product / size, -1, 1)
+        return total.reshape(-1) / pairs
+    # The square of the sum of unit vectors is the sum of all cosines, those with themselves too.
+    both = square(jnp.asarray(sum(units)), axes)
+    own = sum((x > 0).astype(both.dtype) for x in norms)
+    return ((both - own) / pairs).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("models", "clip"))
+def _factors(cosine: jax.Array, models: int, *, clip: bool) -> jax.Array:
+    """How much of each delta is added: `(models, vectors)`."""
+    below = 1 + (models - 1) * cosine
+    if clip:
+        t = jnp.where(
+            cosine > 0, jnp.clip(models * cosine / jnp.where(cosine > 0, below, 1), 0, 1), 0
+        )
+    else:
+        t = models * cosine / below
+    return jnp.broadcast_to(t / models, (models, *t.shape))
