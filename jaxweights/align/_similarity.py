@@ -141,6 +141,24 @@ def _at(
     return a, b, Term(a.shape, term.ours.replace("A", ""), term.theirs.replace("A", ""))
 
 
+def inner_products(
+    spec: PermutationSpec,
+    over: Sequence[str],
+    ours: Mapping[Path, Any],
+    theirs: Mapping[Path, Any],
+) -> Any:
+    """Sum over the floating leaves of `theirs` of ⟨A, B⟩ at every place of a stack."""
+    paths = [path for path, leaf in theirs.items() if is_float(leaf)]
+    if not paths:
+        return np.zeros([spec.length(name) for name in over])
+    terms = tuple(
+        _term([f for axis in spec.factors(path, ours[path].shape) for f in axis], (), over)
+        for path in paths
+    )
+    a, b = [ours[path] for path in paths], [theirs[path] for path in paths]
+    return _similarity(a, b, None, terms=terms, out="ABCDEFGH"[: len(over)])
+
+
 def inner_product(ours: Mapping[Path, Any], theirs: Mapping[Path, Any]) -> float:
     """Sum over the floating leaves of ⟨A, B⟩."""
     paths = [path for path, leaf in ours.items() if is_float(leaf)]

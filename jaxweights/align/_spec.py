@@ -165,7 +165,9 @@ class PermutationSpec:
         sizes = {name: size for name, size in self.sizes.items() if name not in names}
         over = {name: entry for name, entry in self.over.items() if name in sizes}
         still = {name for entry in over.values() for name in entry}
-        stacks = self.stacks | {name: self.sizes[name] for name in names if name in above & still}
+        stacks = {**self.stacks} | {
+            name: self.sizes[name] for name in names if name in above & still
+        }
 
         def keep(axis: AxisName) -> AxisName:
             if isinstance(axis, tuple):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures as futures
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxweights.align._assignment import best_assignment
-from jaxweights.align._permute import check_permutations, follow, permute_flat
-from jaxweights.align._similarity import Similarity, inner_product
+from jaxweights.align._descent import Descent
+from jaxweights.align._permute import check_permutations, permute_flat
 from jaxweights.align._spec import Permutations, PermutationSpec
-from jaxweights.core._layout import is_float
-from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, fail, flatten
 
 Order = Sequence[Sequence[str]]
@@ -56,6 +52,10 @@ def weight_matching(
     float32 at the highest precision on the device; assignments are solved on the host. The result
     is a local optimum: it may depend on the order.
 
+    Heads are first matched together with the permutations inside them: every pair of heads is
+    compared as its own best inner assignments make it, until that gains nothing over matching
+    them in turn.
+
     A permutation is visited again only after one that shares a leaf with it has changed, and
     permutations that share none are solved at the same time; neither changes the result.
 
@@ -87,7 +87,8 @@ def weight_matching(
 
     Source: Ainsworth et al. 2022, Git Re-Basin, arXiv:2209.04836, Algorithm 1.
     Differs: (1) a permutation changes only if the objective rises. (2) Permutations may differ
-    along stacks of layers, experts or heads; one assignment is solved for each.
+    along stacks of layers, experts or heads; one assignment is solved for each. (3) Heads and what
+    is inside them are matched together at first.
     """
     name = "align.weight_matching"
     for label, params in (("params_a", params_a), ("params_b", params_b)):
@@ -118,21 +119,14 @@ def _orders(
             )
         seed = np.asarray(jax.random.bits(key, (4,), "uint32"))
         draw = np.random.default_rng(seed)
-        return ([names[i] for i in draw.permutation(len(names))] for _ in iter(int, 1))
+        return ([names[i] for i in draw.permutation(len(names))] for _ in itertools.count())
     problems = [
         f"order[{i}]={list(sweep)} must name every permutation once: {', '.join(map(repr, names))}."
         for i, sweep in enumerate(order)
         if sorted(sweep) != sorted(names)
     ]
     fail(name, problems if order else ["order is empty. Pass at least one sweep, or a key."])
-    return (order[min(i, len(order) - 1)] for i in _count())
-
-
-def _count() -> Iterator[int]:
-    i = 0
-    while True:
-        yield i
-        i += 1
+    return (order[min(i, len(order) - 1)] for i in itertools.count())
 
 
 def _unlike(ours: Flat, theirs: Flat) -> list[str]:
@@ -141,110 +135,4 @@ def _unlike(ours: Flat, theirs: Flat) -> list[str]:
         "of the same shapes are aligned."
         for path, leaf in ours.items()
         if hasattr(leaf, "shape") and getattr(theirs.get(path), "shape", leaf.shape) != leaf.shape
-    ]
-
-
-class Descent:
-    """Coordinate descent on its way.
-
-    Args:
-      name: What errors call the caller.
-      spec: Names the axes.
-      ours: The model that stays.
-      theirs: The other model, already permuted by `permutations`.
-      permutations: Where it starts.
-
-    Attributes:
-      theirs: The other model, permuted by all that was found.
-      objective: Its history.
-      stale: Permutations whose leaves changed since they were solved.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        spec: PermutationSpec,
-        ours: Flat,
-        theirs: Flat,
-        permutations: Permutations,
-    ) -> None:
-        self.name, self.spec = name, spec
-        kept = [path for path in spec.axes if path in ours]
-        self.ours: Flat = {path: ours[path] for path in kept}
-        self.theirs: Flat = {path: theirs[path] for path in kept}
-        self.permutations = spec.identity() | dict(permutations)
-        self.objective = [inner_product(self.ours, self.theirs)]
-        if not np.isfinite(self.objective[0]):
-            fail(name, _nonfinite(self.ours, "params_a") + _nonfinite(self.theirs, "params_b"))
-        self.similarities = {key: Similarity(spec, [key], self.ours) for key in spec.names}
-        leaves = {key: set(spec.leaves_of(key)) for key in spec.names}
-        self.neighbours = {
-            key: {other for other in spec.names if other != key and leaves[key] & leaves[other]}
-            for key in spec.names
-        }
-        self.stale = set(spec.names)
-
-    def sweep(self, order: Sequence[str]) -> bool:
-        """Visits what is stale once, and says whether anything changed."""
-        before = len(self.objective)
-        waiting = list(order)
-        workers = min(os.cpu_count() or 1, 8)
-        with futures.ThreadPoolExecutor(workers) as pool:
-            while waiting:
-                together: list[str] = []
-                while waiting and not self.neighbours[waiting[0]].intersection(together):
-                    name = waiting.pop(0)
-                    # What a permutation of this group changes is no leaf of this one.
-                    if name in self.stale:
-                        together.append(name)
-                self._solve(together, pool.submit, 2 * workers)
-        return len(self.objective) > before
-
-    def _solve(self, names: Sequence[str], submit: Callable[..., Any], ahead: int) -> None:
-        """Improves permutations that share no leaf."""
-        shapes = {name: self.spec.shape_of(name) for name in names}
-        moves = {name: np.zeros(shapes[name], np.int32) for name in names}
-        gains = dict.fromkeys(names, 0.0)
-        running: list[tuple[str, Any, Any]] = []
-
-        def collect() -> None:
-            name, place, job = running.pop(0)
-            move, gain = job.result()
-            moves[name][place] = move
-            gains[name] += gain
-
-        for name in names:
-            for place, block in self.similarities[name].blocks(self.ours, self.theirs):
-                running.append((name, place, submit(_assign, block)))
-                if len(running) > ahead:
-                    collect()
-        while running:
-            collect()
-        for name in names:
-            self.stale.discard(name)
-            if gains[name] > 0:
-                self._accept(name, moves[name], gains[name])
-
-    def _accept(self, name: str, move: np.ndarray, gain: float) -> None:
-        leaves = {path: self.theirs[path] for path in self.spec.leaves_of(name)}
-        self.theirs |= permute_flat(self.spec, leaves, {name: move})
-        self.permutations = follow(self.spec, self.permutations, {name: move})
-        self.objective.append(self.objective[-1] + gain)
-        self.stale |= self.neighbours[name]
-
-
-def _assign(block: jax.Array) -> tuple[np.ndarray, float]:
-    """Best assignments of a stack of matrices, and what they gain together."""
-    matrices = np.asarray(block)
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    solved = [best_assignment(matrix) for matrix in flat]
-    moves = np.stack([move for move, _ in solved])
-    return moves.reshape(matrices.shape[:-1]), sum(gain for _, gain in solved)
-
-
-def _nonfinite(flat: Mapping[str, Any], label: str) -> list[str]:
-    return [
-        f"{label}: {describe_nonfinite(path, leaf)}"
-        for path, leaf in flat.items()
-        if is_float(leaf) and not bool(jax.numpy.isfinite(leaf).all())
     ]

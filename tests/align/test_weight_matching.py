@@ -72,7 +72,7 @@ def test_a_planted_permutation_of_an_mlp_is_undone_exactly(seed):
     assert found.converged and found.sweeps < 10
 
 
-@pytest.mark.parametrize("case", ["llama3"])
+@pytest.mark.parametrize("case", ["llama3", "bert"])
 def test_a_planted_permutation_of_a_transformer_is_undone_exactly(case):
     config, _, a = library_model(case)
     if case == "bert":
