@@ -124,7 +124,7 @@ CASES = [
     Case("merge.nuslerp deltas", lambda: _M.nuslerp(deltas=True, group="output"), models=2),
     Case("merge.karcher", _M.karcher, models=2),
     Case("merge.multislerp", _M.multislerp, models=2),
-    Case("merge.model_stock", _M.model_stock, models=2),
+    Case("merge.model_stock", _M.model_stock, models=2, noise=2),
     Case("merge.nearswap", lambda: _M.nearswap(t=0.5), models=1, elementwise=True),
     Case("merge.arcee_fusion", _M.arcee_fusion, models=1),
 ]
