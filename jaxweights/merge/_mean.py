@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -78,15 +78,42 @@ def mean(
     """
     name = "merge.mean"
     weights = check_weights(name, weights, normalize=normalize)
-    check_names(name, names)
     output = Output.checked(name, out_dtype, rounding, nonfloat)
+
+    def weigh(count: int) -> tuple[list[int], Any]:
+        return list(range(count)), np.ones(count) if weights is None else weights
+
+    return mean_of(name, weigh, normalize=normalize, names=names, output=output)
+
+
+BASE = -1
+Weigh = Callable[[int], tuple[list[int], Any]]
+
+
+def mean_of(
+    name: str, weigh: Weigh, *, normalize: bool, names: Sequence[str] | None, output: Output
+) -> Transform:
+    """The weighted mean of trees that are chosen once the number of models is known.
+
+    Args:
+      name: What errors call the transform.
+      weigh: `number of models -> (those that are averaged, one weight each)`; `BASE` among them
+        stands for the tree that is transformed.
+      normalize: As in `mean`.
+      names: As in `mean`.
+      output: How the result is stored.
+
+    Returns:
+      The transform.
+    """
+    check_names(name, names)
 
     def update(params: Params, context: Context) -> Params:
         everything, treedef = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=False)
-        given = np.ones(len(models)) if weights is None else weights
-        shares = per_model(name, "weights", given, len(models))
+        chosen, shares = weigh(len(models))
+        shares = per_model(name, "weights", shares, len(chosen))
         pivot = 0 if isinstance(shares, Tracer) else int(np.argmax(np.abs(shares)))
 
         def merge_leaf(path: Path, leaf: Any, leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
@@ -94,9 +121,10 @@ def mean(
             if output.rounds_randomly(leaf):
                 key = path_key(context.require("key", name), path)
             dtype = compute_dtype(leaf)
+            averaged = [leaf if i == BASE else leaves[i] for i in chosen]
             return _mean_of_leaves(
-                leaves[pivot],
-                leaves[:pivot] + leaves[pivot + 1 :],
+                averaged[pivot],
+                averaged[:pivot] + averaged[pivot + 1 :],
                 jnp.asarray(_with_first(shares, pivot), dtype),
                 key,
                 normalize=normalize,
