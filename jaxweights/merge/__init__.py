@@ -11,6 +11,10 @@ from jaxweights.merge._delta import delta_merge as delta_merge
 from jaxweights.merge._diagonal_fisher import diagonal_fisher as diagonal_fisher
 from jaxweights.merge._ema import ema as ema
 from jaxweights.merge._ema import lawa as lawa
+from jaxweights.merge._evolution import Evolution as Evolution
+from jaxweights.merge._evolution import Genome as Genome
+from jaxweights.merge._evolution import evolution as evolution
+from jaxweights.merge._evolution import genome as genome
 from jaxweights.merge._fisher import fisher as fisher
 from jaxweights.merge._interpolate import interpolate as interpolate
 from jaxweights.merge._interpolate import interpolate_path as interpolate_path
@@ -18,7 +22,12 @@ from jaxweights.merge._interpolate import iterate_path as iterate_path
 from jaxweights.merge._iso import iso_c as iso_c
 from jaxweights.merge._iso import iso_cts as iso_cts
 from jaxweights.merge._karcher import karcher as karcher
+from jaxweights.merge._learned import LearnedMerge as LearnedMerge
+from jaxweights.merge._learned import adamerging as adamerging
+from jaxweights.merge._learned import learned_soup as learned_soup
 from jaxweights.merge._mean import mean as mean
+from jaxweights.merge._mixture import Mixture as Mixture
+from jaxweights.merge._mixture import mixture as mixture
 from jaxweights.merge._model_stock import model_stock as model_stock
 from jaxweights.merge._multislerp import multislerp as multislerp
 from jaxweights.merge._nearswap import nearswap as nearswap
