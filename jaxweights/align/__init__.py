@@ -1,5 +1,6 @@
 """Align independently trained models: permutations of hidden units that change no function."""
 
+from jaxweights.align._infer import infer_permutations as infer_permutations
 from jaxweights.align._model_specs import bert_permutations as bert_permutations
 from jaxweights.align._model_specs import llama_permutations as llama_permutations
 from jaxweights.align._model_specs import mlp_permutations as mlp_permutations

@@ -78,7 +78,8 @@ def llama_permutations(config: LlamaConfig) -> PermutationSpec:
         axes[f"layers/{name}/kernel"] = ("layers", rows, columns)
         if bias:
             axes[f"layers/{name}/bias"] = ("layers", columns)
-    return PermutationSpec(axes, sizes, {"layers": config.num_layers}, over)
+    spec = PermutationSpec(axes, sizes, {"layers": config.num_layers}, over)
+    return spec.without(*(name for name, size in sizes.items() if size == 1))
 
 
 def bert_permutations(config: BertConfig, *, residual: bool = False) -> PermutationSpec:
@@ -132,7 +133,8 @@ def bert_permutations(config: BertConfig, *, residual: bool = False) -> Permutat
         axes[f"layers/{name}/kernel"] = ("layers", rows, columns)
         axes[f"layers/{name}/bias"] = ("layers", columns)
     spec = PermutationSpec(axes, sizes, {"layers": config.num_layers}, over)
-    return spec if residual else spec.without("residual")
+    fixed = [name for name, size in sizes.items() if size == 1]
+    return spec.without(*fixed, *(() if residual else ("residual",)))
 
 
 def mlp_permutations(params: Params, layers: Sequence[str] | None = None) -> PermutationSpec:

@@ -146,7 +146,7 @@ def inner_products(
     over: Sequence[str],
     ours: Mapping[Path, Any],
     theirs: Mapping[Path, Any],
-) -> Any:
+) -> np.ndarray:
     """Sum over the floating leaves of `theirs` of ⟨A, B⟩ at every place of a stack."""
     paths = [path for path, leaf in theirs.items() if is_float(leaf)]
     if not paths:
@@ -156,7 +156,8 @@ def inner_products(
         for path in paths
     )
     a, b = [ours[path] for path in paths], [theirs[path] for path in paths]
-    return _similarity(a, b, None, terms=terms, out="ABCDEFGH"[: len(over)])
+    total = _similarity(a, b, None, terms=terms, out="ABCDEFGH"[: len(over)])
+    return np.asarray(total, np.float64)
 
 
 def inner_product(ours: Mapping[Path, Any], theirs: Mapping[Path, Any]) -> float:

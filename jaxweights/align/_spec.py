@@ -161,22 +161,27 @@ class PermutationSpec:
         What differs along one of them still may: it becomes a stack.
         """
         fail("align.PermutationSpec.without", _unknown(self.sizes, names))
-        above = {name for entry in self.over.values() for name in entry}
         sizes = {name: size for name, size in self.sizes.items() if name not in names}
-        over = {name: entry for name, entry in self.over.items() if name in sizes}
-        still = {name for entry in over.values() for name in entry}
-        stacks = {**self.stacks} | {
-            name: self.sizes[name] for name in names if name in above & still
+        # Nothing differs along what has one entry.
+        still = {name for entry in self.over.values() for name in entry if self.length(name) > 1}
+        over = {
+            name: tuple(x for x in entry if x in sizes or x in still)
+            for name, entry in self.over.items()
+            if name in sizes
         }
+        above = {x for entry in over.values() for x in entry}
+        stacks = {**self.stacks, **{name: self.sizes[name] for name in names if name in above}}
 
         def keep(axis: AxisName) -> AxisName:
-            if isinstance(axis, tuple):
-                return tuple(x if x in sizes or x in stacks else self._size(x) for x in axis)
-            return axis if axis in sizes or axis in stacks else None
+            parts = axis if isinstance(axis, tuple) else (axis,)
+            kept = [x if x in sizes or x in stacks else self._size(x) for x in parts if x]
+            kept = [x for x in kept if x != 1]
+            if all(isinstance(x, int) for x in kept):
+                return None
+            return kept[0] if len(kept) == 1 and isinstance(kept[0], str) else tuple(kept)
 
         axes = {path: tuple(map(keep, entry)) for path, entry in self.axes.items()}
-        used = {name for entry in axes.values() for name in _names_of(entry)}
-        return PermutationSpec(axes, sizes, {k: v for k, v in stacks.items() if k in used}, over)
+        return PermutationSpec(axes, sizes, stacks, over)
 
     def check(self, params: Params, asker: str = "align.PermutationSpec") -> None:
         """Refuses a tree that the spec does not describe.
