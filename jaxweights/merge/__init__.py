@@ -32,6 +32,7 @@ from jaxweights.merge._model_stock import model_stock as model_stock
 from jaxweights.merge._multislerp import multislerp as multislerp
 from jaxweights.merge._nearswap import nearswap as nearswap
 from jaxweights.merge._nuslerp import nuslerp as nuslerp
+from jaxweights.merge._pcb import pcb as pcb
 from jaxweights.merge._regmean import regmean as regmean
 from jaxweights.merge._regmean import regmean_needs as regmean_needs
 from jaxweights.merge._running import Running as Running
@@ -39,6 +40,12 @@ from jaxweights.merge._running import RunningState as RunningState
 from jaxweights.merge._running import average as average
 from jaxweights.merge._running import running_ema as running_ema
 from jaxweights.merge._running import running_mean as running_mean
+from jaxweights.merge._rws import Signature as Signature
+from jaxweights.merge._rws import add_signatures as add_signatures
+from jaxweights.merge._rws import extract_signature as extract_signature
+from jaxweights.merge._rws import quantize_signature as quantize_signature
+from jaxweights.merge._rws import restore_leaves as restore_leaves
+from jaxweights.merge._rws import signature_leaves as signature_leaves
 from jaxweights.merge._sce import sce as sce
 from jaxweights.merge._slerp import slerp as slerp
 from jaxweights.merge._soup import SoupStep as SoupStep
