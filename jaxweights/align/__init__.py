@@ -1,6 +1,12 @@
 """Align independently trained models: permutations of hidden units that change no function."""
 
+from jaxweights.align._activation_matching import ActivationMatching as ActivationMatching
+from jaxweights.align._activation_matching import activation_matching as activation_matching
+from jaxweights.align._barrier import Barrier as Barrier
+from jaxweights.align._barrier import loss_barrier as loss_barrier
 from jaxweights.align._infer import infer_permutations as infer_permutations
+from jaxweights.align._match_many import MatchedMany as MatchedMany
+from jaxweights.align._match_many import match_many as match_many
 from jaxweights.align._model_specs import bert_permutations as bert_permutations
 from jaxweights.align._model_specs import llama_permutations as llama_permutations
 from jaxweights.align._model_specs import mlp_permutations as mlp_permutations
@@ -10,5 +16,9 @@ from jaxweights.align._permute import invert as invert
 from jaxweights.align._spec import AxisName as AxisName
 from jaxweights.align._spec import Permutations as Permutations
 from jaxweights.align._spec import PermutationSpec as PermutationSpec
+from jaxweights.align._straight_through import StraightThrough as StraightThrough
+from jaxweights.align._straight_through import (
+    straight_through_matching as straight_through_matching,
+)
 from jaxweights.align._weight_matching import Matching as Matching
 from jaxweights.align._weight_matching import weight_matching as weight_matching

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -51,7 +51,7 @@ class Descent:
         self.permutations = spec.identity() | dict(permutations)
         self.objective = [inner_product(self.ours, self.theirs)]
         if not np.isfinite(self.objective[0]):
-            fail(name, _nonfinite(self.ours, "params_a") + _nonfinite(self.theirs, "params_b"))
+            fail(name, nonfinite(self.ours, "params_a") + nonfinite(self.theirs, "params_b"))
         self.similarities = {key: Similarity(spec, [key], self.ours) for key in spec.names}
         leaves = {key: set(spec.leaves_of(key)) for key in spec.names}
         self.neighbours = {
@@ -62,9 +62,16 @@ class Descent:
         joint = {key: JointSimilarity(spec, key, self.ours) for key in spec.names}
         self.joint = {key: value for key, value in joint.items() if value.inner}
 
-    def sweep(self, order: Sequence[str]) -> bool:
-        """Visits what is stale once, and says whether anything changed."""
-        before = len(self.objective)
+    def run(self, orders: Iterator[Sequence[str]], max_sweeps: int) -> int:
+        """Sweeps until nothing can be improved, and says how often it did."""
+        sweeps = 0
+        while sweeps < max_sweeps and self.stale:
+            self.sweep(next(orders))
+            sweeps += 1
+        return sweeps
+
+    def sweep(self, order: Sequence[str]) -> None:
+        """Visits what is stale once."""
         waiting = list(order)
         workers = min(os.cpu_count() or 1, 8)
         with futures.ThreadPoolExecutor(workers) as pool:
@@ -76,7 +83,6 @@ class Descent:
                     if name in self.stale:
                         together.append(name)
                 self._solve(together, pool.submit, 2 * workers)
-        return len(self.objective) > before
 
     def _solve_jointly(self, name: str) -> bool:
         """Moves units together with what is inside them, wherever that is a gain."""
@@ -132,7 +138,8 @@ def _assign(block: jax.Array) -> tuple[np.ndarray, float]:
     return moves.reshape(matrices.shape[:-1]), sum(gain for _, gain in solved)
 
 
-def _nonfinite(flat: Mapping[str, Any], label: str) -> list[str]:
+def nonfinite(flat: Mapping[str, Any], label: str) -> list[str]:
+    """Every leaf of a model that is not finite."""
     return [
         f"{label}: {describe_nonfinite(path, leaf)}"
         for path, leaf in flat.items()

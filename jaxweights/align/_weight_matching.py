@@ -12,7 +12,7 @@ import numpy as np
 from jaxweights.align._descent import Descent
 from jaxweights.align._permute import check_permutations, permute_flat
 from jaxweights.align._spec import Permutations, PermutationSpec
-from jaxweights.core._paths import Flat, Params, fail, flatten
+from jaxweights.core._paths import Params, fail, flatten
 
 Order = Sequence[Sequence[str]]
 
@@ -91,26 +91,20 @@ def weight_matching(
     is inside them are matched together at first.
     """
     name = "align.weight_matching"
-    for label, params in (("params_a", params_a), ("params_b", params_b)):
-        spec.check(params, f"{name}: {label}")
+    check_pair(name, spec, params_a, params_b)
     if max_sweeps < 1:
         raise ValueError(f"{name}: max_sweeps={max_sweeps} must be at least 1.")
     orders = _orders(name, spec, key, order)
     ours, theirs = flatten(params_a)[0], flatten(params_b)[0]
-    fail(name, _unlike(ours, theirs))
     found = check_permutations(name, spec, start or {})
     descent = Descent(name, spec, ours, permute_flat(spec, theirs, found), found)
-    sweeps = 0
-    while sweeps < max_sweeps and descent.stale:
-        descent.sweep(next(orders))
-        sweeps += 1
+    sweeps = descent.run(orders, max_sweeps)
     return Matching(descent.permutations, np.array(descent.objective), sweeps, not descent.stale)
 
 
 def _orders(
     name: str, spec: PermutationSpec, key: jax.Array | None, order: Order | None
 ) -> Iterator[Sequence[str]]:
-    names = spec.names
     if order is None:
         if key is None:
             raise ValueError(
@@ -118,8 +112,8 @@ def _orders(
                 "key=jax.random.key(...), or order."
             )
         seed = np.asarray(jax.random.bits(key, (4,), "uint32"))
-        draw = np.random.default_rng(seed)
-        return ([names[i] for i in draw.permutation(len(names))] for _ in itertools.count())
+        return draw_orders(spec, np.random.default_rng(seed))
+    names = spec.names
     problems = [
         f"order[{i}]={list(sweep)} must name every permutation once: {', '.join(map(repr, names))}."
         for i, sweep in enumerate(order)
@@ -129,10 +123,29 @@ def _orders(
     return (order[min(i, len(order) - 1)] for i in itertools.count())
 
 
-def _unlike(ours: Flat, theirs: Flat) -> list[str]:
-    return [
-        f"{path!r}: is {theirs[path].shape} in params_b but {leaf.shape} in params_a. Only models "
-        "of the same shapes are aligned."
-        for path, leaf in ours.items()
-        if hasattr(leaf, "shape") and getattr(theirs.get(path), "shape", leaf.shape) != leaf.shape
-    ]
+def draw_orders(spec: PermutationSpec, draw: np.random.Generator) -> Iterator[Sequence[str]]:
+    """Random orders of the permutations, without end."""
+    names = spec.names
+    return ([names[i] for i in draw.permutation(len(names))] for _ in itertools.count())
+
+
+def check_pair(
+    name: str,
+    spec: PermutationSpec,
+    params_a: Params,
+    params_b: Params,
+    labels: tuple[str, str] = ("params_a", "params_b"),
+) -> None:
+    """Refuses trees that do not fit the spec or one another."""
+    for label, params in zip(labels, (params_a, params_b), strict=True):
+        spec.check(params, f"{name}: {label}")
+    ours, theirs = flatten(params_a)[0], flatten(params_b)[0]
+    fail(
+        name,
+        [
+            f"{path!r}: is {theirs[path].shape} in {labels[1]} but {leaf.shape} in {labels[0]}. "
+            "Only models of the same shapes are aligned."
+            for path, leaf in ours.items()
+            if path in spec.axes and hasattr(leaf, "shape") and theirs[path].shape != leaf.shape
+        ],
+    )

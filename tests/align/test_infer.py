@@ -244,9 +244,8 @@ def test_units_that_positions_or_constants_tell_apart_stay():
         lambda h: jnp.pad(h, ((0, 0), (1, 0)))[:, :8],
         lambda h: h.at[:, 2].set(0.0),
     ):
-        with pytest.raises(
-            ValueError, match=r"infer_permutations: (no hidden units|axis 1 of 'up': what 'scatter')"
-        ):
+        refusal = r"infer_permutations: (no hidden units|axis 1 of 'up': what 'scatter')"
+        with pytest.raises(ValueError, match=refusal):
             align.infer_permutations(lambda p, x, f=tell: f(x @ p["up"]) @ p["down"], params, X)
     uniform = np.full(8, 2.0, np.float32)[None]
     assert len(check(lambda p, x: (x @ p["up"] * uniform) @ p["down"], params, X).sizes) == 1

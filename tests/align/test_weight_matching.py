@@ -1,6 +1,7 @@
 """weight_matching finds planted permutations, and what Git Re-Basin found."""
 
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from jaxweights import align
 from jaxweights.align._assignment import best_assignment
+from jaxweights.align._similarity import Similarity
 from jaxweights.core import flatten
 from tests._fixtures import fixture
 from tests.align._models import library_model, mlp_params, random_like, random_permutations
@@ -113,7 +115,7 @@ def test_large_stacks_are_matched_one_by_one_with_the_same_result(monkeypatch):
     config, _, a = library_model("llama3")
     spec, b = align.llama_permutations(config), random_like(a, seed=2)
     together = align.weight_matching(spec, a, b, key=KEY)
-    monkeypatch.setattr("jaxweights.align._similarity._AT_ONCE", 0)
+    monkeypatch.setattr(sys.modules[Similarity.__module__], "_AT_ONCE", 0)
     apart = align.weight_matching(spec, a, b, key=KEY)
     for name in spec.names:
         np.testing.assert_array_equal(apart.permutations[name], together.permutations[name])
