@@ -177,15 +177,45 @@ def smallest_of_leaves(leaves: Sequence[jax.Array], k: int | jax.Array) -> list[
       >>> [m.tolist() for m in smallest_of_leaves([jnp.array([5.0, 1.0]), jnp.array([2.0])], 2)]
       [[False, True], [True]]
     """
+    if not leaves:
+        return []
+    wanted = Count.of(k)
+    found = _find_in_leaves(leaves, wanted)
+    # The entries equal to the threshold are handed out leaf by leaf.
+    left, masks = wanted.minus(found.below), []
+    for leaf in leaves:
+        mask, left = _mark_leaf(leaf, found.value, left)
+        masks.append(mask)
+    return masks
+
+
+def kth_smallest_of_leaves(leaves: Sequence[jax.Array], k: int | jax.Array) -> Float[Array, ""]:
+    """The k-th smallest magnitude of several arrays ranked together, counted from 1, exactly.
+
+    Args:
+      leaves: As in `smallest_of_leaves`; at least one.
+      k: Rank in [1, total]; a Python integer of any size, or traced.
+
+    Returns:
+      A scalar of the leaves' dtype.
+
+    Raises:
+      ValueError: If dtypes differ.
+
+    Example:
+      >>> kth_smallest_of_leaves([jnp.array([5.0, 1.0]), jnp.array([-2.0])], 2)
+      Array(2., dtype=float32)
+    """
+    return _as_float(_find_in_leaves(leaves, Count.of(k)).value, leaves[0].dtype)
+
+
+def _find_in_leaves(leaves: Sequence[jax.Array], wanted: Count) -> Bracket:
     dtypes = sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})
     if len(dtypes) > 1:
         raise ValueError(
             f"core.smallest_of_leaves: leaves of dtypes {dtypes} cannot be ranked together. Cast "
             "the scores to one dtype, such as float32, which holds every bfloat16 and float16."
         )
-    if not leaves:
-        return []
-    wanted = Count.of(k)
     traced = any(isinstance(x, Tracer) for x in (*leaves, wanted.low))
 
     def count(candidates: jax.Array) -> Count:
@@ -195,13 +225,7 @@ def smallest_of_leaves(leaves: Sequence[jax.Array], k: int | jax.Array) -> list[
 
     total = Count.of(sum(leaf.size for leaf in leaves))
     loop = jax.lax.fori_loop if traced else _host_loop
-    found = _descend(count, wanted, total, leaves[0].dtype, loop)
-    # The entries equal to the threshold are handed out leaf by leaf.
-    left, masks = wanted.minus(found.below), []
-    for leaf in leaves:
-        mask, left = _mark_leaf(leaf, found.value, left)
-        masks.append(mask)
-    return masks
+    return _descend(count, wanted, total, leaves[0].dtype, loop)
 
 
 @jax.jit
@@ -258,10 +282,14 @@ def _select(scores: jax.Array, wanted: Count, *, pattern: Pattern, axis: int | N
 def _kth(scores: jax.Array, wanted: Count) -> jax.Array:
     def find(scores: jax.Array, wanted: Count) -> jax.Array:
         found = _find(scores, magnitude_bits, wanted, scores.ndim)
-        narrow = found.value.astype(jnp.dtype(f"uint{8 * scores.dtype.itemsize}"))
-        return jax.lax.bitcast_convert_type(narrow, scores.dtype)
+        return _as_float(found.value, scores.dtype)
 
     return _auto(find, scores, keeps_sharding=False)(scores, wanted)
+
+
+def _as_float(pattern: jax.Array, dtype: Any) -> jax.Array:
+    narrow = pattern.astype(jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}"))
+    return jax.lax.bitcast_convert_type(narrow, dtype)
 
 
 def _auto(fn: Callable[..., Any], scores: jax.Array, *, keeps_sharding: bool) -> Callable[..., Any]:

@@ -29,7 +29,8 @@ def breadcrumbs(
       density: Share of entries kept.
       outliers: Share of the largest entries that is dropped.
       normalize: Whether to divide by the sum of |weights|.
-      scope: What is ranked together: each matrix of a `"leaf"`, or the `"tree"`.
+      scope: What is ranked together: the inputs of one output (`"row"`), each matrix of a
+        `"leaf"`, or the `"tree"`.
       compat: How counts are rounded, as in `delta_merge`.
       **settings: `weights`, `scale` (the authors search from 0.2), `names`, `out_dtype`,
         `rounding`, `nonfloat`, as in `delta_merge`.
@@ -45,7 +46,7 @@ def breadcrumbs(
       Array([[0., 0., 3., 2.]], dtype=float32)
 
     Source: Davari and Belilovsky 2023, arXiv:2312.06795; defaults from the authors' search.
-    Differs: (1) the authors' code ranks each row along the last axis.
+    Differs: (1) each matrix is ranked, as the paper says; the authors' code does `scope="row"`.
     """
     return delta_merge(
         sparsifier="outliers",
@@ -75,7 +76,8 @@ def breadcrumbs_ties(
       outliers: Share of the largest entries that is dropped.
       normalize: Whether each entry is divided by the sum of |weights| of the models that agree
         there.
-      scope: What is ranked together: each matrix of a `"leaf"`, or the `"tree"`.
+      scope: What is ranked together: the inputs of one output (`"row"`), each matrix of a
+        `"leaf"`, or the `"tree"`.
       compat: How counts are rounded, as in `delta_merge`.
       **settings: `weights`, `scale`, `names`, `out_dtype`, `rounding`, `nonfloat`, as in
         `delta_merge`.

@@ -50,7 +50,7 @@ def dare_linear(
     return delta_merge(
         sparsifier="bernoulli",
         density=density,
-        rescale=_rescale(rescale, compat),
+        rescale=default_rescale(rescale, compat),
         normalize="models" if normalize else "none",
         compat=compat,
         name="merge.dare_linear",
@@ -103,7 +103,7 @@ def dare_ties(
         sparsifier="bernoulli",
         density=density,
         trim=trim,
-        rescale=_rescale(rescale, compat),
+        rescale=default_rescale(rescale, compat),
         consensus="sum",
         normalize="entries" if normalize else "none",
         scope=scope or ("tree" if compat == "paper" else "leaf"),
@@ -113,5 +113,6 @@ def dare_ties(
     )
 
 
-def _rescale(rescale: Rescale | None, compat: Compat) -> Rescale:
+def default_rescale(rescale: Rescale | None, compat: Compat) -> Rescale:
+    """What makes up for dropped entries, where the user does not say."""
     return rescale or ("l1" if compat == "mergekit" else "inverse_density")

@@ -1,4 +1,4 @@
-"""One function behind task arithmetic, TIES, DARE and Breadcrumbs: rows of one table."""
+"""One function behind task arithmetic, TIES, DARE, DELLA and Breadcrumbs: rows of one table."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def delta_merge(
     sparsifier: Sparsifier = "none",
     density: PerModel = 1.0,
     outliers: PerModel = 0.0,
+    epsilon: PerModel = 0.0,
     rescale: Rescale = "none",
     trim: PerModel = 1.0,
     weights: Weights = None,
@@ -83,7 +84,7 @@ def delta_merge(
 
     | step | argument | what it does |
     |---|---|---|
-    | sparsify | `sparsifier`, `density`, `outliers` | keeps a share of each delta |
+    | sparsify | `sparsifier`, `density`, `outliers`, `epsilon` | keeps a share of each delta |
     | rescale | `rescale` | makes up for what was dropped |
     | trim | `trim` | keeps the largest of what a random sparsifier left |
     | weight | `weights` | multiplies each delta by its weight |
@@ -98,12 +99,15 @@ def delta_merge(
 
     Args:
       sparsifier: `"none"`; `"magnitude"` keeps the largest; `"outliers"` drops the very largest
-        and keeps the largest of the rest; `"bernoulli"` keeps each entry by chance (needs a key).
+        and keeps the largest of the rest; `"bernoulli"` keeps each entry by chance (needs a key);
+        `"ranked"` too, with a chance that grows with its rank among the inputs of one output.
       density: Share kept, in [0, 1]; one for all models or one per model. 1 keeps all.
       outliers: Share of the largest entries that `"outliers"` drops first; at most `1 - density`
         are dropped.
-      rescale: `"inverse_density"` divides by the density; `"l1"`, `"l2"`, `"linf"` restore that
-        norm of the delta.
+      epsilon: By how much the chance of the smallest entry is below the density, and that of the
+        largest above it, with `"ranked"`.
+      rescale: `"inverse_density"` divides by the chance to be kept; `"l1"`, `"l2"`, `"linf"`
+        restore that norm of the delta.
       trim: Share of all entries that is kept, by magnitude, after `"bernoulli"`.
       weights: One number per model, any sign; None gives 1 each.
       consensus: `"sum"` elects, per entry, the sign of the weighted sum of the deltas, and
@@ -113,8 +117,9 @@ def delta_merge(
         in the entry (`"entries"`: nonzero after sparsifying, and agreeing where there is a
         consensus).
       scale: λ, of the whole merged delta.
-      scope: What `"magnitude"`, `"outliers"` and `trim` rank together: each matrix of a `"leaf"`,
-        or the whole `"tree"` (within `partition`: the leaves of the rule).
+      scope: What `"magnitude"`, `"outliers"` and `trim` rank together: the inputs of one output
+        (`"row"`), each matrix of a `"leaf"`, or the whole `"tree"` (within `partition`: the leaves
+        of the rule).
       sign_ties: Sign elected where the sum is zero: `"positive"`, or that of the `"majority"` of
         entries of the scope. None: majority for the tree, positive for leaves.
       compat: How counts are rounded: `"paper"` to the nearest, `"mergekit"` down. Both keep at
@@ -151,18 +156,22 @@ def delta_merge(
     row = Row(sparsifier, rescale, consensus, combine, normalize, sign_ties, scope, compat)
     weights = check_weights(name, weights, normalize=normalize != "none", absolute=True)
     check_names(name, names)
-    shares = {"density": density, "outliers": outliers, "trim": trim}
+    shares = {"density": density, "epsilon": epsilon, "outliers": outliers, "trim": trim}
     for argument, value in shares.items():
         _check_shares(name, argument, value)
     if sparsifier == "none" and np.any(np.asarray(density) != 1):
         raise ValueError(
             f"{name}: density={density} has no effect without a sparsifier. Pass sparsifier="
-            "'magnitude', 'outliers' or 'bernoulli'."
+            "'magnitude', 'outliers', 'bernoulli' or 'ranked'."
         )
     if sparsifier != "outliers" and np.any(np.asarray(outliers) != 0):
         raise ValueError(f"{name}: outliers={outliers} goes with sparsifier='outliers' only.")
     if sparsifier != "bernoulli" and np.any(np.asarray(trim) != 1):
         raise ValueError(f"{name}: trim={trim} goes with sparsifier='bernoulli' only.")
+    if sparsifier == "ranked":
+        _check_chances(name, density, epsilon)
+    elif np.any(np.asarray(epsilon) != 0):
+        raise ValueError(f"{name}: epsilon={epsilon} goes with sparsifier='ranked' only.")
     if rescale == "inverse_density" and np.any(np.asarray(density) == 0):
         raise ValueError(
             f"{name}: density=0 cannot be rescaled by its inverse. Pass rescale='none'."
@@ -208,8 +217,8 @@ def delta_merge(
 
 def _scope(row: Row, trim: PerModel, output: Output) -> TransformScope:
     """What one entry of the result depends on."""
-    random = row.sparsifier == "bernoulli" or output.rounding == "stochastic"
-    if not random and not row.mixes_entries and row.scope == "leaf":
+    random = row.draws or output.rounding == "stochastic"
+    if not random and not row.mixes_entries and row.scope != "tree":
         return "entry"
     ranks = row.sparsifier in ("magnitude", "outliers") or np.any(np.asarray(trim) < 1)
     return "tree" if row.scope == "tree" and (ranks or row.asks_majority) else "leaf"
@@ -221,3 +230,20 @@ def _check_shares(name: str, argument: str, value: Any) -> None:
         raise ValueError(
             f"{name}: {argument}={value} must lie in [0, 1], one for all models or one per model."
         )
+
+
+def _check_chances(name: str, density: PerModel, epsilon: PerModel) -> None:
+    """Refuses chances that leave (0, 1), where the density is not 1, which drops nothing."""
+    try:
+        densities, epsilons = np.broadcast_arrays(np.ravel(density), np.ravel(epsilon))
+    except ValueError:
+        raise ValueError(
+            f"{name}: density={density} and epsilon={epsilon} must have one entry per model."
+        ) from None
+    for middle, half in zip(densities.tolist(), epsilons.tolist(), strict=True):
+        if middle < 1 and not (middle - half > 0 and middle + half < 1):
+            raise ValueError(
+                f"{name}: density={middle:g} and epsilon={half:g} give chances from "
+                f"{middle - half:g} to {middle + half:g}, which must lie between 0 and 1. Pass a "
+                f"epsilon below {min(middle, 1 - middle):g}."
+            )

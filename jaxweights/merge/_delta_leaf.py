@@ -14,23 +14,23 @@ import numpy as np
 from jaxweights.core._select import largest, magnitude_bits, smallest_of_leaves
 from jaxweights.merge._models import Output, all_finite, check_choice, compute_dtype
 
-Sparsifier = Literal["none", "magnitude", "outliers", "bernoulli"]
+Sparsifier = Literal["none", "magnitude", "outliers", "bernoulli", "ranked"]
 Rescale = Literal["none", "inverse_density", "l1", "l2", "linf"]
 Consensus = Literal["none", "sum"]
 Combine = Literal["sum", "max"]
 Normalize = Literal["none", "models", "entries"]
 SignTies = Literal["positive", "majority"]
-Scope = Literal["leaf", "tree"]
+Scope = Literal["row", "leaf", "tree"]
 Compat = Literal["paper", "mergekit"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "sparsifier": ("none", "magnitude", "outliers", "bernoulli"),
+    "sparsifier": ("none", "magnitude", "outliers", "bernoulli", "ranked"),
     "rescale": ("none", "inverse_density", "l1", "l2", "linf"),
     "consensus": ("none", "sum"),
     "combine": ("sum", "max"),
     "normalize": ("none", "models", "entries"),
     "sign_ties": ("positive", "majority"),
-    "scope": ("leaf", "tree"),
+    "scope": ("row", "leaf", "tree"),
     "compat": ("paper", "mergekit"),
 }
 
@@ -63,9 +63,15 @@ class Row:
     @property
     def mixes_entries(self) -> bool:
         """Whether entries of one matrix depend on each other, so that stack axes matter."""
-        ranks = self.sparsifier in ("magnitude", "outliers") and self.scope == "leaf"
-        elects = self.asks_majority and self.scope == "leaf"
-        return ranks or elects or self.rescale in ("l1", "l2", "linf")
+        if self.sparsifier == "ranked" or self.rescale in ("l1", "l2", "linf"):
+            return True
+        ranks = self.sparsifier in ("magnitude", "outliers")
+        return (ranks or self.asks_majority) and self.scope != "tree"
+
+    @property
+    def draws(self) -> bool:
+        """Whether it drops entries by chance."""
+        return self.sparsifier in ("bernoulli", "ranked")
 
 
 class LeafPlan(NamedTuple):
@@ -73,6 +79,7 @@ class LeafPlan(NamedTuple):
 
     stack: tuple[int, ...]
     drops: tuple[bool, ...]  # per model: whether entries are dropped by chance
+    ranked: tuple[int, ...] = ()  # axes of the inputs of one output, among which chances rank
 
 
 class LeafInputs(NamedTuple):
@@ -82,6 +89,7 @@ class LeafInputs(NamedTuple):
     density: jax.Array  # (models,)
     keys: tuple[jax.Array | None, ...]
     masks: tuple[jax.Array | None, ...]  # per model: what ranking keeps; None keeps all
+    epsilon: jax.Array | None = None  # (models,), where chances rank
 
 
 @functools.partial(jax.jit, static_argnames=("i", "row", "plan"))
@@ -175,9 +183,28 @@ def _before_ranking(
         return delta
     key = inputs.keys[i]
     assert key is not None
-    density = inputs.density[i].astype(jnp.float32)
-    kept = jnp.where(jax.random.bernoulli(key, density, delta.shape), delta, 0)
-    return _rescaled(kept, delta, inputs.density[i], row, plan)
+    chance = inputs.density[i]
+    if inputs.epsilon is not None:
+        share = rank_shares(delta, plan.ranked).astype(chance.dtype)
+        chance = chance - inputs.epsilon[i] + 2 * inputs.epsilon[i] * share
+    mask = jax.random.bernoulli(key, chance.astype(jnp.float32), delta.shape)
+    return _rescaled(jnp.where(mask, delta, 0), delta, chance, row, plan)
+
+
+def rank_shares(delta: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Rank of each magnitude among those along some axes, from 0 for the smallest to 1.
+
+    Equal magnitudes share the mean of their ranks, and an entry that is alone has 1/2; so the mean
+    is 1/2 everywhere.
+    """
+    others = tuple(a for a in range(delta.ndim) if a not in axes)
+    bits = to_rows(magnitude_bits(delta.astype(jnp.float32)), others)
+    # Sorting values alone and searching them is four times faster than sorting their places too.
+    in_order = jax.lax.sort(bits, dimension=1, is_stable=False)
+    search = lambda side: jax.vmap(functools.partial(jnp.searchsorted, side=side))  # noqa: E731
+    below = search("left")(in_order, bits) + search("right")(in_order, bits) - 1
+    share = below.astype(jnp.float32) / max(2 * (bits.shape[1] - 1), 1)
+    return from_rows(share if bits.shape[1] > 1 else jnp.full_like(share, 0.5), delta.shape, others)
 
 
 def _sparse_delta(
@@ -193,12 +220,12 @@ def _sparse_delta(
 
 
 def _rescaled(
-    kept: jax.Array, delta: jax.Array, density: jax.Array, row: Row, plan: LeafPlan
+    kept: jax.Array, delta: jax.Array, chance: jax.Array, row: Row, plan: LeafPlan
 ) -> jax.Array:
     if row.rescale == "none":
         return kept
     if row.rescale == "inverse_density":
-        return kept / density
+        return kept / chance
     axes = tuple(a for a in range(delta.ndim) if a not in plan.stack)
     left = _norm(kept, axes, row.rescale)
     factor = jnp.where(left > 0, _norm(delta, axes, row.rescale) / jnp.where(left > 0, left, 1), 1)

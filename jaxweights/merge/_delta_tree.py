@@ -25,6 +25,7 @@ from jaxweights.merge._delta_leaf import (
     sign_sum,
 )
 from jaxweights.merge._models import compute_dtype, model_key, per_model
+from jaxweights.merge._per_leaf import group_axes
 from jaxweights.merge._stacks import stack_axes
 
 PerModel = float | Sequence[float]
@@ -37,6 +38,7 @@ class Thinning(NamedTuple):
     density: float  # share kept by the sparsifier
     outliers: float  # share of the largest entries that is dropped
     trim: float  # share kept by magnitude of what a random sparsifier left
+    epsilon: float = 0.0  # how far chances of the smallest and largest entry are from density
 
     @property
     def thins(self) -> bool:
@@ -62,6 +64,7 @@ class DeltaJob:
     thinning: tuple[Thinning, ...]
     weights: Any  # (models,)
     stacks: dict[Path, tuple[int, ...]]
+    rows: dict[Path, tuple[int, ...]]  # axes of the inputs of one output
 
     @classmethod
     def of(
@@ -79,19 +82,22 @@ class DeltaJob:
         n = len(models)
         floats = {path: leaf for path, leaf in flat.items() if is_float(leaf)}
         spread = {a: map(float, per_model(name, a, share, n)) for a, share in shares.items()}
-        thinning = tuple(map(Thinning, spread["density"], spread["outliers"], spread["trim"]))
+        thinning = tuple(map(Thinning, *(spread[field] for field in Thinning._fields)))
         given = np.ones(n) if weights is None else per_model(name, "weights", weights, n)
-        mixes = row.mixes_entries or (row.scope == "leaf" and any(t.trim < 1 for t in thinning))
-        stacks = stack_axes(name, floats, context.layout) if mixes else dict.fromkeys(floats, ())
+        mixes = row.mixes_entries or (row.scope != "tree" and any(t.trim < 1 for t in thinning))
+        none: dict[Path, tuple[int, ...]] = dict.fromkeys(floats, ())
+        stacks = stack_axes(name, floats, context.layout) if mixes else none
+        by_row = row.sparsifier == "ranked" or row.scope == "row"
+        rows = group_axes(floats, context.layout, stacks, "output") if by_row else none
         ids = [str(i) for i in range(n)] if names is None else list(names)
-        job = cls(row, floats, models, context.key, ids, thinning, given, stacks)
+        job = cls(row, floats, models, context.key, ids, thinning, given, stacks, rows)
         if any(job._drops):
             context.require("key", name)
         return job
 
     @property
     def _drops(self) -> tuple[bool, ...]:
-        return tuple(self.row.sparsifier == "bernoulli" and t.thins for t in self.thinning)
+        return tuple(self.row.draws and t.thins for t in self.thinning)
 
     @property
     def _ranks(self) -> tuple[bool, ...]:
@@ -100,16 +106,20 @@ class DeltaJob:
 
     def plan(self, path: Path) -> LeafPlan:
         """What is static about one leaf."""
-        return LeafPlan(self.stacks[path], self._drops)
+        return LeafPlan(self.stacks[path], self._drops, self.rows[path])
 
     def inputs(self, path: Path, masks: Masks) -> LeafInputs:
         """What is an array about it."""
         dtype = compute_dtype(self.flat[path])
+        epsilon = None
+        if self.row.sparsifier == "ranked":
+            epsilon = jnp.asarray([t.epsilon for t in self.thinning], dtype)
         return LeafInputs(
             weights=jnp.asarray(self.weights, dtype),
             density=jnp.asarray([t.density for t in self.thinning], dtype),
             keys=self._keys(path),
             masks=masks,
+            epsilon=epsilon,
         )
 
     def _keys(self, path: Path) -> tuple[jax.Array | None, ...]:
@@ -122,6 +132,8 @@ class DeltaJob:
     def masks_of_leaf(self, path: Path) -> Masks:
         """What ranking keeps of each model's delta of one leaf."""
         leaf, stack = self.flat[path], self.stacks[path]
+        if self.row.scope == "row":
+            stack = tuple(a for a in range(len(leaf.shape)) if a not in self.rows[path])
         n = leaf.size // max(math.prod(leaf.shape[a] for a in stack), 1)
         return tuple(
             mask_of_leaf(self._ranked(path, i), *self._counts(i, n), stack) if ranks else None
@@ -156,5 +168,5 @@ class DeltaJob:
 
     def _counts(self, i: int, n: int) -> tuple[int, int]:
         thinning = self.thinning[i]
-        share = thinning.trim if self.row.sparsifier == "bernoulli" else thinning.density
+        share = thinning.trim if self.row.draws else thinning.density
         return thinning.counts(n, share, self.row.compat)

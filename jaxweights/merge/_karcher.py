@@ -25,7 +25,7 @@ from jaxweights.merge._models import (
 )
 from jaxweights.merge._multislerp import SHORTEST, refuse_cancelling
 from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import chords, safe_inverse, safe_sqrt, weighted_sum
+from jaxweights.merge._sphere import chords, mean_direction, safe_inverse, safe_sqrt, weighted_sum
 
 # Steps cost nothing beside the leaf, and points in one half of the sphere converge in a few dozen.
 _STEPS = {"paper": 50, "mergekit": 10}
@@ -72,8 +72,9 @@ def karcher(
     Example:
       >>> import jax.numpy as jnp, jaxweights as jw
       >>> models = [{"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}]
-      >>> jw.apply(jw.merge.karcher(weights=[2, 1]), models[0], models=models)["w"].round(3)
-      Array([1.732, 1.   ], dtype=float32)
+      >>> merged = jw.apply(jw.merge.karcher(weights=[2, 1]), models[0], models=models)
+      >>> [round(x, 3) for x in merged["w"].tolist()]
+      [1.732, 1.0]
 
     Source: Karcher 1977, Riemannian center of mass and mollifier smoothing; for models
     arXiv:2603.04972.
@@ -98,7 +99,8 @@ def karcher(
         shares = jnp.asarray(given, dtype)
         shares = shares / jnp.sum(shares)
         how = {"axes": job.axes, "deltas": deltas}
-        norms, length, squares = chords(job.base, job.models, shares, **how)
+        norms, length = mean_direction(job.base, job.models, shares, **how)
+        squares = chords(job.base, job.models, norms, **how)
         limit = jnp.asarray(tolerance, dtype)
         factors, cancels = _factors(norms, length, squares, shares, limit, steps=steps)
         summed = weighted_sum(

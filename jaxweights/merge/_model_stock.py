@@ -14,7 +14,7 @@ from jaxweights.core._transform import Transform
 from jaxweights.merge._delta_leaf import Compat
 from jaxweights.merge._models import Nonfloat, Output, Rounding, check_choice, compute_dtype
 from jaxweights.merge._per_leaf import GROUPS, Group, LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import directions, square, vectors_of, weighted_sum
+from jaxweights.merge._sphere import mean_direction, norms_of, vectors_of, weighted_sum
 
 _MERGEKIT_FLOOR = 1e-6  # of products of two norms
 
@@ -61,8 +61,9 @@ def model_stock(
       >>> import jax.numpy as jnp, jaxweights as jw
       >>> base = {"w": jnp.zeros(2)}
       >>> models = [{"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}]
-      >>> jw.apply(jw.merge.model_stock(), base, models=models)["w"].round(3)
-      Array([0.828, 0.414], dtype=float32)
+      >>> merged = jw.apply(jw.merge.model_stock(), base, models=models)
+      >>> [round(x, 3) for x in merged["w"].tolist()]
+      [0.828, 0.414]
 
     Source: Jang et al. 2024, arXiv:2403.19522.
     Differs: (1) of more than two models the cosines of all pairs are averaged, which the paper
@@ -102,27 +103,32 @@ def model_stock(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "compat"))
 def _mean_cosine(
     base: Any, models: list[Any], *, axes: tuple[int, ...], compat: Compat
 ) -> jax.Array:
     """Mean cosine of the angles between all pairs of deltas, `(vectors,)`."""
-    vectors = vectors_of(base, models, deltas=True)
-    units, norms = directions(vectors, axes)
-    n = len(vectors)
+    n = len(models)
     pairs = n * (n - 1)
     if compat == "mergekit":
-        total = jnp.zeros((), compute_dtype(base))
-        for i in range(n):
-            for j in range(i):
-                product = jnp.sum(vectors[i] * vectors[j], axis=axes, keepdims=True)
-                size = jnp.maximum(norms[i] * norms[j], _MERGEKIT_FLOOR)
-                total = total + 2 * jnp.clip(product / size, -1, 1)
-        return total.reshape(-1) / pairs
+        return _sum_of_guarded_cosines(base, models, axes=axes) / pairs
     # The square of the sum of unit vectors is the sum of all cosines, those with themselves too.
-    both = square(jnp.asarray(sum(units)), axes)
-    own = sum((x > 0).astype(both.dtype) for x in norms)
-    return ((both - own) / pairs).reshape(-1)
+    norms, length = mean_direction(
+        base, models, jnp.ones(n, compute_dtype(base)), axes=axes, deltas=True
+    )
+    return (length * length - jnp.sum(norms > 0, axis=0, dtype=norms.dtype)) / pairs
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _sum_of_guarded_cosines(base: Any, models: list[Any], *, axes: tuple[int, ...]) -> jax.Array:
+    vectors = vectors_of(base, models, deltas=True)
+    norms = norms_of(base, models, axes=axes, deltas=True)
+    total = jnp.zeros_like(norms[0])
+    for i in range(len(models)):
+        for j in range(i):
+            product = jnp.sum(vectors[i] * vectors[j], axis=axes).reshape(-1)
+            size = jnp.maximum(norms[i] * norms[j], _MERGEKIT_FLOOR)
+            total = total + 2 * jnp.clip(product / size, -1, 1)
+    return total
 
 
 @functools.partial(jax.jit, static_argnames=("models", "clip"))

@@ -65,8 +65,9 @@ def multislerp(
     Example:
       >>> import jax.numpy as jnp, jaxweights as jw
       >>> models = [{"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}]
-      >>> jw.apply(jw.merge.multislerp(), models[0], models=models)["w"].round(3)
-      Array([1.414, 1.414], dtype=float32)
+      >>> merged = jw.apply(jw.merge.multislerp(), models[0], models=models)
+      >>> [round(x, 3) for x in merged["w"].tolist()]
+      [1.414, 1.414]
 
     Source: mergekit's method of this name, whose step in the tangent space is zero by construction;
     no paper.

@@ -72,8 +72,9 @@ def nuslerp(
       >>> import jax.numpy as jnp, jaxweights as jw
       >>> base = {"w": jnp.array([1.0, 1.0])}
       >>> models = [{"w": jnp.array([2.0, 1.0])}, {"w": jnp.array([1.0, 2.0])}]
-      >>> jw.apply(jw.merge.nuslerp(deltas=True), base, models=models)["w"].round(3)
-      Array([1.707, 1.707], dtype=float32)
+      >>> merged = jw.apply(jw.merge.nuslerp(deltas=True), base, models=models)
+      >>> [round(x, 3) for x in merged["w"].tolist()]
+      [1.707, 1.707]
 
     Source: mergekit's method of this name; no paper.
     Differs: (1) weights that sum to zero and antipodal vectors are errors.

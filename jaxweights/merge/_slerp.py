@@ -77,8 +77,9 @@ def slerp(
     Example:
       >>> import jax.numpy as jnp, jaxweights as jw
       >>> first, second = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([0.0, 1.0])}
-      >>> jw.apply(jw.merge.slerp(t=0.5), first, models=[second])["w"].round(3)
-      Array([0.707, 0.707], dtype=float32)
+      >>> merged = jw.apply(jw.merge.slerp(t=0.5), first, models=[second])
+      >>> [round(x, 3) for x in merged["w"].tolist()]
+      [0.707, 0.707]
 
     Source: Shoemake 1985, Animating rotation with quaternion curves; for language models Lu, Luu
     and Buehler 2024, arXiv:2409.03444.

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxweights.merge._models import Output, all_finite, compute_dtype
 
 # Below this angle the first two terms of the series are exact to float32.
 _SMALL = 1e-3
+# Sums of squares in float32 lose nothing to underflow above this; below it, vectors are lifted.
+_LEAST_SQUARE, _LIFT = 1e-24, 2.0**60
 _ANTIPODAL = math.pi - 1e-3  # beyond it the arc between two points is not determined
 
 
@@ -40,11 +43,6 @@ def vectors_of(base: Any, models: list[Any], *, deltas: bool) -> list[jax.Array]
     return [x - origin for x in wide]
 
 
-def square(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum of squares of each vector, over axes that stay with length 1."""
-    return jnp.sum(x * x, axis=axes, keepdims=True)
-
-
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root whose gradient at zero is zero."""
     positive = x > 0
@@ -56,67 +54,93 @@ def safe_inverse(x: jax.Array) -> jax.Array:
     return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
 
 
-def directions(
-    vectors: list[jax.Array], axes: tuple[int, ...]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Unit vectors and norms. A vector without length stays zero; so do values below 1e-19."""
-    norms = [safe_sqrt(square(x, axes)) for x in vectors]
-    return [x * safe_inverse(n) for x, n in zip(vectors, norms, strict=True)], norms
-
-
 @functools.partial(jax.jit, static_argnames=("axes", "deltas"))
+def squared_length(
+    base: Any, models: list[Any], factors: jax.Array, *, axes: tuple[int, ...], deltas: bool
+) -> jax.Array:
+    """Squared lengths `(vectors,)` of the models' sum, with factors `(models, vectors)`.
+
+    One pass over the leaves, and little to compile: one program for each shape and number of
+    models. Several sums in one program would share the widened leaves, and write them to memory.
+    """
+    vectors = vectors_of(base, models, deltas=deltas)
+    total = _sum(vectors, factors, axes)
+    return jnp.sum(total * total, axis=axes).reshape(-1)
+
+
+def _sum(vectors: list[jax.Array], factors: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    kept = tuple(1 if a in axes else n for a, n in enumerate(vectors[0].shape))
+    return jnp.asarray(sum(x * f.reshape(kept) for x, f in zip(vectors, factors, strict=True)))
+
+
+def norms_of(
+    base: Any, models: list[Any], *, axes: tuple[int, ...], deltas: bool
+) -> list[jax.Array]:
+    """Norms `(vectors,)` of each model's vectors."""
+    count = math.prod(n for a, n in enumerate(jnp.shape(base)) if a not in axes)
+    one = jnp.ones((1, count), compute_dtype(base))
+    norms = []
+    for model in models:
+        plain = squared_length(base, [model], one, axes=axes, deltas=deltas)
+        tiny = plain < _LEAST_SQUARE
+        norm = safe_sqrt(plain)
+        if _may_hold(tiny):
+            lifted = squared_length(base, [model], _LIFT * one, axes=axes, deltas=deltas)
+            norm = jnp.where(tiny, safe_sqrt(lifted) / _LIFT, norm)
+        norms.append(norm)
+    return norms
+
+
+def _may_hold(flags: jax.Array) -> bool:
+    """Whether any flag holds; yes, where values cannot be looked at."""
+    return isinstance(flags, Tracer) or bool(flags.any())
+
+
 def arcs(base: Any, models: list[Any], *, axes: tuple[int, ...], deltas: bool) -> Arcs:
     """Lengths and distances of two models' vectors."""
-    (a, b), (norm_a, norm_b) = directions(vectors_of(base, models, deltas=deltas), axes)
-    apart = square(a - b, axes)
+    how = {"axes": axes, "deltas": deltas}
+    norms = norms_of(base, models, **how)
+    a, b = (safe_inverse(n) for n in norms)
+    apart = squared_length(base, models, jnp.stack([a, -b]), **how)
     # The two squares sum to 4. Only near π, where the second nearly vanishes, is it summed itself.
-    together = jax.lax.cond(
-        jnp.any(apart > 3),
-        lambda a, b, _: square(a + b, axes),
-        lambda _a, _b, apart: jnp.maximum(4 - apart, 0),
-        a,
-        b,
-        apart,
-    )
-    return Arcs(*(x.reshape(-1) for x in (norm_a, norm_b, apart, together)))
+    together = jnp.maximum(4 - apart, 0)
+    near = apart > 3
+    if _may_hold(near):
+        summed = squared_length(base, models, jnp.stack([a, b]), **how)
+        together = jnp.where(near, summed, together)
+    return Arcs(*norms, apart, together)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "deltas"))
 def mean_direction(
     base: Any, models: list[Any], shares: jax.Array, *, axes: tuple[int, ...], deltas: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Norms of the models' vectors `(models, vectors)`, and of the weighted sum of directions."""
-    units, norms = directions(vectors_of(base, models, deltas=deltas), axes)
-    total = sum(shares[i] * unit for i, unit in enumerate(units))
-    length = safe_sqrt(square(jnp.asarray(total), axes))
-    return jnp.stack([n.reshape(-1) for n in norms]), length.reshape(-1)
+    norms = jnp.stack(norms_of(base, models, axes=axes, deltas=deltas))
+    factors = shares[:, None] * safe_inverse(norms)
+    return norms, safe_sqrt(squared_length(base, models, factors, axes=axes, deltas=deltas))
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "deltas"))
 def chords(
-    base: Any, models: list[Any], shares: jax.Array, *, axes: tuple[int, ...], deltas: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `mean_direction`, and the squared distances between directions.
+    base: Any, models: list[Any], norms: jax.Array, *, axes: tuple[int, ...], deltas: bool
+) -> jax.Array:
+    """Squared distances between the models' directions, `(vectors, models, models)`.
 
-    Directions of fine-tuned models are close. What they differ by from their mean is multiplied, so
-    that distances are exact to their own size.
-
-    Returns:
-      Norms `(models, vectors)`, the length of the weighted sum of directions `(vectors,)`, and
-      squared distances `(vectors, models, models)`.
+    Args:
+      base: The tree's leaf.
+      models: The models' leaves.
+      norms: As `mean_direction` gives them.
+      axes: Along which a vector runs.
+      deltas: Whether the vectors are differences to the base.
     """
-    units, norms = directions(vectors_of(base, models, deltas=deltas), axes)
-    mean = jnp.asarray(sum(shares[i] * unit for i, unit in enumerate(units)))
-    length = safe_sqrt(square(mean, axes)).reshape(-1)
-    left = jnp.stack([unit - mean for unit in units])  # (models, *shape)
-    contract = tuple(1 + a for a in axes)
-    batch = tuple(1 + a for a in range(mean.ndim) if a not in axes)
-    gram = jax.lax.dot_general(
-        left, left, ((contract, contract), (batch, batch)), precision="highest"
-    ).reshape(-1, len(units), len(units))
-    own = jnp.diagonal(gram, axis1=1, axis2=2)
-    squares = jnp.maximum(own[:, :, None] + own[:, None, :] - 2 * gram, 0)
-    return jnp.stack([n.reshape(-1) for n in norms]), length, squares
+    scale, n = safe_inverse(norms), len(models)
+    found = [[jnp.zeros_like(norms[0])] * n for _ in range(n)]
+    for i in range(n):
+        for j in range(i):
+            factors = jnp.stack([scale[i], -scale[j]])
+            pair = [models[i], models[j]]
+            found[i][j] = squared_length(base, pair, factors, axes=axes, deltas=deltas)
+            found[j][i] = found[i][j]
+    return jnp.stack([jnp.stack(row, axis=-1) for row in found], axis=-2)
 
 
 def angle(apart: jax.Array, together: jax.Array) -> jax.Array:
@@ -201,9 +225,8 @@ def weighted_sum(
       The stored sum, and whether it is finite.
     """
     vectors = vectors_of(base, models, deltas=deltas)
-    kept = tuple(1 if a in axes else n for a, n in enumerate(vectors[0].shape))
-    total = sum(x * f.reshape(kept) for x, f in zip(vectors, factors, strict=True))
+    total = _sum(vectors, factors, axes)
     if deltas:
         total = jnp.asarray(base).astype(vectors[0].dtype) + total
-    stored = output.store(jnp.asarray(total), dtype, key)
+    stored = output.store(total, dtype, key)
     return stored, all_finite(stored)

@@ -25,8 +25,9 @@ class Case:
         devices have to tell each other.
       per_slice: Whether a stack is transformed as its slices are (not so for global thresholds
         and for random draws, which differ between slices).
-      noise: Multiplies the tolerances for rounding, where singular vectors of neighbouring singular
-        values turn into each other by far more than the rounding of their matrix.
+      noise: Multiplies the tolerances for rounding, where it is magnified: singular vectors of
+        neighbouring singular values turn into each other by far more than the rounding of their
+        matrix; and a delta as large as its base may cancel it.
     """
 
     name: str
@@ -127,7 +128,13 @@ CASES = [
     Case("merge.nuslerp deltas", lambda: _M.nuslerp(deltas=True, group="output"), models=2),
     Case("merge.karcher", _M.karcher, models=2),
     Case("merge.multislerp", _M.multislerp, models=2),
-    Case("merge.model_stock", _M.model_stock, models=2, noise=2),
+    Case("merge.model_stock", _M.model_stock, models=2, noise=5),
     Case("merge.nearswap", lambda: _M.nearswap(t=0.5), models=1, elementwise=True),
     Case("merge.arcee_fusion", _M.arcee_fusion, models=1),
+    Case("merge.sce", lambda: _M.sce(density=0.5), models=2, noise=5),
+    Case("merge.della", lambda: _M.della(density=0.5), models=2, keyed=True, per_slice=False),
+    Case("merge.della_linear", _M.della_linear, models=2, keyed=True, per_slice=False),
+    Case("merge.breadcrumbs row", lambda: _M.breadcrumbs(density=0.5, scope="row"), models=2),
+    Case("merge.pcb", _M.pcb, models=2, per_slice=False, noise=5),
+    Case("merge.pcb leaf", lambda: _M.pcb(scope="leaf"), models=2, noise=5),
 ]

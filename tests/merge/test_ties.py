@@ -160,7 +160,7 @@ def test_counts_are_rounded_as_stated(compat, counts):
         ({"sparsifier": "magnitude", "outliers": 0.1}, "goes with sparsifier='outliers' only"),
         ({"sparsifier": "magnitude", "trim": 0.1}, "goes with sparsifier='bernoulli' only"),
         ({"sparsifier": "top"}, "sparsifier='top' is not one of 'none', 'magnitude'"),
-        ({"scope": "row"}, "scope='row' is not one of 'leaf', 'tree'"),
+        ({"scope": "column"}, "scope='column' is not one of 'row', 'leaf', 'tree'"),
         (
             {"sparsifier": "bernoulli", "density": 0.0, "rescale": "inverse_density"},
             "density=0 cannot be rescaled by its inverse",
