@@ -190,8 +190,9 @@ def _fisher_of_leaves(
             f / _or_one(norm).astype(compute) for f, norm in zip(information, norms, strict=True)
         ]
     # One ε for all models: where none of them cares, all count alike.
-    level = sum(jnp.mean(f, axis=axes, keepdims=True) for f in information) / len(information)
-    shares = [w * (f + damping * level) for w, f in zip(weights, information, strict=True)]
+    levels = [jnp.mean(f, axis=axes, keepdims=True) for f in information]
+    level = sum(levels[1:], start=levels[0]) / len(levels)
+    shares = [weights[i] * (f + damping * level) for i, f in enumerate(information)]
     total = sum(shares[1:], start=shares[0])
     plain = weights / jnp.sum(weights)
     first = leaves[0].astype(compute)

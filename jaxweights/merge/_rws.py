@@ -114,13 +114,11 @@ def extract_signature(
     trees = require_models(_EXTRACT, chosen, context, ("clean", "robust"), delta=False)
     stacks = stack_axes(_EXTRACT, chosen, resolve_layout(pretrained, layout))
     values, unmoved = {}, []
-    for path, leaf in chosen.items():
+    for path in chosen:
         leading = sum(i == axis for i, axis in enumerate(stacks[path]))
-        part = slice(None, depth)
-        leaves = [
-            jnp.asarray(x)[part] if leaf.ndim else x for x in (leaf, *(t[path] for t in trees))
-        ]
-        values[path], moved = _orthogonal_part(*leaves, leading)
+        leaves = [jnp.asarray(tree[path]) for tree in (chosen, *trees)]
+        before, after, changed = [x[:depth] for x in leaves] if leading else leaves
+        values[path], moved = _orthogonal_part(before, after, changed, leading)
         if not isinstance(moved, Tracer) and not np.all(moved):
             unmoved.append(path)
         stacks[path] = tuple(range(leading))

@@ -229,3 +229,19 @@ def test_errors_name_the_leaf_and_the_remedy():
 def test_bad_settings_are_refused_when_built(settings, error, words):
     with pytest.raises(error, match=words):
         regmean(**({"stats": problem()[2]} | settings))
+
+
+def test_a_model_with_nan_is_named():
+    models, _, stats = problem()
+    bad = [jax.tree.map(np.array, m) for m in models]
+    bad[1]["up"]["kernel"][2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"'up/kernel': 1 of 24 values of models\[1\]"):
+        apply(regmean(stats=stats), models[0], models=bad)
+
+
+def test_gram_matrices_with_nan_are_an_error_of_their_own():
+    models, _, stats = problem()
+    entry = stats[0].values["up/kernel"]
+    broken = Stats({"up/kernel": entry | {"gram": entry["gram"].at[0, 0].set(jnp.nan)}})
+    with pytest.raises(ValueError, match=r"'up/kernel': .* not positive definite .* or not finite"):
+        apply(regmean(stats=[broken, *stats[1:]]), models[0], models=models)

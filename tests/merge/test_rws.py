@@ -143,6 +143,8 @@ def test_stacked_layers_have_signatures_of_their_own_and_only_the_first_are_kept
         np.testing.assert_allclose(found.values["layers/kernel"][layer], alone, rtol=0, atol=1e-5)
     small = quantize_signature(found, bits=8)
     assert small.values["layers/kernel"].scale.shape == (2, 1, 1)
+    loose = extract_signature(PRE, CLEAN, ROBUST, layers=LAYERS, depth=2)
+    assert dict(loose.shapes)["conv1/kernel"] == (3, 3, 2, 4)  # nothing is stacked there
     full = extract_signature(pre, clean, robust, layers=["layers/.*"], layout=layout)
     kept = signature_leaves(pre, [small, full])
     assert kept["layers/kernel"].shape == (3, 4, 2)

@@ -134,3 +134,10 @@ def test_an_ambiguous_leaf_is_refused_by_name():
 def test_bad_settings_are_refused_when_built(settings, words):
     with pytest.raises(ValueError, match=words):
         tsv(**settings)
+
+
+def test_a_model_with_nan_is_named():
+    bad = draw(1, *SHAPE)
+    bad[2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"merge.tsv: 'kernel': 1 of 24 values of models\[1\]"):
+        merged(tsv(), [draw(0, *SHAPE), bad])
