@@ -4,6 +4,7 @@ from jaxweights.align._activation_matching import ActivationMatching as Activati
 from jaxweights.align._activation_matching import activation_matching as activation_matching
 from jaxweights.align._barrier import Barrier as Barrier
 from jaxweights.align._barrier import loss_barrier as loss_barrier
+from jaxweights.align._figure import alignment_figure as alignment_figure
 from jaxweights.align._infer import infer_permutations as infer_permutations
 from jaxweights.align._match_many import MatchedMany as MatchedMany
 from jaxweights.align._match_many import match_many as match_many
@@ -13,6 +14,12 @@ from jaxweights.align._model_specs import mlp_permutations as mlp_permutations
 from jaxweights.align._permute import apply_permutation as apply_permutation
 from jaxweights.align._permute import compose as compose
 from jaxweights.align._permute import invert as invert
+from jaxweights.align._singular_vectors import LayerAlignment as LayerAlignment
+from jaxweights.align._singular_vectors import SingularVectorAlignment as SingularVectorAlignment
+from jaxweights.align._singular_vectors import (
+    singular_vector_alignment as singular_vector_alignment,
+)
+from jaxweights.align._singular_vectors import singular_vector_products as singular_vector_products
 from jaxweights.align._spec import AxisName as AxisName
 from jaxweights.align._spec import Permutations as Permutations
 from jaxweights.align._spec import PermutationSpec as PermutationSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,7 @@ def permute_flat(
         factors = [f for axis in spec.factors(path, leaf.shape) for f in axis]
         moves, order = moves_of(spec, factors, permutations)
         if moves.steps:
-            new[path] = _permute_leaf(leaf, [permutations[name] for name in order], moves=moves)
+            new[path] = _permute_jit(leaf, [permutations[name] for name in order], moves=moves)
     return new
 
 
@@ -96,8 +96,8 @@ def moves_of(
     return Moves(tuple(factor.size for factor in factors), steps), order
 
 
-@functools.partial(jax.jit, static_argnames="moves")
-def _permute_leaf(leaf: jax.Array, indices: list[jax.Array], *, moves: Moves) -> jax.Array:
+def permute_leaf(leaf: jax.Array, indices: Sequence[Any], moves: Moves) -> jax.Array:
+    """One leaf, gathered step by step."""
     parts = leaf.reshape(moves.shape)
     for step, index in zip(moves.steps, indices, strict=True):
         index = jnp.asarray(index)
@@ -107,6 +107,9 @@ def _permute_leaf(leaf: jax.Array, indices: list[jax.Array], *, moves: Moves) ->
             aligned = _aligned(index, step, parts.ndim)
             parts = jnp.take_along_axis(parts, aligned, axis=step.axis, mode="clip")
     return parts.reshape(leaf.shape)
+
+
+_permute_jit = functools.partial(jax.jit, static_argnames="moves")(permute_leaf)
 
 
 def _aligned(index: Any, step: Step, ndim: int) -> Any:
