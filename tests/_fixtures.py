@@ -11,6 +11,11 @@ _ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = (_ROOT / "tests" / "fixtures", _ROOT.parent / "shared" / "fixtures")
 
 
+def fixture_exists(name: str) -> bool:
+    """Whether a fixture is here."""
+    return any((folder / name).is_file() for folder in _FOLDERS)
+
+
 def fixture_path(name: str) -> Path:
     """Path of a fixture such as `quantize/gptq.npz`; skips the test where it is absent."""
     for folder in _FOLDERS:

@@ -18,6 +18,7 @@ except ImportError:  # not a POSIX system: nothing tells a dead writer's files f
     fcntl = None
 
 _MARK = ".jaxweights-partial-"
+_LASTING = "resumable"
 # Quota and per-process file size limits end a write just as a full disk does.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large")
@@ -167,26 +168,37 @@ def atomic(
     directory: bool,
     overwrite: bool,
     needs_bytes: int = 0,
+    resume: bool | None = None,
 ) -> Iterator[Path]:
-    """`atomic_directory` or `atomic_file` whose errors start with the caller's name."""
+    """`atomic_directory` or `atomic_file` whose errors start with the caller's name.
+
+    With `resume`, the hidden sibling outlives an interrupted run, and two runs for one destination
+    refuse each other: True yields what an earlier run left, if anything, and False an empty one.
+    """
     target = Path(os.path.realpath(destination))
     made_parents = _make_parents(target.parent)
+    lasting = None if resume is None else target.parent / f".{target.name}{_MARK}{_LASTING}"
     try:
-        _recover(target)
+        _recover(target, sparing=lasting if resume else None)
         check_destination(function, destination, overwrite=overwrite, directory=directory)
-        free = shutil.disk_usage(target.parent).free
+        free = shutil.disk_usage(target.parent).free + (_allocated(lasting) if lasting else 0)
         if needs_bytes > free:
             raise OSError(
                 errno.ENOSPC,
                 f"{function}: '{destination}' needs {needs_bytes} bytes, but only {free} are free "
                 "on its disk. Nothing was written. Free some space or choose another disk",
             )
-        partial, lock = _make_partial(target, directory=directory)
+        if lasting is None:
+            partial, lock = _make_partial(target, directory=directory)
+        else:
+            partial, lock = _claim_partial(function, destination, lasting)
+        keep = False
         try:
             yield partial
             _flush(partial)
             _put_in_place(function, partial, target, overwrite=overwrite)
         except BaseException as error:
+            keep = lasting is not None and isinstance(error, KeyboardInterrupt)
             if _is_full(error):
                 raise OSError(
                     errno.ENOSPC,
@@ -196,7 +208,8 @@ def atomic(
                 ) from error
             raise
         finally:
-            _remove(partial)
+            if not keep:
+                _remove(partial)
             if lock is not None:
                 os.close(lock)
     except BaseException:
@@ -234,6 +247,26 @@ def _make_partial(target: Path, *, directory: bool) -> tuple[Path, int | None]:
             os.close(lock)
 
 
+def _claim_partial(
+    function: str, destination: str | os.PathLike[str], partial: Path
+) -> tuple[Path, int | None]:
+    """Makes or takes over the hidden sibling of a fixed name, and locks it."""
+    partial.mkdir(exist_ok=True)
+    lock = _lock(partial)
+    if lock is None and fcntl is not None:
+        raise FileExistsError(
+            f"{function}: another run is writing '{destination}' at this moment. Nothing was "
+            "written. Wait for it, or choose another destination."
+        )
+    return partial, lock
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes of the disk that the files of a folder take already."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in files)
+
+
 def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock on `path`; None where it is taken or cannot be had."""
     if fcntl is None:
@@ -250,11 +283,11 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
-def _recover(target: Path) -> None:
+def _recover(target: Path, *, sparing: Path | None = None) -> None:
     """Removes what killed processes left, after putting back a destination caught mid-swap."""
     prefix = f".{target.name}{_MARK}"
     for path in [p for p in target.parent.iterdir() if p.name.startswith(prefix)]:
-        lock = _lock(path)
+        lock = None if path == sparing else _lock(path)
         if lock is None:
             continue
         try:

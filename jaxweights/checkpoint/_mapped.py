@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,11 @@ class MappedFile:
             self._map = (
                 mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ) if self.size else b""
             )
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
 
     def view(self, start: int, count: int) -> np.ndarray:
         """Bytes `start` to `start + count`, `(count,)` uint8, without copying."""
@@ -44,3 +48,14 @@ class MappedFile:
         """Bytes `start` to `start + count`, copied."""
         assert 0 <= start <= start + count <= self.size, "ranges are checked when a file is opened"
         return self._map[start : start + count]
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills a contiguous array with the bytes from `start` on, without mapping them."""
+        target = out.reshape(-1).view(np.uint8).data
+        assert 0 <= start <= start + len(target) <= self.size, "ranges are checked when opened"
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._descriptor, [target[done:]], start + done)
+            if not count:
+                raise OSError(f"'{self.path}' became shorter while it was being read.")
+            done += count

@@ -88,6 +88,11 @@ class SafetensorsReader(Mapping[str, TensorInfo]):
         aligned = raw.ctypes.data % dtype.alignment == 0
         return (raw if aligned else raw.copy()).view(dtype).reshape(info.shape)
 
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills a contiguous array with a tensor's entries from `start` on, in flat order."""
+        info = self[name]
+        self._maps[info.file].read_into(info.start + start * out.dtype.itemsize, out)
+
 
 def open_safetensors(path: str | os.PathLike[str]) -> SafetensorsReader:
     """Opens a safetensors file, or a folder of them with or without an index.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
         """A tensor; quantized ones as the numbers they stand for."""
+
+    def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
+        """A function that fills an array with a tensor's entries from a flat index on.
+
+        Where the format has no slices, the tensor is read as a whole once and held.
+        """
+        whole = self.read(name).reshape(-1)
+
+        def fill(start: int, out: np.ndarray) -> None:
+            np.copyto(out, whole[start : start + out.size].reshape(out.shape))
+
+        return fill
 
     @abc.abstractmethod
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
@@ -207,6 +220,11 @@ class _SafetensorsCheckpoint(Checkpoint):
 
     def read(self, name: str) -> np.ndarray:
         return self._reader.read(name)
+
+    def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
+        if self._reader[name].dtype == "BOOL":  # its bytes are checked when read as a whole
+            return super().reader(name)
+        return functools.partial(self._reader.read_into, name)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
         return self._reader[name].dtype, self._reader.raw(name)

@@ -86,7 +86,7 @@ def write_safetensors(
       ['model-00002-of-00002.safetensors', 'model.safetensors.index.json']
     """
     destination = Path(destination)
-    plans = _plan(tensors)
+    plans = plan_tensors(tensors)
     text = _checked_metadata({"format": "pt", **(metadata or {})})
     total = sum(plan.nbytes for plan in plans)
     limit = math.inf if max_shard_bytes is None else max_shard_bytes
@@ -115,7 +115,7 @@ def write_safetensors(
         if single:
             _write_file(partial, plans, text)
             return
-        _write_shards(partial, _shards(plans, limit), text, total)
+        _write_shards(partial, plan_shards(plans, limit), text, total)
         copy_files("write_safetensors", partial, files or {})
 
 
@@ -140,7 +140,7 @@ def copy_files(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class TensorPlan:
     """One tensor to be written."""
 
     name: str
@@ -150,7 +150,7 @@ class _Plan:
     source: Any
 
 
-def _plan(tensors: Mapping[str, Any]) -> list[_Plan]:
+def plan_tensors(tensors: Mapping[str, Any]) -> list[TensorPlan]:
     """Checks all tensors at once, so that ten bad ones are one message."""
     plans, bad, unknown = [], [], []
     for name, tensor in tensors.items():
@@ -164,7 +164,7 @@ def _plan(tensors: Mapping[str, Any]) -> list[_Plan]:
             unknown.append(f"{name!r} is {tensor.dtype}, which safetensors cannot hold")
         else:
             shape = tuple(int(n) for n in tensor.shape)
-            plans.append(_Plan(name, dtype, shape, math.prod(shape) * dtype.itemsize, tensor))
+            plans.append(TensorPlan(name, dtype, shape, math.prod(shape) * dtype.itemsize, tensor))
     if bad:
         raise ValueError(f"write_safetensors: {'; '.join(bad)}.")
     if unknown:
@@ -198,9 +198,9 @@ def _checked_metadata(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-def _shards(plans: list[_Plan], limit: float) -> list[list[_Plan]]:
+def plan_shards(plans: list[TensorPlan], limit: float) -> list[list[TensorPlan]]:
     """Cuts the tensors, in their order, into runs of at most `limit` bytes where possible."""
-    shards: list[list[_Plan]] = [[]]
+    shards: list[list[TensorPlan]] = [[]]
     size = 0
     for plan in plans:
         if shards[-1] and size + plan.nbytes > limit:
@@ -212,26 +212,48 @@ def _shards(plans: list[_Plan], limit: float) -> list[list[_Plan]]:
 
 
 def _write_shards(
-    folder: Path, shards: list[list[_Plan]], metadata: dict[str, str], total: int
+    folder: Path, shards: list[list[TensorPlan]], metadata: dict[str, str], total: int
 ) -> None:
-    if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0], metadata)
-        return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = shard_name(i, len(shards))
         _write_file(folder / name, shard, metadata)
         weight_map |= {plan.name: name for plan in shard}
+    if len(shards) > 1:
+        write_index(folder, weight_map, total)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    """Writes the index of a folder of shards."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(dump_json(index), encoding="utf-8")
 
 
-def _write_file(path: Path, plans: list[_Plan], metadata: dict[str, str]) -> None:
+def shard_name(i: int, count: int) -> str:
+    """The name of the `i`-th of several shards, from 1, or of the only one."""
+    return "model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+
+
+def _write_file(path: Path, plans: list[TensorPlan], metadata: dict[str, str]) -> None:
+    head, places = head_of(plans, metadata)
+    with path.open("wb") as file:
+        file.write(head)
+        for plan, _ in places:
+            data = _bytes_of(plan)
+            for start in range(0, data.size, _CHUNK_BYTES):
+                file.write(data[start : start + _CHUNK_BYTES].data)
+
+
+def head_of(
+    plans: list[TensorPlan], metadata: dict[str, str]
+) -> tuple[bytes, list[tuple[TensorPlan, int]]]:
+    """What a file starts with, and the tensors in their order in it with their first bytes."""
     # Wide dtypes first keeps every tensor aligned, so that readers need not copy.
     plans = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": metadata}
-    position = 0
+    position, starts = 0, []
     for plan in plans:
+        starts.append(position)
         header[plan.name] = {
             "dtype": _NAMES[plan.dtype],
             "shape": list(plan.shape),
@@ -240,16 +262,11 @@ def _write_file(path: Path, plans: list[_Plan], metadata: dict[str, str]) -> Non
         position += plan.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for plan in plans:
-            data = _bytes_of(plan)
-            for start in range(0, data.size, _CHUNK_BYTES):
-                file.write(data[start : start + _CHUNK_BYTES].data)
+    head = len(text).to_bytes(8, "little") + text
+    return head, [(plan, len(head) + start) for plan, start in zip(plans, starts, strict=True)]
 
 
-def _bytes_of(plan: _Plan) -> np.ndarray:
+def _bytes_of(plan: TensorPlan) -> np.ndarray:
     tensor = plan.source() if callable(plan.source) else plan.source
     array = np.asarray(tensor)
     if array.shape != plan.shape or array.dtype != plan.dtype:

@@ -6,18 +6,21 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 Progress = Callable[[str, int, int], None]
+Unit = Literal["steps", "bytes"]
 
 _EVERY_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def show_progress(quiet: bool = False) -> Iterator[Progress]:
+def show_progress(quiet: bool = False, unit: Unit = "steps") -> Iterator[Progress]:
     """Shows progress while the body runs.
 
     Args:
       quiet: Whether to show nothing.
+      unit: What is counted; bytes are shown with their rate and the time left.
 
     Yields:
       A function of (task, done, total); total 0 means unknown.
@@ -25,20 +28,23 @@ def show_progress(quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield lambda task, done, total: None
     elif sys.stderr.isatty():
-        with _bars() as show:
+        with _bars(unit) as show:
             yield show
     else:
-        yield _Lines()
+        yield _Lines(unit)
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
+def _bars(unit: Unit) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
     from rich.progress import (
         Progress as Bars,
@@ -50,6 +56,8 @@ def _bars() -> Iterator[Progress]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
+    if unit == "bytes":
+        columns += (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, int] = {}
 
@@ -64,7 +72,8 @@ def _bars() -> Iterator[Progress]:
 class _Lines:
     """One line when a task begins, one every ten seconds, one when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
         self._ended: set[str] = set()
@@ -83,4 +92,7 @@ class _Lines:
         elif now - self._said[task] > _EVERY_SECONDS:
             self._said[task] = now
             share = f"{100 * done / total:.0f} %" if total else str(done)
+            if self._unit == "bytes" and total and done:
+                rate = done / (now - self._started[task])
+                share += f", {rate / 1e6:.0f} MB/s, {(total - done) / rate:.0f} s left"
             print(f"{task}: {share}", file=sys.stderr, flush=True)

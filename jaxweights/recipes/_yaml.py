@@ -54,16 +54,24 @@ def parse_yaml(text: str, *, name: str) -> Located:
       >>> recipe.value["model"].value["path"]
       Located(value='weights', line=2, keys={})
     """
+    documents = parse_yaml_documents(text, name)
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{name}:{documents[1].line}: a second document begins. A recipe is one document."
+        )
+    return documents[0]
+
+
+def parse_yaml_documents(text: str, name: str, *, aliases: bool = False) -> list[Located]:
+    """As `parse_yaml`, for a file of one or more documents, in which aliases may be allowed."""
     import yaml
 
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{name}: has {len(text)} characters. A recipe has at most {MAX_BYTES}.")
     problems: list[str] = []
     try:
-        node = yaml.compose(text, Loader=_loader())
-        if node is None:
-            raise RecipeError(f"{name}: is empty. A recipe has at least `model` and `transforms`.")
-        located = _locate(node, name, problems)
+        nodes = list(yaml.compose_all(text, Loader=_loader(aliases)))
+        located = [_locate(node, name, problems, {}) for node in nodes if node is not None]
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -72,6 +80,8 @@ def parse_yaml(text: str, *, name: str) -> Located:
         raise RecipeError(f"{name}: is not valid YAML: {error}.") from None
     except RecursionError:
         raise RecipeError(f"{name}: is nested too deeply.") from None
+    if not located:
+        raise RecipeError(f"{name}: is empty.")
     if problems:
         raise RecipeError("\n".join(problems))
     return located
@@ -87,15 +97,16 @@ _FLOAT = re.compile(
 )
 
 
-def _loader() -> Any:
-    """PyYAML's safe loader, without aliases; the values are built here."""
+def _loader(aliases: bool) -> Any:
+    """PyYAML's safe loader, most often without aliases; the values are built here."""
     import yaml
     from yaml.composer import ComposerError
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             event: Any = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            named = isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None)
+            if named and not aliases:
                 raise ComposerError(
                     None,
                     None,
@@ -107,7 +118,14 @@ def _loader() -> Any:
     return Loader
 
 
-def _locate(node: Any, name: str, problems: list[str]) -> Located:
+def _locate(node: Any, name: str, problems: list[str], seen: dict[int, Located]) -> Located:
+    """The value of a node; what several aliases name is built once, however often it is named."""
+    if id(node) not in seen:
+        seen[id(node)] = _locate_new(node, name, problems, seen)
+    return seen[id(node)]
+
+
+def _locate_new(node: Any, name: str, problems: list[str], seen: dict[int, Located]) -> Located:
     import yaml
 
     line = node.start_mark.line + 1
@@ -117,14 +135,14 @@ def _locate(node: Any, name: str, problems: list[str]) -> Located:
         problems.append(f"{name}:{line}: the tag {node.tag!r} is not allowed. Write a plain value.")
         return Located(None, line)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, name, problems)
+        return _mapping(node, name, problems, seen)
     if isinstance(node, yaml.SequenceNode):
-        return Located([_locate(item, name, problems) for item in node.value], line)
+        return Located([_locate(item, name, problems, seen) for item in node.value], line)
     quoted = node.style is not None
     return Located(node.value if quoted else _scalar(node.value), line)
 
 
-def _mapping(node: Any, name: str, problems: list[str]) -> Located:
+def _mapping(node: Any, name: str, problems: list[str], seen: dict[int, Located]) -> Located:
     value: dict[str, Located] = {}
     keys: dict[str, int] = {}
     for key_node, value_node in node.value:
@@ -139,7 +157,7 @@ def _mapping(node: Any, name: str, problems: list[str]) -> Located:
                 f"{keys[key]} already. Remove one."
             )
         keys[key] = key_line
-        value[key] = _locate(value_node, name, problems)
+        value[key] = _locate(value_node, name, problems, seen)
     return Located(value, node.start_mark.line + 1, keys)
 
 

@@ -52,7 +52,7 @@ def test_every_value_knows_its_line():
         ("a: !mine 3\n", r"r.yaml:1: the tag '!mine' is not allowed"),
         ("a: [1,\nb: 2", r"r.yaml:2: is not valid YAML"),
         ("a:\n\t- 1\n", r"r.yaml:2: is not valid YAML"),
-        ("a: 1\n---\nb: 2\n", r"r.yaml:2: is not valid YAML"),
+        ("a: 1\n---\nb: 2\n", r"r.yaml:3: a second document begins"),
         ("", r"r.yaml: is empty"),
         ("? [a, b]\n: 1\n", r"r.yaml:1: a key must be a word"),
         ("a: \x00", r"r.yaml: is not valid YAML"),

@@ -1,0 +1,147 @@
+"""jaxweights merge: checkpoints merged as a mergekit configuration says."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+SUMMARY = "merge checkpoints as a mergekit configuration says"
+DESCRIPTION = """\
+Merges checkpoints of any size: slices are read, merged and written at the same time, and what is in
+memory at once is bounded. CONFIG is a YAML file as mergekit reads it. Unknown keys and parameters
+are errors, as are models that do not fit each other; nothing appears at the destination before all
+of it is written."""
+EXAMPLES = """\
+examples:
+  jaxweights merge ties.yml merged
+  jaxweights merge ties.yml merged --memory 1GB --resume
+  jaxweights merge ties.yml --explain
+
+a configuration:
+  merge_method: ties
+  base_model: models/base
+  models:
+    - model: models/math
+      parameters: {weight: 0.6, density: 0.5}
+    - model: models/code
+      parameters: {weight: [0.2, 0.8], density: 0.5}   # from the first layer to the last
+  dtype: bfloat16
+
+A killed run leaves the destination as it was; the same command with --resume goes on with it."""
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("config", metavar="CONFIG", help="a merge configuration, in YAML")
+    parser.add_argument("destination", metavar="OUT", nargs="?", help="a folder to make")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="only show the resolved value of every parameter for every tensor",
+    )
+    parser.add_argument(
+        "--memory", type=_bytes, metavar="BYTES", help="hold no more than this, such as 1GB"
+    )
+    parser.add_argument(
+        "--shard", type=_bytes, default=5 * 10**9, metavar="BYTES", help="most bytes a file (5GB)"
+    )
+    parser.add_argument(
+        "--compat",
+        choices=("fixed", "mergekit"),
+        default="fixed",
+        help="mergekit: repeat those of its habits that --explain lists as differences",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("error", "take"),
+        default="error",
+        help="take: a tensor that some models lack comes from those that have it",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random methods (0)")
+    parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing checkpoint, at the end"
+    )
+
+
+def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Runs the command.
+
+    Returns:
+      The result for programs, and for people.
+    """
+    from jaxweights.cli._progress import show_progress
+    from jaxweights.recipes.mergekit import explain_merge, run_merge
+
+    common = {"compat": options.compat, "missing": options.missing, "seed": options.seed}
+    if options.explain:
+        return _explained(explain_merge(options.config, **common))
+    if options.destination is None:
+        raise ValueError("OUT is missing. Name the folder to make, or say --explain.")
+    with show_progress(options.quiet, unit="bytes") as progress:
+        done = run_merge(
+            options.config,
+            options.destination,
+            memory=options.memory,
+            max_shard_bytes=options.shard,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=progress,
+            **common,
+        )
+    result = {
+        "destination": str(done.destination),
+        "tensors": done.tensors,
+        "resumed": done.resumed,
+        "bytes_read": done.bytes_read,
+        "bytes_written": done.bytes_written,
+        "seconds": round(done.seconds, 3),
+        "checksums": done.checksums,
+    }
+    rate = (done.bytes_read + done.bytes_written) / 1e9 / max(done.seconds, 1e-9)
+    text = (
+        f"{done.tensors} tensors, {done.bytes_written / 1e9:.2f} GB written to {done.destination} "
+        f"in {done.seconds:.1f} s ({rate:.1f} GB/s read and written)"
+    )
+    if done.resumed:
+        text += f"; {done.resumed} tensors were there from before"
+    return result, text
+
+
+def _explained(explanation: Any) -> tuple[dict[str, Any], str]:
+    rows = [
+        {
+            "tensor": tensor.job.name,
+            "method": tensor.method,
+            "shape": list(tensor.job.shape),
+            "dtype": str(tensor.job.dtype),
+            "depth": round(tensor.depth, 4),
+            "inputs": tensor.inputs,
+            "parameters": tensor.parameters,
+        }
+        for tensor in explanation.tensors
+    ]
+    lines = []
+    for row in rows:
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        lines.append(f"{row['tensor']}  {shape} {row['dtype']}  {row['method']}")
+        lines += [f"    {key}: {_value(value)}" for key, value in row["parameters"].items()]
+    differs = [f"  - {sentence}" for sentence in explanation.differs]
+    text = "\n".join([*lines, "", "Other than in mergekit:", *differs])
+    return {"tensors": rows, "differs": list(explanation.differs)}, text
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{model} {_value(item)}" for model, item in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)?\s*", text.upper())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size. Write 4000000000, 4GB or 4GiB.")
+    return int(float(found[1]) * _UNITS[found[2] or ""])

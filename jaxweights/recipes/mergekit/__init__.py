@@ -1,0 +1,6 @@
+"""Runs mergekit's merge configurations, streaming: read a slice, merge it, write it."""
+
+from jaxweights.recipes.mergekit._config import MergeConfig as MergeConfig
+from jaxweights.recipes.mergekit._config import load_merge_config as load_merge_config
+from jaxweights.recipes.mergekit._run import explain_merge as explain_merge
+from jaxweights.recipes.mergekit._run import run_merge as run_merge

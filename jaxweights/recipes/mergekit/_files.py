@@ -1,0 +1,56 @@
+"""What travels along with the result: its config, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef
+from jaxweights.recipes.mergekit._models import LayerName, Model
+from jaxweights.recipes.mergekit._plan import PlannedTensor
+
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def result_files(
+    config: MergeConfig, models: Mapping[ModelRef, Model], planned: Sequence[PlannedTensor]
+) -> dict[str, str | bytes | Path]:
+    """Files of the result by name: those of the base, else of the first model, made to fit."""
+    first = models[config.models[0]]
+    files: dict[str, Any] = dict(first.files)
+    if first.config:
+        text = json.dumps(_config(config, first, planned), indent=2, ensure_ascii=False)
+        files["config.json"] = text + "\n"
+    if config.chat_template is not None:
+        files["chat_template.jinja"] = config.chat_template
+    return files
+
+
+def _config(config: MergeConfig, first: Model, planned: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """The first model's config with the number of layers and the dtype of the result."""
+    found = json.loads(json.dumps(dict(first.config)))
+    parts = [LayerName.of(tensor.job.name) for tensor in planned]
+    layers = 1 + max((part.layer for part in parts if part is not None), default=-1)
+    sliced = config.slices[0].sources[0].layers is not None
+    for level in (found, found.get("text_config")):
+        if not isinstance(level, dict):
+            continue
+        for key in _COUNTS:
+            if sliced and key in level:
+                level[key] = layers
+        if sliced and isinstance(level.get("layer_types"), list):
+            level["layer_types"] = _layer_types(config, level["layer_types"])
+        for key in ("torch_dtype", "dtype"):
+            if key in level and (config.out_dtype or config.dtype):
+                level[key] = config.out_dtype or config.dtype
+    return found
+
+
+def _layer_types(config: MergeConfig, types: list[Any]) -> list[Any]:
+    chosen = []
+    for part in config.slices:
+        start, stop = part.sources[0].layers or (0, 0)
+        chosen += [types[i] for i in range(start, stop) if i < len(types)]
+    return chosen

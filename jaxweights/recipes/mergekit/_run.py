@@ -1,0 +1,195 @@
+"""Runs a configuration, or says what it would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
+from jaxweights.recipes._yaml import RecipeError
+from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, load_merge_config
+from jaxweights.recipes.mergekit._files import result_files
+from jaxweights.recipes.mergekit._methods import METHODS
+from jaxweights.recipes.mergekit._models import Model, open_model
+from jaxweights.recipes.mergekit._plan import Compat, PlannedTensor, Planner
+from jaxweights.stream._pipeline import Progress
+from jaxweights.stream._run import Streamed, stream_jobs
+
+_NAME = "jaxweights merge"
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a configuration does, tensor by tensor.
+
+    Attributes:
+      tensors: One for each tensor of the result.
+      differs: What is done otherwise than mergekit does it.
+    """
+
+    tensors: tuple[PlannedTensor, ...]
+    differs: tuple[str, ...]
+
+
+def explain_merge(
+    config: str | os.PathLike[str],
+    *,
+    compat: Compat = "fixed",
+    missing: Literal["error", "take"] = "error",
+    seed: int = 0,
+) -> Explanation:
+    """Resolves every parameter of every tensor without reading any values.
+
+    Args:
+      config: As in `run_merge`.
+      compat: As in `run_merge`.
+      missing: As in `run_merge`.
+      seed: As in `run_merge`.
+
+    Returns:
+      The tensors of the last document, with their methods, inputs and parameters.
+    """
+    prepared = _prepare(config, compat, missing, seed)
+    return Explanation(tuple(prepared.tensors), _differences(prepared.config, compat))
+
+
+def run_merge(
+    config: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    compat: Compat = "fixed",
+    missing: Literal["error", "take"] = "error",
+    seed: int = 0,
+    memory: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Merges checkpoints as a mergekit configuration says, without holding them in memory.
+
+    Args:
+      config: A YAML file as mergekit reads it.
+      destination: The folder to make, with safetensors, config and tokenizer.
+      compat: `"mergekit"` repeats its habits where they lose something; `explain_merge` names them.
+      missing: `"take"` merges a tensor that some models lack from those that have it.
+      seed: Randomness of DARE and DELLA.
+      memory: Most bytes that the process may hold. None lets a tensor that its method cannot cut
+        have what it needs.
+      max_shard_bytes: Most bytes of tensors a file.
+      overwrite: Whether an existing checkpoint may be replaced, at the end.
+      resume: Whether to go on where a killed run with the same configuration stopped.
+      progress: Called with (task, bytes done, bytes in all).
+
+    Returns:
+      What was read and written.
+
+    Raises:
+      RecipeError: If the configuration is wrong, or models do not fit it or each other.
+      ValueError: If values are not finite, or a tensor does not fit into the memory.
+    """
+    check_destination(_NAME, destination, overwrite=overwrite, directory=True)
+    refuse_unrelated(_NAME, destination)
+    prepared = _prepare(config, compat, missing, seed)
+    text = Path(config).read_text(encoding="utf-8")
+    return stream_jobs(
+        _NAME,
+        [tensor.job for tensor in prepared.tensors],
+        destination,
+        recipe={"merge": text, "compat": compat, "seed": seed},
+        identity={
+            "configuration": hashlib.sha256(text.encode()).hexdigest(),
+            "options": {"compat": compat, "missing": missing, "seed": seed},
+            "models": {model.label: model.fingerprint for model in prepared.models.values()},
+        },
+        files={
+            **result_files(prepared.config, prepared.models, prepared.tensors),
+            "mergekit_config.yml": text,
+        },
+        max_shard_bytes=max_shard_bytes,
+        memory=memory,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    config: MergeConfig
+    models: dict[ModelRef, Model]
+    tensors: Sequence[PlannedTensor]
+
+
+def _prepare(
+    path: str | os.PathLike[str], compat: Compat, missing: Literal["error", "take"], seed: int
+) -> _Prepared:
+    """Plans the documents in their order; what an earlier one makes is a model of later ones."""
+    configs = load_merge_config(path)
+    made: dict[str, Model] = {}
+    prepared = None
+    for i, config in enumerate(configs):
+        models = _open(config, made, Path(path).parent)
+        planner = Planner(config, models, compat=compat, missing=missing, seed=seed)
+        prepared = _Prepared(config, models, planner.plan())
+        if i < len(configs) - 1:
+            if config.name is None:
+                raise RecipeError(
+                    f"{config.file}:{config.line}: has no 'name', so no later document can use it. "
+                    "Name it."
+                )
+            made[config.name] = _virtual(config, prepared)
+    assert prepared is not None
+    return prepared
+
+
+def _open(config: MergeConfig, made: Mapping[str, Model], beside: Path) -> dict[ModelRef, Model]:
+    models, problems = {}, []
+    for ref in config.models:
+        try:
+            if ref.path in made:
+                models[ref] = made[ref.path]
+            else:
+                models[ref] = open_model(str(ref), ref.path, beside)
+            if ref.lora is not None:
+                from jaxweights.recipes.mergekit._lora import with_adapter
+
+                models[ref] = with_adapter(models[ref], str(ref), ref.lora, beside)
+        except (OSError, ValueError) as error:
+            problems.append(f"{config.file}:{config.line}: {error}")
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return models
+
+
+def _virtual(config: MergeConfig, prepared: _Prepared) -> Model:
+    """The result of a document as a model that is made when it is read."""
+    from jaxweights.stream._virtual import Made
+
+    assert config.name is not None
+    made = Made([tensor.job for tensor in prepared.tensors])
+    files = result_files(config, prepared.models, prepared.tensors)
+    identity = json.dumps([model.fingerprint for model in prepared.models.values()])
+    return Model(
+        config.name,
+        made,
+        made.names,
+        json.loads(str(files.get("config.json", "{}"))),
+        files,
+        f"made:{hashlib.sha256(identity.encode()).hexdigest()}",
+    )
+
+
+def _differences(config: MergeConfig, compat: Compat) -> tuple[str, ...]:
+    found = list(METHODS[config.method].differs)
+    if compat == "fixed":
+        found.append(
+            "The last value of a list reaches the final norm and the head; mergekit gives them "
+            "the first one."
+        )
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Transforms checkpoints that do not fit in memory, at the speed of the disk."""

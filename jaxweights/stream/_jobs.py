@@ -1,0 +1,168 @@
+"""What a stream does: one job for every tensor that is written, cut into pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+# A piece takes a few milliseconds: long beside what starting it costs, short beside a disk's
+# bandwidth times the memory that pieces in flight may hold.
+PIECE_ENTRIES = 1 << 20
+# Ends of tensors are padded to one of these, so that a handful of programs serves all shapes.
+_PADDED = (1 << 10, 1 << 14, 1 << 18)
+
+
+class Tensors(Protocol):
+    """Where operands come from: a `Checkpoint`, or what reads like one."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, without reading it."""
+        ...
+
+    def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
+        """A function that fills an array with the tensor's entries from a flat index on."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One tensor that a job reads.
+
+    Args:
+      source: What holds it.
+      name: Its name there.
+      label: What reports call the source.
+    """
+
+    source: Tensors
+    name: str
+    label: str = "base"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.source.shape(self.name)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype."""
+        return self.source.dtype(self.name)
+
+
+Compute = Callable[[Sequence[Any], int], Any]
+
+
+class Survey(Protocol):
+    """What has to be known of whole tensors before slices of them can be made.
+
+    Passes over the operands alternate with decisions. `look` runs in threads; `add` gets what it
+    returned in the order of the entries.
+    """
+
+    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
+        """Looks at a slice of the operands, padded behind `count` entries."""
+        ...
+
+    def add(self, job: Job, start: int, seen: Any) -> None:
+        """Takes in what was seen."""
+        ...
+
+    def decide(self) -> bool:
+        """Ends a pass; whether another one is needed."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor that is written.
+
+    Args:
+      name: Its name.
+      shape: Its shape.
+      dtype: Its dtype.
+      operands: What it is made of, all of the job's shape where entries are merged.
+      compute: `compute(arrays, start)` makes it from the operands' arrays: from flat slices of them
+        that begin at entry `start` where `entrywise`, else from all of them. None copies the only
+        operand's bytes.
+      entrywise: Whether flat slices of the result depend on the same slices of the operands only.
+      temporaries: Bytes for each entry that `compute` needs at most, besides operands and result.
+      survey: What must be known before `compute` is called; jobs may share one, and then stand
+        next to each other.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    operands: tuple[Operand, ...]
+    compute: Compute | None = None
+    entrywise: bool = False
+    temporaries: int = 0
+    survey: Survey | None = None
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return self.entries * self.dtype.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read."""
+        return sum(math.prod(o.shape) * o.dtype.itemsize for o in self.operands)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A flat slice of a job's tensor, or all of it.
+
+    Args:
+      job: The job.
+      start: First entry.
+      count: Number of entries.
+      padded: Number of entries that operands are padded to; None where they keep their shapes.
+    """
+
+    job: Job
+    start: int
+    count: int
+    padded: int | None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the tensor ends with it."""
+        return self.start + self.count >= self.job.entries
+
+    @property
+    def cost(self) -> int:
+        """Bytes that are held while it is made."""
+        job = self.job
+        if self.padded is None:
+            return job.bytes_read + job.nbytes + job.temporaries * job.entries
+        one = sum(o.dtype.itemsize for o in job.operands) + job.dtype.itemsize + job.temporaries
+        return self.padded * one
+
+
+def cut(job: Job, budget: int) -> Iterator[Piece]:
+    """Cuts a job into pieces of which each costs at most the budget, where it can be cut."""
+    if not job.entrywise and job.compute is not None:
+        yield Piece(job, 0, job.entries, None)
+        return
+    size = PIECE_ENTRIES
+    while size > _PADDED[0] and Piece(job, 0, size, size).cost > budget:
+        size //= 2
+    for start in range(0, max(job.entries, 1), size):
+        count = min(size, job.entries - start)
+        padded = next(n for n in (*(p for p in _PADDED if p < size), size) if n >= count)
+        yield Piece(job, start, count, padded)

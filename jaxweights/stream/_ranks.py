@@ -1,0 +1,206 @@
+"""Exact ranks of magnitudes over tensors that are seen slice by slice.
+
+A sample of the entries brackets the magnitude of each wanted rank. One pass then counts what lies
+above the bracket and keeps what lies inside, a few entries in a hundred, among which the exact
+threshold is found. Where the bracket missed (which a sample does about once in 10,000 times), it is
+widened and the pass repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core._select import magnitude_bits
+from jaxweights.stream._jobs import Job
+
+_STRIDE = 61  # prime, so that a sample does not keep step with rows
+_SAMPLED_FROM = 1 << 15  # below, all entries are kept
+_TOP = 0xFFFFFFFF
+_SIGMAS = 4.0
+
+Place = tuple[str, int]  # a tensor and the first entry of a slice of it
+
+
+@dataclasses.dataclass
+class Target:
+    """The `k` largest magnitudes of one model's values, ties to the first in flat order.
+
+    Args:
+      model: Which of the models.
+      k: How many.
+    """
+
+    model: int
+    k: int
+    low: int = 0  # the bracket, both ends included
+    high: int = _TOP
+    above: int = 0
+    inside: dict[Place, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    threshold: int = _TOP
+    last: dict[Place, int] = dataclasses.field(default_factory=dict)
+
+    def bracket(self, sample: np.ndarray, n: int) -> None:
+        """Sets the bracket from sorted patterns of a sample of the `n` entries."""
+        m = sample.size
+        share = self.k / n
+        place = m * (1 - share)
+        margin = _SIGMAS * math.sqrt(m * share * (1 - share)) + 8
+        low, high = math.floor(place - margin), math.ceil(place + margin)
+        self.low = int(sample[low]) if low >= 0 else 0
+        self.high = int(sample[high]) if high < m else _TOP
+
+    def settle(self) -> bool:
+        """Finds the threshold among what lies inside; False, with a wider bracket, if it is not."""
+        inside = np.concatenate([values for values, _ in self.inside.values()])
+        left = self.k - self.above
+        if not 0 < left <= inside.size:
+            if left <= 0:
+                self.low, self.high = self.high, _TOP
+            else:
+                self.low, self.high = 0, self.low
+            self.above, self.inside = 0, {}
+            return False
+        place = inside.size - left
+        self.threshold = int(np.partition(inside, place)[place])
+        wanted = left - int(np.count_nonzero(inside > self.threshold))
+        for where, (values, places) in self.inside.items():
+            ties = places[values == self.threshold]
+            taken = min(wanted, ties.size)
+            self.last[where] = int(ties[taken - 1]) if taken else -1
+            wanted -= taken
+        self.inside = {}
+        return True
+
+
+Values = Callable[[Any, int], Any]
+
+
+class RankSurvey:
+    """Finds exact thresholds of several models' values; a `Survey`.
+
+    Args:
+      values: `values(arrays, model)` gives the ranked float32 values of a model from a job's
+        operands, elementwise; traceable, and the same bits from NumPy's arrays. It may read the
+        first operand and the model's own, `arrays[model + 1]`.
+      targets: What is wanted.
+      entries: Number of entries that are ranked together.
+    """
+
+    def __init__(self, values: Values, targets: Sequence[Target], entries: int):
+        """Starts with a sample, where there is enough to sample from."""
+        self._values = values
+        self._open = [target for target in targets if 0 < target.k < entries]
+        self._models = sorted({target.model for target in self._open})
+        self._entries = entries
+        self._samples: list[list[np.ndarray]] = []
+        self._sampling = entries >= _SAMPLED_FROM
+
+    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
+        """A sample of the patterns, or counts and what lies in the brackets."""
+        del job
+        if not self._open:
+            return None
+        if self._sampling:
+            drawn = _sample(self._values, tuple(arrays), tuple(self._models))
+            inside = -(-count // _STRIDE)
+            return [np.array(bits[:inside]) for bits in drawn]
+        brackets = jnp.asarray([[t.low, t.high] for t in self._open], jnp.uint32)
+        which = tuple(target.model for target in self._open)
+        sides = _sides(self._values, tuple(arrays), brackets, which)
+        host = [np.asarray(array).reshape(-1) for array in arrays]
+        seen = []
+        for target, side in zip(self._open, sides, strict=True):
+            side = np.asarray(side)[:count]
+            places = _ones(side)
+            chosen = {i: host[i][places] for i in (0, target.model + 1)}
+            values = self._values(chosen, target.model)
+            inside = np.asarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            seen.append((int(np.count_nonzero(side == 2)), (inside, places)))
+        return seen
+
+    def add(self, job: Job, start: int, seen: Any) -> None:
+        """Collects the samples, or the counts."""
+        if not self._open:
+            return
+        if self._sampling:
+            self._samples.append(seen)
+            return
+        for target, (above, inside) in zip(self._open, seen, strict=True):
+            target.above += above
+            target.inside[job.name, start] = inside
+
+    def decide(self) -> bool:
+        """Sets brackets from the sample, or thresholds from the counts."""
+        if self._sampling and self._open:
+            self._sampling = False
+            for model, parts in zip(self._models, zip(*self._samples, strict=True), strict=True):
+                sample = np.sort(np.concatenate(parts))
+                for target in self._open:
+                    if target.model == model:
+                        target.bracket(sample, self._entries)
+            self._samples = []
+            return True
+        self._open = [target for target in self._open if not target.settle()]
+        return bool(self._open)
+
+    def bound(self, target: Target, job: Job, start: int) -> tuple[int, int]:
+        """Tells the target's entries in a slice from the others.
+
+        Returns:
+          A pattern, and the place in the slice of the last entry with it that is the target's; -1
+          where none is. All entries with larger patterns are.
+        """
+        if target.k >= self._entries:
+            return 0, np.iinfo(np.int32).max
+        if target.k <= 0:
+            return _TOP, -1
+        return target.threshold, target.last[job.name, start]
+
+
+def among(values: jax.Array, bound: jax.Array) -> jax.Array:
+    """Which entries of a slice are a target's, by its `bound` as `(2,)` uint32 with -1 wrapped."""
+    bits = magnitude_bits(values.astype(jnp.float32))
+    place = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    last = jax.lax.bitcast_convert_type(bound[1], jnp.int32)
+    return (bits > bound[0]) | ((bits == bound[0]) & (place <= last))
+
+
+def _ones(side: np.ndarray) -> np.ndarray:
+    """Where a uint8 array is 1, most often elsewhere: looked for by eight entries at once."""
+    whole = side.size // 8 * 8
+    words = side[:whole].view(np.uint64) & np.uint64(0x0101010101010101)
+    hit = np.flatnonzero(
+        words != 0
+    )  # of booleans: other dtypes are looked through ten times slower
+    found = np.flatnonzero((side[:whole].view(np.uint64)[hit].view(np.uint8) & 1).view(bool))
+    places = 8 * hit[found >> 3] + (found & 7)
+    return np.concatenate([places, whole + np.flatnonzero(side[whole:] == 1)])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _sample(values: Values, arrays: tuple[Any, ...], models: tuple[int, ...]) -> list[jax.Array]:
+    """Patterns of every so-manyth entry, by model."""
+    drawn = tuple(array.reshape(-1)[::_STRIDE] for array in arrays)
+    return [magnitude_bits(values(drawn, model)) for model in models]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _sides(
+    values: Values, arrays: tuple[Any, ...], brackets: jax.Array, models: tuple[int, ...]
+) -> list[jax.Array]:
+    """Per target: 0 where the pattern lies below its bracket, 1 inside, 2 above, uint8."""
+    flat = tuple(array.reshape(-1) for array in arrays)
+    sides = []
+    for i, model in enumerate(models):
+        bits = magnitude_bits(values(flat, model))
+        reached = (bits >= brackets[i, 0]).astype(jnp.uint8)
+        sides.append(reached + (bits > brackets[i, 1]).astype(jnp.uint8))
+    return sides

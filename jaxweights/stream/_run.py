@@ -1,0 +1,121 @@
+"""Runs jobs into a checkpoint that other tools read, and notes where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxweights.checkpoint._provenance import library_versions
+from jaxweights.checkpoint._write_safetensors import plan_tensors
+from jaxweights.stream._destination import Destination, open_destination
+from jaxweights.stream._jobs import Job
+from jaxweights.stream._pipeline import Progress, run_jobs
+
+PROVENANCE = "jaxweights-provenance.json"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """What a stream did.
+
+    Attributes:
+      destination: The folder that was made.
+      tensors: Number of tensors in it.
+      resumed: Number of them that an earlier run had finished.
+      bytes_read: Bytes of operands that this run read, those of surveys counted once.
+      bytes_written: Bytes of tensors that this run wrote.
+      seconds: How long it took.
+      checksums: xxh3 checksums of what was written, by name.
+    """
+
+    destination: Path
+    tensors: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    checksums: dict[str, str]
+
+
+def stream_jobs(
+    function: str,
+    jobs: Sequence[Job],
+    destination: str | os.PathLike[str],
+    *,
+    recipe: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    memory: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Makes a folder of safetensors, tensor by tensor.
+
+    Args:
+      function: Start of the error messages.
+      jobs: One for each tensor, in the order of the shards.
+      destination: The folder to make.
+      recipe: What is done, as JSON; it is written into the provenance.
+      identity: What decides about the bytes of the result, besides the jobs' names and shapes: a
+        run is resumed only where all of it is equal.
+      files: Files that travel along.
+      max_shard_bytes: Most bytes of tensors a file.
+      memory: Most bytes that the process may hold.
+      overwrite: Whether an existing checkpoint may be replaced, at the end.
+      resume: Whether to go on where a killed run stopped.
+      progress: Called with (task, bytes done, bytes in all).
+
+    Returns:
+      What was done.
+    """
+    started = time.perf_counter()
+    plans = plan_tensors({job.name: job for job in jobs})
+    complete = {
+        **identity,
+        "versions": library_versions(),
+        "tensors": [[job.name, list(job.shape), str(job.dtype)] for job in jobs],
+        "shards": max_shard_bytes,
+    }
+    sources: dict[str, str] = {}
+
+    def companions(target: Destination) -> dict[str, Any]:
+        provenance = {
+            "format": _FORMAT,
+            "recipe": dict(recipe),
+            "versions": library_versions(),
+            "inputs": sources,
+            "outputs": target.checksums,
+        }
+        text = json.dumps(provenance, indent=1, ensure_ascii=False)
+        return {**(files or {}), PROVENANCE: text + "\n"}
+
+    with open_destination(
+        function,
+        destination,
+        plans,
+        identity=complete,
+        files=companions,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        resume=resume,
+    ) as target:
+        resumed = set(target.done)
+        sources |= run_jobs(function, jobs, target, memory=memory, progress=progress)
+    made = [job for job in jobs if job.name not in resumed]
+    return Streamed(
+        destination=Path(destination),
+        tensors=len(jobs),
+        resumed=len(resumed),
+        bytes_read=sum(job.bytes_read for job in made),
+        bytes_written=sum(job.nbytes for job in made),
+        seconds=time.perf_counter() - started,
+        checksums=dict(target.checksums),
+    )

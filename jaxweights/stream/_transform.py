@@ -1,0 +1,64 @@
+"""Jobs that run a transform leaf by leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxweights.core._apply import apply
+from jaxweights.core._transform import Transform
+from jaxweights.stream._jobs import Job, Operand
+from jaxweights.weights._axes import Axes
+
+# float32 copies of operands and results, which most methods make.
+_WIDE_BYTES = 4
+
+
+def transform_job(
+    name: str,
+    operands: Sequence[Operand],
+    tx: Transform,
+    *,
+    dtype: np.dtype,
+    layout: Mapping[str, Axes] | None = None,
+    seed: int = 0,
+    leaf_is_model: bool = False,
+) -> Job:
+    """The job that transforms one tensor.
+
+    Args:
+      name: Path of the leaf, and name of the tensor that is written.
+      operands: The leaf, then those of the models.
+      tx: A transform whose scope is an entry or a leaf.
+      dtype: Of the result.
+      layout: Axes of the leaf, by a pattern for its path.
+      seed: Randomness.
+      leaf_is_model: Whether the leaf is the first of the models, too.
+
+    Returns:
+      The job.
+    """
+    assert tx.scope != "tree", "checked by who builds the jobs"
+
+    def compute(arrays: Sequence[Any], start: int) -> Any:
+        del start
+        leaf, *others = arrays
+        merged = arrays if leaf_is_model else others
+        models = [{name: other} for other in merged] or None
+        # Copied, so that nothing aliases a buffer that is used again.
+        given = None if tx.scope == "entry" else layout
+        key = jax.random.key(seed)
+        return np.array(apply(tx, {name: leaf}, models=models, key=key, layout=given)[name])
+
+    return Job(
+        name,
+        operands[0].shape,
+        dtype,
+        tuple(operands),
+        compute,
+        entrywise=tx.scope == "entry",
+        temporaries=_WIDE_BYTES * (len(operands) + 1),
+    )

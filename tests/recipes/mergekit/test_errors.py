@@ -1,0 +1,139 @@
+"""What is wrong is said with file and line, before anything is written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxweights.checkpoint import write_safetensors
+from jaxweights.recipes.mergekit import load_merge_config, run_merge
+from tests.recipes.mergekit._checkpoints import CONFIG, arrays, read, write_config, write_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+TEXT = """\
+merge_method: ties
+base_model: base
+models:
+  - model: ft1
+    parameters: {weight: 1.0, density: 0.5}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("merge_method: ties", "merge_method: tise", r"x.yml:1: .*'tise'. Did you mean 'ties'"),
+        ("base_model", "base_modle", r"x.yml:2: recipe: unknown key 'base_modle'. Did you mean"),
+        ("density", "densty", r"x.yml:5: .*unknown key 'densty'. Did you mean 'density'"),
+        ("weight: 1.0", "weight: heavy", r"x.yml:5: weight: is the text 'heavy'.*a number"),
+        ("models:", "slices: []\nmodels:", r"'models' and 'slices'.*exactly one"),
+        ("base_model: base", "dtype: float8", r"x.yml:2: dtype: .*float32, float16, bfloat16"),
+        ("parameters: {", "layers: 3\n    parameters: {", r"unknown key 'layers'"),
+    ],
+)
+def test_a_typo_is_refused_with_its_line(tmp_path, old, new, words):
+    path = write_config(tmp_path, TEXT.replace(old, new), "x.yml")
+    with pytest.raises(ValueError, match=words):
+        load_merge_config(path)
+
+
+def _models(*names, **parameters):
+    values = {"weight": 1.0} | parameters
+    return [{"model": name, "parameters": values} for name in names]
+
+
+def _refused(folder, config, words, **options):
+    path = write_config(folder, config, "wrong.yml")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=words):
+        run_merge(path, folder / "never", **options)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_model_that_is_not_there_is_named(folder):
+    config = {"merge_method": "linear", "models": _models("ft1", "ft9")}
+    _refused(folder, config, r"model 'ft9' is neither a folder here nor beside")
+
+
+def test_a_delta_method_without_a_base_is_refused(folder):
+    config = {"merge_method": "ties", "models": _models("ft1", "ft2")}
+    _refused(folder, config, r"ties needs a 'base_model'")
+
+
+def test_a_missing_weight_is_named_with_its_model(folder):
+    config = {"merge_method": "linear", "models": [{"model": "ft1"}, *_models("ft2")]}
+    _refused(folder, config, r"linear needs the parameter 'weight' for ft1")
+
+
+def test_a_base_that_is_the_only_model_leaves_nothing_to_merge(folder):
+    config = {"merge_method": "ties", "base_model": "base", "models": _models("base")}
+    _refused(folder, config, r"merges 1 or more models besides the base, not 0")
+
+
+def test_weights_that_sum_to_zero_are_refused(folder):
+    models = [*_models("ft1"), *_models("ft2", weight=-1.0)]
+    _refused(folder, {"merge_method": "linear", "models": models}, r"sum to 0.*normalize=False")
+
+
+def test_other_shapes_are_refused_with_the_remedy(folder):
+    wide = {**arrays("ft1"), "lm_head.weight": np.ones((70, 48), np.float32)}
+    write_safetensors(folder / "wide", wide, files={"config.json": json.dumps(CONFIG)})
+    config = {"merge_method": "linear", "models": _models("ft1", "wide")}
+    _refused(
+        folder, config, r"'lm_head.weight': is \(64, 48\) in ft1, \(70, 48\) in wide.*tokenizer"
+    )
+
+
+def test_another_number_of_layers_is_refused(folder):
+    less = {name: x for name, x in arrays("ft1").items() if ".layers.1." not in name}
+    write_safetensors(folder / "shallow", less, files={"config.json": json.dumps(CONFIG)})
+    config = {"merge_method": "linear", "models": _models("ft1", "shallow")}
+    _refused(folder, config, r"layers.1.*shallow lacks it")
+
+
+def test_a_layer_range_beyond_the_model_is_refused(folder):
+    slices = [{"sources": [{"model": "ft1", "layer_range": [1, 3]}]}]
+    _refused(
+        folder, {"merge_method": "passthrough", "slices": slices}, r"beyond the 2 layers of ft1"
+    )
+
+
+def test_a_missing_shard_is_refused(folder):
+    write_safetensors(folder / "sharded", arrays("ft1"), max_shard_bytes=40_000)
+    next((folder / "sharded").glob("model-00002-*")).unlink()
+    config = {"merge_method": "linear", "models": _models("sharded", "ft2")}
+    _refused(folder, config, r"shards are missing")
+
+
+def test_nan_in_a_model_is_named_with_its_tensor(folder):
+    broken = {name: x.copy() for name, x in arrays("ft1").items()}
+    broken["model.norm.weight"][3] = np.nan
+    write_safetensors(folder / "broken", broken, files={"config.json": json.dumps(CONFIG)})
+    config = {"merge_method": "task_arithmetic", "base_model": "base", "models": _models("broken")}
+    _refused(folder, config, r"'model.norm.weight': .*broken")
+    config = {"merge_method": "linear", "models": _models("broken", "ft2")}
+    _refused(folder, config, r"'model.norm.weight': .*broken")
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(folder):
+    config = {"merge_method": "linear", "models": _models("ft1")}
+    _refused(folder, config, r"memory=1000 leaves nothing", memory=1000)
+
+
+def test_deltas_of_zero_give_the_base(folder):
+    write_safetensors(folder / "same", arrays("base"), files={"config.json": json.dumps(CONFIG)})
+    for method in ("ties", "dare_linear", "breadcrumbs"):
+        config = {
+            "merge_method": method,
+            "base_model": "base",
+            "models": _models("same", density=0.5),
+        }
+        out = folder / f"zero-{method}"
+        run_merge(write_config(folder, config, "zero.yml"), out)
+        for name, array in read(out).items():
+            np.testing.assert_array_equal(array, arrays("base")[name])

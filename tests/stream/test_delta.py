@@ -1,0 +1,171 @@
+"""Delta merges slice by slice are those of whole trees."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxweights.core import apply
+from jaxweights.merge import delta_merge
+from jaxweights.merge._delta_leaf import Row
+from jaxweights.stream import _jobs
+from jaxweights.stream._delta import DeltaSettings, delta_job
+from jaxweights.stream._draws import draw
+from jaxweights.stream._jobs import Operand, cut
+from jaxweights.stream._virtual import Made
+
+SHAPE = (300, 200)
+
+
+class Arrays:
+    """Tensors in memory that read like a checkpoint."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def shape(self, name):
+        return self._array.shape
+
+    def dtype(self, name):
+        return self._array.dtype
+
+    def reader(self, name):
+        flat = self._array.reshape(-1)
+        return lambda start, out: np.copyto(out, flat[start : start + out.size])
+
+
+def _models(dtype):
+    draws = np.random.default_rng(0)
+    base = (0.02 * draws.normal(size=SHAPE)).astype(dtype)
+    tuned = [
+        (base.astype(np.float32) + 0.002 * draws.normal(size=SHAPE)).astype(dtype) for _ in range(3)
+    ]
+    return base, tuned
+
+
+def _stream(row, base, tuned, dtype, **numbers):
+    settings = DeltaSettings(
+        row=row,
+        weights=(0.5, -0.3, 0.8),
+        density=numbers.get("density", (1.0,) * 3),
+        outliers=numbers.get("outliers", (0.0,) * 3),
+        scale=0.9,
+        models=("a", "b", "c"),
+        seed=numbers.get("seed", 0),
+    )
+    operands = [Operand(Arrays(x), "w", str(i)) for i, x in enumerate((base, *tuned))]
+    job = delta_job("w", SHAPE, np.dtype(dtype), operands, settings)
+    return Made([job]).read("w")
+
+
+def _row(**choices):
+    defaults = {
+        "sparsifier": "none",
+        "rescale": "none",
+        "consensus": "none",
+        "combine": "sum",
+        "normalize": "none",
+        "sign_ties": "positive",
+        "scope": "leaf",
+        "compat": "mergekit",
+    }
+    return Row(**(defaults | choices))
+
+
+ROWS = {
+    "task_arithmetic": ({}, {}),
+    "normalised": ({"normalize": "models"}, {}),
+    "ties": (
+        {"sparsifier": "magnitude", "consensus": "sum", "normalize": "entries"},
+        {"density": (0.2, 0.5, 1.0)},
+    ),
+    "ties paper": (
+        {"sparsifier": "magnitude", "consensus": "sum", "compat": "paper"},
+        {"density": (0.0, 0.33, 0.7)},
+    ),
+    "breadcrumbs": (
+        {"sparsifier": "outliers", "consensus": "sum"},
+        {"density": (0.5, 0.9, 0.3), "outliers": (0.1, 0.05, 0.2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("piece", [1 << 20, 1 << 14], ids=["whole", "pieces"])
+def test_slices_give_the_bits_of_the_tree(monkeypatch, name, dtype, piece):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
+    choices, numbers = ROWS[name]
+    row = _row(**choices)
+    base, tuned = _models(dtype)
+    got = _stream(row, base, tuned, dtype, **numbers)
+    tx = delta_merge(
+        sparsifier=row.sparsifier,
+        consensus=row.consensus,
+        normalize=row.normalize,
+        compat=row.compat,
+        sign_ties="positive",
+        weights=[0.5, -0.3, 0.8],
+        scale=0.9,
+        **numbers,
+    )
+    models = [{"w": jnp.asarray(x)} for x in tuned]
+    want = apply(tx, {"w": jnp.asarray(base)}, models=models)["w"]
+    assert len(list(cut(_job(piece), 1 << 30))) == (1 if piece == 1 << 20 else 4)
+    # Compiled for other shapes, XLA may contract a product and a sum otherwise: one ulp.
+    gap = np.abs(got.astype(np.float32) - np.asarray(want).astype(np.float32))
+    steps = np.spacing(np.abs(np.asarray(want))).astype(np.float32)
+    assert (gap <= steps).all()
+    assert (gap > 0).mean() < 0.01
+
+
+def _job(piece):
+    return _jobs.Job("w", SHAPE, np.dtype(np.float32), (), lambda arrays, start: 0, True)
+
+
+@pytest.mark.parametrize("rescale", ["l1", "inverse_density"])
+def test_random_masks_do_not_depend_on_how_a_tensor_is_cut(monkeypatch, rescale):
+    base, tuned = _models(np.float32)
+    row = _row(sparsifier="bernoulli", rescale=rescale)
+    density = {"density": (0.5, 0.1, 1.0)}
+    whole = _stream(row, base, tuned, np.float32, **density)
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 14)
+    pieces = _stream(row, base, tuned, np.float32, **density)
+    np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-8)
+    other = _stream(row, base, tuned, np.float32, seed=1, **density)
+    assert np.abs(other - whole).max() > 1e-4
+
+
+def test_inverse_density_keeps_the_mean_and_l1_the_norm():
+    zero = np.zeros(SHAPE, np.float32)
+    ones = [np.ones(SHAPE, np.float32)] * 3
+    n = zero.size
+    for rescale, density in (("inverse_density", 0.3), ("l1", 0.3)):
+        row = _row(sparsifier="bernoulli", rescale=rescale)
+        merged = _stream(row, zero, ones, np.float32, density=(density,) * 3)
+        mean = merged.mean() / (0.9 * (0.5 - 0.3 + 0.8))
+        # Five standard deviations of the mean of three independent masks; the norm is exact.
+        spread = np.sqrt((1 - density) / density / n) * np.hypot(np.hypot(0.5, 0.3), 0.8)
+        assert abs(mean - 1) < (5 * spread if rescale == "inverse_density" else 1e-5)
+
+
+def test_draws_are_uniform_and_the_same_wherever_a_slice_begins():
+    whole = draw(7, "w", "a", 0, 3_000_000)
+    np.testing.assert_array_equal(draw(7, "w", "a", 1_048_570, 100), whole[1_048_570:][:100])
+    counts = np.bincount(whole >> 12, minlength=16)
+    expected = whole.size / 16
+    assert ((counts - expected) ** 2 / expected).sum() < 44  # chi squared of 15, one in 10,000
+    for other in (
+        draw(8, "w", "a", 0, 1000),
+        draw(7, "v", "a", 0, 1000),
+        draw(7, "w", "b", 0, 1000),
+    ):
+        assert (other == whole[:1000]).mean() < 0.01
+
+
+def test_values_that_are_not_finite_are_refused_by_model():
+    base, tuned = _models(np.float32)
+    tuned[1][3, 4] = np.nan
+    row = _row(sparsifier="magnitude", consensus="sum")
+    with pytest.raises(ValueError, match=r"'w': values of 2 \(1 values\) are not finite"):
+        _stream(row, base, tuned, np.float32, density=(0.1, 0.1, 0.1))

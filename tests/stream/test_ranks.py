@@ -1,0 +1,82 @@
+"""Thresholds found slice by slice are those of the whole, ties and all."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxweights.stream._jobs import Job
+from jaxweights.stream._ranks import RankSurvey, Target, among
+
+JOB = Job("w", (0,), np.dtype(np.float32), ())
+
+
+def _values(arrays, model):
+    del model
+    return arrays[1]
+
+
+def _select(values, k, piece):
+    """Marks the `k` largest magnitudes with a survey of pieces."""
+    target = Target(0, k)
+    survey = RankSurvey(_values, [target], values.size)
+    starts = range(0, values.size, piece)
+    again = True
+    passes = 0
+    while again:
+        for start in starts:
+            part = values[start : start + piece]
+            padded = jnp.asarray(np.pad(part, (0, piece - part.size)))
+            seen = survey.look(JOB, start, part.size, [padded, padded])
+            survey.add(JOB, start, seen)
+        again = survey.decide()
+        passes += 1
+    marks = []
+    for start in starts:
+        part = values[start : start + piece]
+        bound = np.array(survey.bound(target, JOB, start), np.int64).astype(np.uint32)
+        marks.append(np.asarray(among(jnp.asarray(part), jnp.asarray(bound))))
+    return np.concatenate(marks), passes
+
+
+def _largest(values, k):
+    """The definition: by falling magnitude, equal ones in their order."""
+    order = np.argsort(-np.abs(values), kind="stable")
+    mask = np.zeros(values.size, bool)
+    mask[order[:k]] = True
+    return mask
+
+
+def _draws(kind, n):
+    draw = np.random.default_rng(0)
+    if kind == "normal":
+        return draw.normal(size=n).astype(np.float32)
+    if kind == "few levels":
+        return draw.integers(-4, 5, n).astype(np.float32)
+    if kind == "all equal":
+        return np.ones(n, np.float32)
+    if kind == "mostly zero":
+        return np.where(draw.random(n) < 0.99, 0, draw.normal(size=n)).astype(np.float32)
+    # A sample of every 61st entry sees nothing but the smallest.
+    values = draw.normal(size=n).astype(np.float32)
+    values[::61] *= 1e-6
+    return values
+
+
+KINDS = ["normal", "few levels", "all equal", "mostly zero", "misleading sample"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, piece", [(1000, 1024), (50_000, 65536), (50_000, 16384)])
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3, 0.5, 0.999, 1.0])
+def test_exactly_the_largest_are_marked_and_ties_in_their_order(kind, n, piece, share):
+    values = _draws(kind, n)
+    k = round(share * n) or (1 if share else 0)
+    marked, _ = _select(values, k, piece)
+    np.testing.assert_array_equal(marked, _largest(values, k))
+
+
+def test_a_misleading_sample_costs_another_pass_and_nothing_else():
+    values = _draws("misleading sample", 50_000)
+    _, passes = _select(values, 25_000, 65536)
+    _, usual = _select(_draws("normal", 50_000), 25_000, 65536)
+    assert passes > usual == 2

@@ -1,0 +1,164 @@
+"""A killed stream leaves no destination, and is gone on with to the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxweights.stream._jobs import Job, Operand
+from jaxweights.stream._run import stream_jobs
+from tests.checkpoint._helpers import everything
+from tests.stream.test_delta import Arrays
+
+PROGRAM = """\
+    import sys
+    from pathlib import Path
+    from tests.stream.test_resume import run
+    written = 0
+    def progress(task, done, total):
+        global written
+        written += 1
+        if written == int(sys.argv[2]):
+            print("ready", flush=True)
+            sys.stdin.readline()
+    run(Path(sys.argv[1]), progress=progress)
+"""
+
+
+def run(destination, *, scale=2.0, **options):
+    """A stream of ten small tensors that are doubled."""
+    jobs = []
+    for i in range(10):
+        array = np.random.default_rng(i).normal(size=(50, 20)).astype(np.float32)
+        jobs.append(
+            Job(
+                f"layer.{i}",
+                array.shape,
+                array.dtype,
+                (Operand(Arrays(array), f"layer.{i}"),),
+                lambda arrays, start: np.asarray(arrays[0]) * np.float32(scale),
+                entrywise=True,
+            )
+        )
+    return stream_jobs(
+        "stream",
+        jobs,
+        destination,
+        recipe={"scale": scale},
+        identity={"scale": scale},
+        max_shard_bytes=10_000,
+        **options,
+    )
+
+
+def _killed(destination, after):
+    """Starts a stream and kills it when it has made some progress."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(destination), str(after)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+    return child
+
+
+def _end(child):
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    child.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder / "out")
+    return everything(folder / "out")
+
+
+@pytest.mark.parametrize("after", [2, 7])
+def test_a_killed_run_is_gone_on_with_to_the_same_bytes(tmp_path, uninterrupted, after):
+    child = _killed(tmp_path / "out", after)
+    _end(child)
+    assert not (tmp_path / "out").exists()
+    done = run(tmp_path / "out", resume=True)
+    assert 0 < done.resumed < 10
+    found = everything(tmp_path)
+    provenance = "out/jaxweights-provenance.json"
+    # What was not read again has no checksum of its own run.
+    said, whole = (json.loads(x[p]) for x, p in (
+        (found, provenance), (uninterrupted, "jaxweights-provenance.json")))  # fmt: skip
+    assert said["outputs"] == whole["outputs"]
+    for name, content in uninterrupted.items():
+        if name != "jaxweights-provenance.json":
+            assert found[f"out/{name}"] == content
+    assert len(found) == len(uninterrupted)
+
+
+def test_without_resuming_a_run_starts_anew(tmp_path, uninterrupted):
+    _end(_killed(tmp_path / "out", 5))
+    assert run(tmp_path / "out").resumed == 0
+    assert everything(tmp_path / "out") == uninterrupted
+
+
+def test_tensors_that_a_lost_machine_did_not_keep_are_made_again(tmp_path, uninterrupted):
+    _end(_killed(tmp_path / "out", 7))
+    [partial] = tmp_path.iterdir()
+    file = partial / "model-00001-of-00005.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    run(tmp_path / "out", resume=True)
+    assert everything(tmp_path / "out")[file.name] == uninterrupted[file.name]
+
+
+def test_what_another_recipe_left_is_not_gone_on_with(tmp_path):
+    _end(_killed(tmp_path / "out", 5))
+    with pytest.raises(ValueError, match=r"differs in scale, so it cannot be gone on with"):
+        run(tmp_path / "out", scale=3.0, resume=True)
+
+
+def test_two_runs_for_one_destination_refuse_each_other(tmp_path):
+    child = _killed(tmp_path / "out", 3)
+    try:
+        with pytest.raises(FileExistsError, match="another run is writing"):
+            run(tmp_path / "out")
+    finally:
+        _end(child)
+
+
+def test_an_existing_destination_is_kept(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and nothing was written"):
+        run(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="holds no checkpoint"):
+        run(tmp_path / "out", overwrite=True)
+    assert everything(tmp_path) == {"out/mine.txt": b"mine"}
+
+
+def test_a_failing_tensor_leaves_nothing_behind(tmp_path):
+    def fail(arrays, start):
+        raise ValueError("'layer.0': broken")
+
+    array = np.ones((4, 4), np.float32)
+    job = Job("layer.0", (4, 4), array.dtype, (Operand(Arrays(array), "a"),), fail, True)
+    with pytest.raises(ValueError, match="broken"):
+        stream_jobs("stream", [job], tmp_path / "deep" / "out", recipe={}, identity={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing_behind(tmp_path, file_limit):
+    array = np.ones((100, 100), np.float32)
+    job = Job("w", array.shape, array.dtype, (Operand(Arrays(array), "a"),))
+    with pytest.raises(OSError, match="the disk is full while writing"):
+        stream_jobs("stream", [job], tmp_path / "out", recipe={}, identity={})
+    assert list(tmp_path.iterdir()) == []
