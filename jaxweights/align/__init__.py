@@ -27,5 +27,6 @@ from jaxweights.align._straight_through import StraightThrough as StraightThroug
 from jaxweights.align._straight_through import (
     straight_through_matching as straight_through_matching,
 )
+from jaxweights.align._transform import permute as permute
 from jaxweights.align._weight_matching import Matching as Matching
 from jaxweights.align._weight_matching import weight_matching as weight_matching

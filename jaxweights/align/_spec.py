@@ -193,7 +193,8 @@ class PermutationSpec:
         Raises:
           ValueError: Naming every leaf that is missing, not described, or of another shape.
         """
-        fail(asker, _misfits(self, flatten(params)[0]))
+        flat = flatten(params)[0]
+        fail(asker, [*_left_out(self, flat), *misfits(self, flat)])
 
     def factors(self, path: Path, shape: Sequence[int]) -> tuple[tuple[Factor, ...], ...]:
         """The parts of every axis of a leaf."""
@@ -315,7 +316,8 @@ def _wrong_leaves(spec: PermutationSpec) -> list[str]:
     return problems
 
 
-def _misfits(spec: PermutationSpec, flat: Mapping[Path, Any]) -> list[str]:
+def _left_out(spec: PermutationSpec, flat: Mapping[Path, Any]) -> list[str]:
+    """Leaves that only one of tree and spec has."""
     problems = []
     missing = [path for path in spec.axes if path not in flat]
     if missing:
@@ -326,6 +328,12 @@ def _misfits(spec: PermutationSpec, flat: Mapping[Path, Any]) -> list[str]:
             f"the spec does not describe {_some(extra)}. Give each leaf one entry an axis; None "
             "stays as it is."
         )
+    return problems
+
+
+def misfits(spec: PermutationSpec, flat: Mapping[Path, Any]) -> list[str]:
+    """What is wrong with leaves that the spec describes."""
+    problems = []
     for path, leaf in flat.items():
         if path not in spec.axes:
             continue

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxweights import align
-from jaxweights.core import flatten
+from jaxweights.core import apply, flatten
 from tests.align._models import assert_preserved, mlp, mlp_params, random_like, random_permutations
 
 SPEC = align.PermutationSpec(
@@ -131,3 +131,19 @@ def test_all_that_is_wrong_with_permutations_is_one_message():
         "'mpl' is no permutation of the spec. Its permutations are 'mlp'",
     ):
         assert words in text, (words, text)
+
+
+def test_the_transform_moves_leaves_in_a_tree_and_one_by_one():
+    perms = random_permutations(SPEC)
+    tx = align.permute(SPEC, perms)
+    assert tx.moves_inputs and tx.scope == "leaf"
+    expected = align.apply_permutation(SPEC, PARAMS, perms)
+    jax.tree.map(np.testing.assert_array_equal, apply(tx, PARAMS), expected)
+    for path, leaf in PARAMS.items():
+        np.testing.assert_array_equal(apply(tx, {path: leaf})[path], expected[path])
+    other = apply(tx, {"unknown": jnp.arange(3)})
+    np.testing.assert_array_equal(other["unknown"], np.arange(3))
+    with pytest.raises(ValueError, match="permute: 'q': axis 1 has length 4, but 'residual' has 5"):
+        apply(tx, {"q": jnp.ones((2, 4, 24))})
+    with pytest.raises(ValueError, match="permute: 'mpl' is no permutation of the spec"):
+        align.permute(SPEC, {"mpl": [0]})

@@ -42,6 +42,13 @@ class Case:
 _Q, _S, _A, _M = jw.quantize, jw.sparsify, jw.adapt, jw.merge
 
 
+def _permute() -> jw.Transform:
+    """Reverses the inputs of two kernels, which are nobody's outputs here."""
+    axes = {"dense/kernel": ("units", None), "stack/kernel": (None, "units", None)}
+    spec = jw.align.PermutationSpec(axes, sizes={"units": 32})
+    return jw.align.permute(spec, {"units": jnp.arange(32)[::-1]})
+
+
 def _regmean() -> jw.Transform:
     """With Gram matrices of its own, one per model; all layers of the stack see the same inputs."""
     stats = []
@@ -66,6 +73,7 @@ def _fisher() -> jw.Transform:
 
 
 CASES = [
+    Case("align.permute", _permute, elementwise=True),
     Case(
         "quantize.round_to_nearest",
         lambda: _Q.round_to_nearest(bits=4, group_size=8),

@@ -28,7 +28,7 @@ def test_every_public_transform_is_registered():
     registered = {case.name.split()[0] for case in CASES}
     public = {
         f"{family.__name__.split('.')[-1]}.{name}"
-        for family in (jw.quantize, jw.sparsify, jw.adapt, jw.merge)
+        for family in (jw.align, jw.quantize, jw.sparsify, jw.adapt, jw.merge)
         for name, fn in vars(family).items()
         if inspect.isfunction(fn) and "Transform" in str(inspect.signature(fn).return_annotation)
     }
