@@ -16,6 +16,7 @@ from jaxweights.merge._models import compute_dtype
 from jaxweights.stream._draws import draw
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._ranks import RankSurvey, Target, among
+from jaxweights.stream._sums import partial_sums, refuse_nonfinite
 
 _EVERY = 1 << 16  # draws below it are all there are
 
@@ -87,7 +88,7 @@ def delta_job(
             base, tuple(models), numbers, tuple(draws), row=row, dtype=dtype
         )
         if not np.asarray(finite).all():
-            _refuse(name, operands, arrays)
+            refuse_nonfinite(name, operands, arrays)
         return np.asarray(merged)
 
     job = Job(
@@ -112,23 +113,6 @@ def _draws(settings: DeltaSettings, name: str, i: int, start: int, count: int) -
     if settings.density[i] >= 1:
         return None
     return draw(settings.seed, name, settings.models[i], start, count)
-
-
-def _refuse(name: str, operands: Sequence[Operand], arrays: Sequence[Any]) -> None:
-    bad = [
-        f"{operand.label} ({int(np.sum(~np.isfinite(np.asarray(array, np.float32))))} values)"
-        for operand, array in zip(operands, arrays, strict=True)
-        if not np.isfinite(np.asarray(array, np.float32)).all()
-    ]
-    raise ValueError(
-        f"{name!r}: "
-        + (
-            f"values of {', '.join(bad)} are not finite. Repair the checkpoint, or leave it out."
-            if bad
-            else "the merged values overflow the dtype that is written. Choose float32 or smaller "
-            "weights."
-        )
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -249,10 +233,4 @@ def _partial_norms(
     """Sums of |delta| and of what is kept of it, in parts."""
     size = jnp.abs(_delta(base, model))
     left = size if draws is None else jnp.where(draws.astype(jnp.uint32) < kept, size, 0)
-    return _partial_sums(size), _partial_sums(left)
-
-
-def _partial_sums(x: jax.Array) -> jax.Array:
-    """Sums of every 1024 entries: short ones lose nothing, and products add fastest on a CPU."""
-    rows = x.reshape(-1, min(1024, x.size))
-    return jnp.matmul(rows, jnp.ones(rows.shape[1], x.dtype), precision="highest")
+    return partial_sums(size), partial_sums(left)

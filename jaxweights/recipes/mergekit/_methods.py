@@ -14,6 +14,9 @@ from jaxweights.stream._jobs import Job, Operand
 Base = Literal["required", "optional", "unused"]
 
 
+Compat = Literal["fixed", "mergekit"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """One tensor of the result: what it is made of, with every parameter resolved.
@@ -27,6 +30,7 @@ class Inputs:
         has a parameter for it.
       values: Resolved parameters: one value, or one for each of `models`.
       seed: For random methods.
+      compat: Whether to repeat what mergekit does where it loses something.
     """
 
     name: str
@@ -36,6 +40,12 @@ class Inputs:
     models: tuple[Operand, ...]
     values: Mapping[str, Any]
     seed: int
+    compat: Compat
+
+    @property
+    def mode(self) -> Literal["paper", "mergekit"]:
+        """What the library calls it."""
+        return "mergekit" if self.compat == "mergekit" else "paper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +137,115 @@ def _names(inputs: Inputs) -> list[str]:
     return [operand.label for operand in inputs.models]
 
 
+# Spheres, and methods of two or more models that look at whole tensors.
+
+
+def _slerp(inputs: Inputs) -> Job:
+    from jaxweights.stream._slerp import slerp_job
+
+    assert inputs.base is not None
+    cosine = 0.9995 if inputs.compat == "mergekit" else None
+    ends = (inputs.base, inputs.models[0])
+    return slerp_job(inputs.name, inputs.dtype, ends, t=inputs.values["t"], lerp_cosine=cosine)
+
+
+def _on_base(inputs: Inputs, make: Callable[..., Any], **settings: Any) -> Job:
+    """A method of the library whose tree is the base."""
+    assert inputs.base is not None
+    tx = make(**settings, names=_names(inputs), out_dtype=inputs.dtype)
+    return _transformed(inputs, tx, (inputs.base, *inputs.models))
+
+
+def _with_or_without_base(inputs: Inputs, make: Callable[..., Any], **settings: Any) -> Job:
+    """A method of the library that merges deltas where there is a base, and models where not."""
+    if inputs.base is not None:
+        return _on_base(inputs, make, deltas=True, **settings)
+    tx = make(**settings, names=_names(inputs), out_dtype=inputs.dtype)
+    return _transformed(inputs, tx, inputs.models, leaf_is_model=True)
+
+
+def _nuslerp(inputs: Inputs) -> Job:
+    from jaxweights.merge import nuslerp
+
+    values = inputs.values
+    group = "leaf"
+    if not values["nuslerp_flatten"] and len(inputs.shape) > 1:
+        group = "input" if values["nuslerp_row_wise"] else "output"
+    settings = {"weights": values["weight"], "group": group, "compat": inputs.mode}
+    return _with_or_without_base(inputs, nuslerp, antipodal="lerp", **settings)
+
+
+def _multislerp(inputs: Inputs) -> Job:
+    from jaxweights.merge import multislerp
+
+    values = inputs.values
+    settings = {"weights": values["weight"], "normalize": values["normalize_weights"]}
+    return _with_or_without_base(inputs, multislerp, **settings)
+
+
+def _karcher(inputs: Inputs) -> Job:
+    from jaxweights.merge import karcher
+
+    settings: dict[str, Any] = {"compat": inputs.mode}
+    if inputs.compat == "mergekit":
+        settings |= {"steps": inputs.values["max_iter"], "tolerance": inputs.values["tol"]}
+    tx = karcher(**settings, names=_names(inputs), out_dtype=inputs.dtype)
+    return _transformed(inputs, tx, inputs.models, leaf_is_model=True)
+
+
+def _model_stock(inputs: Inputs) -> Job:
+    from jaxweights.merge import model_stock
+
+    group = "output" if inputs.values["filter_wise"] and len(inputs.shape) > 1 else "leaf"
+    return _on_base(inputs, model_stock, group=group, compat=inputs.mode)
+
+
+def _nearswap(inputs: Inputs) -> Job:
+    from jaxweights.merge import nearswap
+
+    return _on_base(inputs, nearswap, t=inputs.values["t"])
+
+
+def _arcee_fusion(inputs: Inputs) -> Job:
+    from jaxweights.merge import arcee_fusion
+
+    return _on_base(inputs, arcee_fusion, compat=inputs.mode)
+
+
+def _sce(inputs: Inputs) -> Job:
+    from jaxweights.merge import sce
+
+    return _on_base(inputs, sce, density=inputs.values["select_topk"], compat=inputs.mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Della:
+    """DELLA, with or without the election of signs."""
+
+    consensus: bool
+
+    def __call__(self, inputs: Inputs) -> Job:
+        from jaxweights.merge import della, della_linear
+
+        values = inputs.values
+        # An epsilon says nothing where nothing is dropped; mergekit's default would leave [0, 1].
+        epsilon = [
+            0.0 if density >= 1 else value
+            for value, density in zip(values["epsilon"], values["density"], strict=True)
+        ]
+        return _on_base(
+            inputs,
+            della if self.consensus else della_linear,
+            weights=values["weight"],
+            density=values["density"],
+            epsilon=epsilon,
+            normalize=values["normalize"],
+            rescale=None if values["rescale"] else "none",
+            scale=values["lambda"],
+            compat="mergekit",
+        )
+
+
 # The table of delta merges.
 
 
@@ -215,6 +334,18 @@ def _delta(
     return Method(parameters, "required", (1, None), build, (_ARITHMETIC, _DIVISOR, *differs))
 
 
+def _della(consensus: bool, normalize: bool) -> Method:
+    table = _delta("none", consensus, normalize=normalize, rescale=True)
+    epsilon = {"epsilon": Parameter(float, "tuned", 0.15)}
+    parameters = dict(table.parameters) | epsilon
+    return dataclasses.replace(table, parameters=parameters, job=_Della(consensus))
+
+
+_T = {"t": Parameter(float, "all", REQUIRED)}
+_ANGLES = (
+    "Angles come from lengths of differences and sums, which tell apart models whose cosine rounds "
+    "to 1; mergekit interpolates linearly above a cosine of 0.9995."
+)
 _GAMMA = {"gamma": Parameter(float, "tuned", 0.01)}
 
 METHODS: dict[str, Method] = {
@@ -237,5 +368,69 @@ METHODS: dict[str, Method] = {
     ),
     "breadcrumbs_ties": _delta(
         "outliers", True, normalize=False, rescale=False, extra=_GAMMA, differs=(_COUNT,)
+    ),
+    "della": _della(True, True),
+    "della_linear": _della(False, False),
+    "slerp": Method(_T, "required", (1, 1), _slerp, (_ANGLES,)),
+    "nuslerp": Method(
+        {
+            "weight": _WEIGHT,
+            "nuslerp_flatten": Parameter(bool, "all", True),
+            "nuslerp_row_wise": Parameter(bool, "all", False),
+        },
+        "optional",
+        (2, 2),
+        _nuslerp,
+        ("Weights that sum to zero are an error; mergekit takes them as equal.",),
+    ),
+    "multislerp": Method(
+        {
+            "weight": _WEIGHT,
+            "normalize_weights": Parameter(bool, "all", True),
+            "eps": Parameter(float, "all", 1e-8),
+        },
+        "optional",
+        (1, None),
+        _multislerp,
+        ("No epsilon is added to norms.",),
+    ),
+    "karcher": Method(
+        {"max_iter": Parameter(int, "all", 10), "tol": Parameter(float, "all", 1e-5)},
+        "unused",
+        (1, None),
+        _karcher,
+        ("The iteration runs to its end; max_iter and tol are not needed.",),
+    ),
+    "model_stock": Method(
+        {"filter_wise": Parameter(bool, "all", False)},
+        "required",
+        (2, None),
+        _model_stock,
+        (
+            "Cosines of small deltas are exact; mergekit divides by 1e-6 at least, which pulls "
+            "small tensors to the base.",
+            "The share of the mean is kept in [0, 1].",
+        ),
+    ),
+    "nearswap": Method(_T, "required", (1, 1), _nearswap),
+    "arcee_fusion": Method(
+        {},
+        "required",
+        (1, 1),
+        _arcee_fusion,
+        ("Quartiles are exact; mergekit draws a million entries of large tensors.",),
+    ),
+    "sce": Method(
+        {
+            "select_topk": Parameter(float, "all", 1.0),
+            "int8_mask": Parameter(bool, "all", False),
+        },
+        "required",
+        (1, None),
+        _sce,
+        (
+            "Models are weighted by their energy however small it is; mergekit's weights are equal "
+            "where mean squares sum to less than 1e-6.",
+        ),
     ),
 }

@@ -12,12 +12,11 @@ import numpy as np
 
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, Slice
-from jaxweights.recipes.mergekit._methods import METHODS, Inputs
+from jaxweights.recipes.mergekit._methods import METHODS, Compat, Inputs
 from jaxweights.recipes.mergekit._models import LayerName, Model, is_before_layers
 from jaxweights.recipes.mergekit._parameters import REQUIRED, Setting
 from jaxweights.stream._jobs import Job, Operand
 
-Compat = Literal["fixed", "mergekit"]
 _LISTED = 10
 
 
@@ -263,6 +262,7 @@ class Planner:
             tuple(operands[s.model] for s in sources),
             values,
             self._seed,
+            self._compat,
         )
         try:
             job = self._method.job(inputs)

@@ -14,9 +14,9 @@ from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, load_merge_config
 from jaxweights.recipes.mergekit._files import result_files
-from jaxweights.recipes.mergekit._methods import METHODS
+from jaxweights.recipes.mergekit._methods import METHODS, Compat
 from jaxweights.recipes.mergekit._models import Model, open_model
-from jaxweights.recipes.mergekit._plan import Compat, PlannedTensor, Planner
+from jaxweights.recipes.mergekit._plan import PlannedTensor, Planner
 from jaxweights.stream._pipeline import Progress
 from jaxweights.stream._run import Streamed, stream_jobs
 

@@ -9,17 +9,29 @@ from jaxweights.recipes.mergekit import run_merge
 from tests._fixtures import fixture, fixture_exists
 from tests.recipes.mergekit._checkpoints import read, write_config, write_models
 
-# Share of the entries that may differ: those next to a threshold that both compute in float32.
+# Methods that turn on angles or variances are reproduced to 2e-6, others to 1e-6; entries next to a
+# threshold that both compute in float32 may fall on the other side of it.
 FILES = {
-    "linear": 0.0,
-    "passthrough": 0.0,
-    "task_arithmetic": 0.0,
-    "ties": 0.0,
-    "dare_linear": 0.0,
-    "dare_ties": 0.0,
-    "breadcrumbs": 0.0,
-    "breadcrumbs_ties": 0.0,
+    "linear": 1e-6,
+    "passthrough": 1e-6,
+    "task_arithmetic": 1e-6,
+    "ties": 1e-6,
+    "dare_linear": 1e-6,
+    "dare_ties": 1e-6,
+    "breadcrumbs": 1e-6,
+    "breadcrumbs_ties": 1e-6,
+    "della": 1e-6,
+    "della_linear": 1e-6,
+    "slerp": 2e-6,
+    "nuslerp": 2e-6,
+    "multislerp": 2e-6,
+    "karcher": 2e-6,
+    "model_stock": 2e-6,
+    "nearswap": 1e-6,
+    "arcee_fusion": 1e-6,
+    "sce": 2e-6,
 }
+THRESHOLDS = {"arcee_fusion": 0.001}
 
 
 def _cases():
@@ -48,8 +60,8 @@ def test_a_configuration_gives_what_mergekit_gave(folder, file, case):
     expected = {k.split("/", 1)[1]: v for k, v in stored.items() if k.startswith(f"{case}/")}
     assert expected
     for name, want in expected.items():
-        wrong = np.abs(merged[name] - want) > 1e-6
-        assert wrong.mean() <= FILES[file], name
+        wrong = np.abs(merged[name] - want) > FILES[file]
+        assert wrong.mean() <= THRESHOLDS.get(file, 0), name
 
 
 def test_bfloat16_results_differ_from_mergekits_by_its_roundings_on_the_way(folder):
