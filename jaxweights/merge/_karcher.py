@@ -83,9 +83,10 @@ def karcher(
     name = "merge.karcher"
     check_choice(name, "compat", compat, ("paper", "mergekit"))
     weights = check_weights(name, weights, normalize=True)
-    if weights is not None and not isinstance(weights, Tracer) and (weights < 0).any():
+    if weights is not None and not isinstance(weights, Tracer) and np.min(weights) < 0:
         raise ValueError(
-            f"{name}: weights={weights.tolist()} must not be negative: squared angles are weighted."
+            f"{name}: weights={np.asarray(weights).tolist()} must not be negative: they weigh "
+            "squared angles."
         )
     steps = _STEPS[compat] if steps is None else steps
     tolerance = _TOLERANCE[compat] if tolerance is None else tolerance
@@ -103,10 +104,10 @@ def karcher(
         squares = chords(job.base, job.models, norms, **how)
         limit = jnp.asarray(tolerance, dtype)
         factors, cancels = _factors(norms, length, squares, shares, limit, steps=steps)
-        summed = weighted_sum(
+        value, finite = weighted_sum(
             job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
         )
-        return Merged(*summed, cancels)
+        return Merged(value, finite, cancels)
 
     return per_leaf(
         name,

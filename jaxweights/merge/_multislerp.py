@@ -85,10 +85,10 @@ def multislerp(
         how = {"axes": job.axes, "deltas": deltas}
         norms, length = mean_direction(job.base, job.models, shares, **how)
         factors, cancels = _factors(norms, length, shares)
-        summed = weighted_sum(
+        value, finite = weighted_sum(
             job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
         )
-        return Merged(*summed, cancels)
+        return Merged(value, finite, cancels)
 
     return per_leaf(
         name,

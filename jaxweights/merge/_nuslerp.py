@@ -94,10 +94,10 @@ def nuslerp(
         t = _place(jnp.asarray(given, compute_dtype(job.base)), compat=compat)
         how = {"axes": job.axes, "deltas": deltas}
         factors, antipodal = slerp_factors(arcs(job.base, job.models, **how), t)
-        summed = weighted_sum(
+        value, finite = weighted_sum(
             job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
         )
-        return Merged(*summed, antipodal)
+        return Merged(value, finite, antipodal)
 
     return per_leaf(
         name,

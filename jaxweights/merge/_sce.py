@@ -127,31 +127,44 @@ def _count(density: float | jax.Array, n: int) -> Any:
     return jnp.where(density > 0, jnp.maximum(k, 1), 0)
 
 
-@functools.partial(jax.jit, static_argnames=("stack", "compat"))
 def _selected(
-    base: Any,
-    models: list[Any],
+    base: Any, models: list[Any], amount: Any, *, stack: tuple[int, ...], compat: Compat
+) -> tuple[jax.Array, jax.Array]:
+    """Which entries have the largest variance, and whether hardly any of a changed leaf has one."""
+    # Two programs: in one, the compiler would compute the variance anew for every pass over it,
+    # and where that rounds otherwise, the entry at the threshold is missed.
+    variance, agree = _variance(base, models)
+    return _largest(variance, amount, stack=stack, compat=compat), agree
+
+
+@jax.jit
+def _variance(base: Any, models: list[Any]) -> tuple[jax.Array, jax.Array]:
+    vectors = vectors_of(base, models, deltas=True)
+    mean = sum(vectors) / len(vectors)
+    variance = jnp.asarray(sum((x - mean) * (x - mean) for x in vectors)) / len(vectors)
+    # Models that are equal may differ from their rounded mean.
+    same = [x == vectors[0] for x in vectors[1:]]
+    equal = functools.reduce(jnp.logical_and, same, jnp.ones_like(variance, bool))
+    variance = jnp.where(equal, 0, variance).astype(jnp.float32)
+    changed = functools.reduce(jnp.logical_or, [jnp.any(x != 0) for x in vectors])
+    return variance, changed & (jnp.mean(variance == 0, dtype=jnp.float32) > _AGREEING)
+
+
+@functools.partial(jax.jit, static_argnames=("stack", "compat"))
+def _largest(
+    variance: jax.Array,
     amount: jax.Array,  # the number of entries in paper mode, their share in mergekit's
     *,
     stack: tuple[int, ...],
     compat: Compat,
-) -> tuple[jax.Array, jax.Array]:
-    """Which entries have the largest variance, and whether hardly any of a changed leaf has one."""
-    vectors = vectors_of(base, models, deltas=True)
-    mean = sum(vectors) / len(vectors)
-    variance = sum((x - mean) * (x - mean) for x in vectors) / len(vectors)
-    # Models that are equal differ from their rounded mean.
-    equal = functools.reduce(jnp.logical_and, [x == vectors[0] for x in vectors[1:]], True)
-    variance = jnp.where(equal, 0, jnp.asarray(variance)).astype(jnp.float32)
+) -> jax.Array:
     rows = to_rows(variance, stack)
     if compat == "mergekit":
         varying = jnp.sum(rows > 0, axis=1, dtype=jnp.uint32)
         k = jnp.floor(amount * varying.astype(jnp.float32)).astype(jnp.uint32)
     else:
         k = jnp.broadcast_to(amount, rows.shape[:1])
-    mask = from_rows(largest(rows, k, axis=1), variance.shape, stack)
-    changed = functools.reduce(jnp.logical_or, [jnp.any(x != 0) for x in vectors])
-    return mask, changed & (jnp.mean(variance == 0, dtype=jnp.float32) > _AGREEING)
+    return from_rows(largest(rows, k, axis=1), variance.shape, stack)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "compat", "output", "dtype"))

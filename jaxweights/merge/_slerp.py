@@ -102,10 +102,10 @@ def slerp(
             interpolate_norm=norm == "interpolate",
             lerp_cosine=_MERGEKIT_COSINE if compat == "mergekit" else None,
         )
-        summed = weighted_sum(
+        value, finite = weighted_sum(
             job.base, ends, factors, job.key, **how, output=output, dtype=job.dtype
         )
-        return Merged(*summed, antipodal)
+        return Merged(value, finite, antipodal)
 
     return per_leaf(
         name,

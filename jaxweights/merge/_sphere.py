@@ -108,7 +108,7 @@ def arcs(base: Any, models: list[Any], *, axes: tuple[int, ...], deltas: bool) -
     if _may_hold(near):
         summed = squared_length(base, models, jnp.stack([a, b]), **how)
         together = jnp.where(near, summed, together)
-    return Arcs(*norms, apart, together)
+    return Arcs(norms[0], norms[1], apart, together)
 
 
 def mean_direction(
@@ -193,7 +193,8 @@ def slerp_factors(
     if interpolate_norm:
         size = (1 - t) * found.first + t * found.second
         norms = jnp.stack([found.first, found.second])
-        factors = factors * jnp.where(linear[None], 1, size[None] * safe_inverse(norms))
+        # Divided, not multiplied by an inverse, so that the ends of the arc are exact.
+        factors = factors * jnp.where(linear[None], 1, size[None] / jnp.where(norms > 0, norms, 1))
     return factors, jnp.any(antipodal)
 
 
