@@ -8,6 +8,8 @@ import pytest
 
 from jaxweights.core import apply
 from jaxweights.merge import breadcrumbs, breadcrumbs_ties, delta_merge, task_arithmetic
+from jaxweights.weights import Axes
+from tests.merge._public import results, whole_checkpoint
 
 RNG = np.random.default_rng(0)
 
@@ -58,3 +60,26 @@ def test_shares_may_differ_by_model():
 def test_signs_may_be_elected_afterwards():
     tx = breadcrumbs_ties(density=1.0, outliers=0.0, normalize=True)
     np.testing.assert_array_equal(merge(tx, [1.0, 2.0], [3.0, -5.0]), [2.0, -5.0])
+
+
+@pytest.mark.parametrize(
+    "case, model, density, outliers",
+    [("middle_a", "ft1", 0.8, 0.02), ("topk_keep", "ft2", 0.25, 0)],
+)
+def test_rows_are_ranked_as_its_authors_do(case, model, density, outliers):
+    wanted = results("breadcrumbs_original", ("down_proj.weight", "model.norm.weight"))[0][case]
+    base, tuned = ({p: whole_checkpoint(m)[p] for p in wanted} for m in ("base", model))
+    tx = breadcrumbs(density=density, outliers=outliers, scope="row", compat="mergekit")
+    # Torch's orientation: the last axis holds the inputs of one output.
+    layout = {p: Axes(inputs=(-1,), outputs=(-2,)) for p, x in base.items() if x.ndim == 2}
+    got = apply(tx, base, models=[tuned], layout=layout)
+    for path, want in wanted.items():
+        np.testing.assert_allclose(got[path] - base[path], want, rtol=0, atol=1e-6, err_msg=path)
+
+
+def test_every_row_keeps_its_own_share():
+    delta = RNG.normal(size=(20, 3)) * np.array([1.0, 10.0, 100.0])
+    got = merge(breadcrumbs(density=0.3, outliers=0.1, scope="row"), delta)
+    for column in range(3):
+        order = np.argsort(-np.abs(delta[:, column]))
+        np.testing.assert_array_equal(np.flatnonzero(got[:, column]), np.sort(order[2:8]))

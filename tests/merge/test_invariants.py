@@ -13,9 +13,19 @@ from jaxweights.merge import (
     breadcrumbs_ties,
     dare_linear,
     dare_ties,
+    della,
+    della_linear,
     iso_c,
     iso_cts,
+    karcher,
     mean,
+    model_stock,
+    multislerp,
+    nearswap,
+    nuslerp,
+    pcb,
+    sce,
+    slerp,
     task_arithmetic,
     ties,
     tsv,
@@ -36,6 +46,8 @@ WHOLE = {
     "dare_ties": lambda **k: dare_ties(density=1.0, **k),
     "breadcrumbs": lambda **k: breadcrumbs(density=1.0, normalize=True, **k),
     "breadcrumbs_ties": lambda **k: breadcrumbs_ties(density=1.0, normalize=True, **k),
+    "della_linear": lambda **k: della_linear(density=1.0, normalize=True, **k),
+    "della": lambda **k: della(density=1.0, **k),
 }
 THIN = {
     "mean": lambda **k: mean(**k),
@@ -46,10 +58,34 @@ THIN = {
     "dare_ties": lambda **k: dare_ties(density=0.6, trim=0.5, **k),
     "breadcrumbs": lambda **k: breadcrumbs(density=0.4, outliers=0.1, **k),
     "breadcrumbs_ties": lambda **k: breadcrumbs_ties(density=0.4, outliers=0.1, **k),
+    "breadcrumbs_row": lambda **k: breadcrumbs(density=0.4, outliers=0.1, scope="row", **k),
+    "della_linear": lambda **k: della_linear(**k),
+    "della": lambda **k: della(density=0.5, epsilon=0.3, **k),
     "tsv": lambda **k: tsv(**k),
     "iso_c": lambda **k: iso_c(**k),
     "iso_cts": lambda **k: iso_cts(common=0.5, **k),
 }
+# Methods of norms, angles and variances; those that take no weights are left alone with them.
+NORMED = {
+    "slerp": lambda weights=None, **k: slerp(t=0.3, **k),
+    "nuslerp": lambda **k: nuslerp(**k),
+    "nuslerp_deltas": lambda **k: nuslerp(deltas=True, **k),
+    "nuslerp_rows": lambda **k: nuslerp(deltas=True, group="output", **k),
+    "karcher": lambda **k: karcher(**k),
+    "karcher_deltas": lambda **k: karcher(deltas=True, **k),
+    "multislerp": lambda **k: multislerp(**k),
+    "multislerp_deltas": lambda **k: multislerp(deltas=True, **k),
+    "model_stock": lambda weights=None, **k: model_stock(**k),
+    "sce": lambda weights=None, **k: sce(**k),
+}
+FEWEST = {"slerp": 1} | {name: 2 for name in NORMED if "nuslerp" in name}
+OTHERS = {
+    "nearswap": lambda weights=None, **k: nearswap(t=0.01, **k),
+    "sce_half": lambda weights=None, **k: sce(density=0.5, **k),
+    "pcb": lambda **k: pcb(density=0.3, **k),
+    "pcb_leaf": lambda **k: pcb(density=0.3, scope="leaf", **k),
+}
+FEWEST |= {"nearswap": 1}
 DELTAS = {name: build for name, build in THIN.items() if name != "mean"}
 whole = pytest.mark.parametrize("build", WHOLE.values(), ids=WHOLE)
 thin = pytest.mark.parametrize("build", THIN.values(), ids=THIN)
@@ -150,6 +186,92 @@ def test_stacked_layers_are_never_mixed(build):
             np.testing.assert_allclose(
                 np.abs(ours["layers"]["up"]["kernel"]).sum(), size, rtol=1e-5
             )
+
+
+def names(table, *excluded):
+    return pytest.mark.parametrize("name", [n for n in table if n not in excluded])
+
+
+def models_of(name, models=MODELS):
+    return models[: FEWEST.get(name, 3)]
+
+
+def assert_near(got, want, rtol=1e-5):
+    """What norms, sums over a leaf and solutions leave: a share of the leaf's own length."""
+    for ours, theirs in zip(floats(got), floats(want), strict=True):
+        assert np.linalg.norm(ours - theirs) <= rtol * np.linalg.norm(theirs)
+
+
+@names(NORMED)
+def test_copies_of_one_model_merge_to_it_with_norms(name):
+    # SLERP goes from the tree to one model: for it the tree is a copy, too.
+    base = MODELS[0] if name == "slerp" else BASE
+    copies = models_of(name, [copy(MODELS[0]) for _ in range(3)])
+    assert_near(apply(NORMED[name](), base, models=copies), MODELS[0])
+
+
+@names(NORMED | OTHERS)
+def test_models_equal_to_the_base_merge_to_it_with_norms(name):
+    copies = models_of(name, [copy(BASE) for _ in range(3)])
+    assert_near(apply((NORMED | OTHERS)[name](), BASE, models=copies), BASE, rtol=1e-6)
+
+
+@names(NORMED | OTHERS, "slerp", "nearswap")
+def test_the_order_of_the_models_does_not_matter_with_norms(name):
+    build, models = (NORMED | OTHERS)[name], models_of(name)
+    weights = [0.5, 1.5, 1.0][: len(models)]
+    merged = apply(build(weights=weights), BASE, models=models)
+    assert_near(merged, apply(build(weights=weights[::-1]), BASE, models=models[::-1]))
+    assert max(np.abs(x - y).max() for x, y in zip(floats(merged), floats(BASE))) > 1e-3
+
+
+@names(NORMED, "slerp", "nuslerp", "nuslerp_deltas", "nuslerp_rows", "model_stock")
+def test_one_model_replaces_the_base_with_norms(name):
+    assert_near(apply(NORMED[name](), BASE, models=MODELS[:1]), MODELS[0])
+
+
+@names(NORMED)
+def test_larger_deltas_scale_the_merged_delta_with_norms(name):
+    zero = jax.tree.map(jnp.zeros_like, BASE)
+    # SLERP scales with both of its ends.
+    base = tree(7) if name == "slerp" else zero
+    once = models_of(name, [tree(seed) for seed in (1, 2, 3)])
+    thrice = lambda t: jax.tree.map(lambda x: 3 * x, t)  # noqa: E731
+    merged = apply(NORMED[name](), base, models=once)
+    assert_near(apply(NORMED[name](), thrice(base), models=thrice(once)), thrice(merged))
+
+
+@names(NORMED | OTHERS)
+def test_jit_gives_what_eager_gives_with_norms(name):
+    tx, models = (NORMED | OTHERS)[name](), models_of(name)
+    jitted = jax.jit(lambda base, models: apply(tx, base, models=models))
+    assert_near(jitted(BASE, models), apply(tx, BASE, models=models), rtol=1e-6)
+
+
+@names(NORMED | OTHERS)
+def test_bfloat16_models_are_merged_in_float32_with_norms(name):
+    narrow = lambda t: jax.tree.map(lambda x: x.astype(jnp.bfloat16), t)  # noqa: E731
+    wide = lambda t: jax.tree.map(lambda x: x.astype(jnp.float32), t)  # noqa: E731
+    tx = (NORMED | OTHERS)[name]()
+    base, models = narrow(BASE["dense"]), [narrow(m["dense"]) for m in models_of(name)]
+    got = apply(tx, base, models=models)
+    want = narrow(apply(tx, wide(base), models=[wide(m) for m in models]))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@names(NORMED | OTHERS, "pcb")
+def test_stacked_layers_are_never_mixed_with_norms(name):
+    tx, layout = (NORMED | OTHERS)[name](), Layout.of({"dense/kernel": Axes()}, traced=True)
+    # Two layers, one of which is a thousand times larger, apart and stacked.
+    layers = [[tree(10 * i + j, size) for j in range(4)] for i, size in enumerate((1.0, 1e3))]
+    first, second = (jax.tree.map(jnp.asarray, layer) for layer in layers)
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in zip(first, second)]
+    together = apply(tx, stacked[0], models=models_of(name, stacked[1:]), layout=layout)
+    for i, layer in enumerate(layers):
+        alone = apply(tx, layer[0], models=models_of(name, layer[1:]))
+        assert_near(jax.tree.map(lambda x, i=i: x[i], together), alone)
 
 
 def test_merging_runs_on_a_sharded_tree_and_keeps_the_sharding(mesh):
