@@ -53,11 +53,12 @@ if TYPE_CHECKING:
     from jaxweights import checkpoint as checkpoint
     from jaxweights import models as models
     from jaxweights import recipes as recipes
+    from jaxweights import stream as stream
 
 __version__ = "0.1.0"
 
 # These touch Flax, Orbax and files: loaded when first used, so that the import stays quick.
-_LAZY = ("checkpoint", "models", "recipes")
+_LAZY = ("checkpoint", "models", "recipes", "stream")
 
 
 def __getattr__(name: str) -> Any:

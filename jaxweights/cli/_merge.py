@@ -75,12 +75,14 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     from jaxweights.cli._progress import show_progress
     from jaxweights.recipes.mergekit import explain_merge, run_merge
+    from jaxweights.stream._memory import keep_freed_pages
 
     common = {"compat": options.compat, "missing": options.missing, "seed": options.seed}
     if options.explain:
         return _explained(explain_merge(options.config, **common))
     if options.destination is None:
         raise ValueError("OUT is missing. Name the folder to make, or say --explain.")
+    keep_freed_pages()
     with show_progress(options.quiet, unit="bytes") as progress:
         done = run_merge(
             options.config,

@@ -74,7 +74,8 @@ def delta_job(
         elif isinstance(survey, _DeltaNorms):
             factors = survey.factors()
         if row.sparsifier == "bernoulli":
-            draws = [_draws(settings, name, i, start, count) for i in range(n)]
+            drawn = survey.drawn(start) if isinstance(survey, _DeltaNorms) else None
+            draws = drawn or [_draws(settings, name, i, start, count) for i in range(n)]
             if row.rescale == "inverse_density":
                 factors = np.array([_EVERY / _kept(density) for density in settings.density])
         numbers = _Numbers(
@@ -203,12 +204,17 @@ class _DeltaNorms(Survey):
         self._settings = settings
         self._name = name
         self._sums = np.zeros((2, len(settings.weights)))
+        self._drawn: dict[int, list[np.ndarray | None]] = {}
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
         base, *models = arrays
         sums = np.zeros_like(self._sums)
-        for i, model in enumerate(models):
-            draws = _draws(self._settings, self._name, i, start, base.size)
+        drawn = [
+            _draws(self._settings, self._name, i, start, base.size) for i in range(len(models))
+        ]
+        if count >= job.entries:  # the same worker makes the slice next
+            self._drawn[start] = drawn
+        for i, (model, draws) in enumerate(zip(models, drawn, strict=True)):
             kept = jnp.uint32(_kept(self._settings.density[i]))
             parts = _partial_norms(base, model, draws, kept)
             sums[:, i] = [np.asarray(part).sum(dtype=np.float64) for part in parts]
@@ -219,6 +225,10 @@ class _DeltaNorms(Survey):
 
     def decide(self) -> bool:
         return False
+
+    def drawn(self, start: int) -> list[np.ndarray | None] | None:
+        """The draws of a tensor that is one slice, once."""
+        return self._drawn.pop(start, None)
 
     def factors(self) -> np.ndarray:
         """What restores each norm."""

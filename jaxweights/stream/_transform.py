@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxweights.core._apply import apply
+from jaxweights.core._apply import LayoutLike, apply
 from jaxweights.core._transform import Transform
 from jaxweights.stream._jobs import Job, Operand
-from jaxweights.weights._axes import Axes
+from jaxweights.weights._weight import materialize
 
 # float32 copies of operands and results, which most methods make.
 _WIDE_BYTES = 4
@@ -23,7 +23,7 @@ def transform_job(
     tx: Transform,
     *,
     dtype: np.dtype,
-    layout: Mapping[str, Axes] | None = None,
+    layout: LayoutLike = None,
     seed: int = 0,
     leaf_is_model: bool = False,
 ) -> Job:
@@ -34,7 +34,7 @@ def transform_job(
       operands: The leaf, then those of the models.
       tx: A transform whose scope is an entry or a leaf.
       dtype: Of the result.
-      layout: Axes of the leaf, by a pattern for its path.
+      layout: Axes of the leaf.
       seed: Randomness.
       leaf_is_model: Whether the leaf is the first of the models, too.
 
@@ -51,7 +51,8 @@ def transform_job(
         # Copied, so that nothing aliases a buffer that is used again.
         given = None if tx.scope == "entry" else layout
         key = jax.random.key(seed)
-        return np.array(apply(tx, {name: leaf}, models=models, key=key, layout=given)[name])
+        new = apply(tx, {name: leaf}, models=models, key=key, layout=given)[name]
+        return np.array(materialize(new))
 
     return Job(
         name,

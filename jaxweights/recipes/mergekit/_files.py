@@ -10,26 +10,45 @@ from typing import Any
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef
 from jaxweights.recipes.mergekit._models import LayerName, Model
 from jaxweights.recipes.mergekit._plan import PlannedTensor
+from jaxweights.recipes.mergekit._vocabulary import Vocabulary
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def result_files(
-    config: MergeConfig, models: Mapping[ModelRef, Model], planned: Sequence[PlannedTensor]
+    config: MergeConfig,
+    models: Mapping[ModelRef, Model],
+    planned: Sequence[PlannedTensor],
+    vocabulary: Vocabulary | None,
 ) -> dict[str, str | bytes | Path]:
     """Files of the result by name: those of the base, else of the first model, made to fit."""
     first = models[config.models[0]]
     files: dict[str, Any] = dict(first.files)
+    if vocabulary is not None:
+        files = {name: file for name, file in files.items() if not _of_tokenizer(name)}
+        others = vocabulary.owner.files
+        files |= {name: file for name, file in others.items() if _of_tokenizer(name)}
+        files["tokenizer.json"] = vocabulary.tokenizer
     if first.config:
-        text = json.dumps(_config(config, first, planned), indent=2, ensure_ascii=False)
-        files["config.json"] = text + "\n"
+        found = _config(config, first, planned, vocabulary)
+        files["config.json"] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     if config.chat_template is not None:
         files["chat_template.jinja"] = config.chat_template
     return files
 
 
-def _config(config: MergeConfig, first: Model, planned: Sequence[PlannedTensor]) -> dict[str, Any]:
-    """The first model's config with the number of layers and the dtype of the result."""
+def _of_tokenizer(name: str) -> bool:
+    words = ("token", "vocab", "merges", "spiece", "sentencepiece", "chat_template")
+    return any(word in name for word in words)
+
+
+def _config(
+    config: MergeConfig,
+    first: Model,
+    planned: Sequence[PlannedTensor],
+    vocabulary: Vocabulary | None,
+) -> dict[str, Any]:
+    """The first model's config with the layers, the dtype and the vocabulary of the result."""
     found = json.loads(json.dumps(dict(first.config)))
     parts = [LayerName.of(tensor.job.name) for tensor in planned]
     layers = 1 + max((part.layer for part in parts if part is not None), default=-1)
@@ -42,6 +61,8 @@ def _config(config: MergeConfig, first: Model, planned: Sequence[PlannedTensor])
                 level[key] = layers
         if sliced and isinstance(level.get("layer_types"), list):
             level["layer_types"] = _layer_types(config, level["layer_types"])
+        if vocabulary is not None and "vocab_size" in level:
+            level["vocab_size"] = vocabulary.rows
         for key in ("torch_dtype", "dtype"):
             if key in level and (config.out_dtype or config.dtype):
                 level[key] = config.out_dtype or config.dtype

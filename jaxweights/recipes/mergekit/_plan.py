@@ -63,7 +63,7 @@ class Planner:
         self._config = config
         self._models = models
         self._method = METHODS[config.method]
-        self._compat = compat
+        self._compat: Compat = compat
         self._missing = missing
         self._seed = seed
         self._problems: list[str] = []

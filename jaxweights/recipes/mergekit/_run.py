@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
@@ -17,6 +17,7 @@ from jaxweights.recipes.mergekit._files import result_files
 from jaxweights.recipes.mergekit._methods import METHODS, Compat
 from jaxweights.recipes.mergekit._models import Model, open_model
 from jaxweights.recipes.mergekit._plan import PlannedTensor, Planner
+from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._pipeline import Progress
 from jaxweights.stream._run import Streamed, stream_jobs
 
@@ -108,7 +109,7 @@ def run_merge(
             "models": {model.label: model.fingerprint for model in prepared.models.values()},
         },
         files={
-            **result_files(prepared.config, prepared.models, prepared.tensors),
+            **prepared.files,
             "mergekit_config.yml": text,
         },
         max_shard_bytes=max_shard_bytes,
@@ -124,6 +125,12 @@ class _Prepared:
     config: MergeConfig
     models: dict[ModelRef, Model]
     tensors: Sequence[PlannedTensor]
+    vocabulary: Vocabulary | None
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """What travels along with the result."""
+        return result_files(self.config, self.models, self.tensors, self.vocabulary)
 
 
 def _prepare(
@@ -134,9 +141,10 @@ def _prepare(
     made: dict[str, Model] = {}
     prepared = None
     for i, config in enumerate(configs):
-        models = _open(config, made, Path(path).parent)
+        opened = _open(config, made, Path(path).parent)
+        models, vocabulary = align_vocabularies(config, opened)
         planner = Planner(config, models, compat=compat, missing=missing, seed=seed)
-        prepared = _Prepared(config, models, planner.plan())
+        prepared = _Prepared(config, models, planner.plan(), vocabulary)
         if i < len(configs) - 1:
             if config.name is None:
                 raise RecipeError(
@@ -173,7 +181,7 @@ def _virtual(config: MergeConfig, prepared: _Prepared) -> Model:
 
     assert config.name is not None
     made = Made([tensor.job for tensor in prepared.tensors])
-    files = result_files(config, prepared.models, prepared.tensors)
+    files = prepared.files
     identity = json.dumps([model.fingerprint for model in prepared.models.values()])
     return Model(
         config.name,

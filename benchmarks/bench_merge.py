@@ -1,0 +1,183 @@
+"""Merges of whole checkpoints from disk to disk, beside mergekit and a plain copy.
+
+Makes a base and three fine-tunes of 0.5 B parameters in bfloat16 (random weights in the shapes of
+Qwen2.5-0.5B), and merges them with every program, each run in a process of its own that starts from
+nothing. `--memory` runs one merge with that budget besides.
+
+Run: python benchmarks/bench_merge.py [--mergekit PYTHON] [--repeats 3] [--layers 24]
+PYTHON is an interpreter with mergekit installed; without it the columns of the peer stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxweights.checkpoint import write_safetensors
+
+WIDTH, HIDDEN, HEADS, VOCABULARY = 896, 4864, 128, 151936
+MODELS = ("base", "ft1", "ft2", "ft3")
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": WIDTH,
+    "intermediate_size": HIDDEN,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as the model's checkpoints have them."""
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        for name, out in (("q", WIDTH), ("k", HEADS), ("v", HEADS)):
+            found[f"{layer}self_attn.{name}_proj.weight"] = (out, WIDTH)
+            found[f"{layer}self_attn.{name}_proj.bias"] = (out,)
+        found[f"{layer}self_attn.o_proj.weight"] = (WIDTH, WIDTH)
+        found[f"{layer}mlp.gate_proj.weight"] = (HIDDEN, WIDTH)
+        found[f"{layer}mlp.up_proj.weight"] = (HIDDEN, WIDTH)
+        found[f"{layer}mlp.down_proj.weight"] = (WIDTH, HIDDEN)
+        found[f"{layer}input_layernorm.weight"] = (WIDTH,)
+        found[f"{layer}post_attention_layernorm.weight"] = (WIDTH,)
+    return found | {"model.norm.weight": (WIDTH,)}
+
+
+def make_models(folder: Path, layers: int) -> int:
+    """Writes the checkpoints; returns the bytes of one."""
+    base: dict[str, np.ndarray] = {}
+    for i, model in enumerate(MODELS):
+        draw = np.random.default_rng(i)
+        tensors = {}
+        for name, shape in shapes(layers).items():
+            noise = draw.standard_normal(shape, np.float32)
+            start = base[name].astype(np.float32) if i else np.float32("norm" in name)
+            tensors[name] = (start + noise * (0.002 if i else 0.02)).astype(ml_dtypes.bfloat16)
+        base = base or tensors
+        files = {"config.json": json.dumps(CONFIG | {"num_hidden_layers": layers})}
+        write_safetensors(folder / model, tensors, files=files)
+    return sum(x.nbytes for x in base.values())
+
+
+def configurations(folder: Path) -> dict[str, str]:
+    """Configurations by method, as mergekit reads them."""
+    weights = {"ft1": 0.5, "ft2": 0.3, "ft3": 0.2}
+
+    def models(names: tuple[str, ...], more: str = "") -> str:
+        return "".join(
+            f"  - model: {folder / name}\n"
+            f"    parameters: {{weight: {weights.get(name, 1.0)}{more}}}\n"
+            for name in names
+        )
+
+    base, end = f"base_model: {folder / 'base'}\n", "dtype: bfloat16\n"
+    tuned = MODELS[1:]
+    thin = models(tuned, ", density: 0.5")
+    return {
+        "linear": f"merge_method: linear\nmodels:\n{models(MODELS)}{end}",
+        "task_arithmetic": f"merge_method: task_arithmetic\n{base}models:\n{models(tuned)}{end}",
+        "ties": f"merge_method: ties\n{base}models:\n{thin}{end}",
+        "dare_ties": f"merge_method: dare_ties\n{base}models:\n{thin}{end}",
+        "slerp": f"merge_method: slerp\n{base}models:\n  - model: {folder / 'base'}\n"
+        f"  - model: {folder / 'ft1'}\nparameters: {{t: 0.4}}\n{end}",
+    }
+
+
+def run(command: list[str]) -> tuple[float, float, str]:
+    """Seconds, peak memory in MB and standard output of a process."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE)
+        error = process.stderr.read() if process.stderr else b""
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        text = output.read().decode()
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
+    return seconds, usage.ru_maxrss / 1024, text
+
+
+def copied(source: Path, target: Path) -> float:
+    """Seconds that `cp` takes for the bytes that a merge writes."""
+    seconds = run(["cp", str(source / "model.safetensors"), str(target)])[0]
+    target.unlink()
+    return seconds
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter with mergekit")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--memory", metavar="BYTES", help="also merge within it, such as 1GB")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept and found")
+    parser.add_argument("--methods", nargs="*", help="only these")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-merge-"))
+    try:
+        if not (folder / "ft3").exists():
+            make_models(folder, options.layers)
+        nbytes = (folder / "base" / "model.safetensors").stat().st_size
+        print(f"{nbytes / 2e9:.2f} B parameters, bfloat16, {os.cpu_count()} cores; medians of "
+              f"{options.repeats}")  # fmt: skip
+        print(f"{'':22}{'s':>7}{'MB':>7}{'stream s':>10}{'cp s':>7}{'x cp':>6}"
+              f"{'mergekit s':>12}{'MB':>7}{'faster':>8}")  # fmt: skip
+        for method, text in configurations(folder).items():
+            if options.methods and method not in options.methods:
+                continue
+            (folder / f"{method}.yml").write_text(text)
+            show(folder, method, options)
+    finally:
+        if options.folder is None:
+            shutil.rmtree(folder)
+
+
+def show(folder: Path, method: str, options: argparse.Namespace) -> None:
+    """Prints one method's row, and one with bounded memory."""
+    config, out = str(folder / f"{method}.yml"), folder / "out"
+    ours = [sys.executable, "-m", "jaxweights.cli", "merge", config, str(out), "--quiet", "--json"]
+    rows, copies, peers = [], [], []
+    for _ in range(options.repeats):
+        time.sleep(1)
+        seconds, peak, text = run(ours)
+        rows.append((seconds, peak, json.loads(text)["seconds"]))
+        shutil.rmtree(out)
+        copies.append(copied(folder / "base", folder / "copy"))
+        if options.mergekit:
+            peers.append(
+                run([options.mergekit, "-m", "mergekit.scripts.run_yaml", config, str(out)])
+            )
+            shutil.rmtree(out)
+    seconds, peak, stream = (statistics.median(column) for column in zip(*rows, strict=True))
+    copy = statistics.median(copies)
+    line = f"{method:22}{seconds:7.2f}{peak:7.0f}{stream:10.2f}{copy:7.2f}{stream / copy:6.1f}"
+    if peers:
+        peer, memory = (statistics.median([row[i] for row in peers]) for i in (0, 1))
+        line += f"{peer:12.2f}{memory:7.0f}{peer / seconds:7.1f}x"
+    print(line, flush=True)
+    if options.memory:
+        seconds, peak, _ = run([*ours, "--memory", options.memory])
+        shutil.rmtree(out)
+        print(f"{'  in ' + options.memory:22}{seconds:7.2f}{peak:7.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

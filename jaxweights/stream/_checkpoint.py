@@ -1,0 +1,186 @@
+"""Runs a transform over a checkpoint that may be larger than memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxweights.checkpoint import Checkpoint, open_checkpoint
+from jaxweights.core._layout import Layout, conventional_layout, is_vector
+from jaxweights.core._paths import check_pattern, fail, matching, nearest
+from jaxweights.core._transform import Transform
+from jaxweights.stream._jobs import Job, Operand
+from jaxweights.stream._pipeline import Progress
+from jaxweights.stream._run import Streamed, stream_jobs
+from jaxweights.stream._transform import transform_job
+from jaxweights.weights._axes import Axes
+
+_NAME = "stream.transform_checkpoint"
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def transform_checkpoint(
+    tx: Transform,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    models: Sequence[str | os.PathLike[str]] = (),
+    match: str = ".*",
+    layout: Mapping[str, Axes] | None = None,
+    seed: int = 0,
+    recipe: str = "",
+    memory: int | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Transforms a checkpoint tensor by tensor, without holding it in memory.
+
+    Tensors are read, transformed and written at the same time; those that the transform treats
+    entry by entry are cut into slices. What it represents (a quantized weight) is written as the
+    dense values that it stands for, which other tools read.
+
+    Args:
+      tx: A transform that looks at one leaf at a time and reads no statistics.
+      source: The checkpoint, of any format that is read here.
+      destination: The folder of safetensors to make.
+      models: Other checkpoints with the same names, for merges.
+      match: Regular expression for the whole names of the tensors that are transformed; others are
+        copied.
+      layout: Axes by patterns of names. By default matrices of safetensors and GGUF files are
+        `(out, in)`, as torch has them, and those of Orbax trees as `conventional_layout` says.
+      seed: Of random transforms.
+      recipe: What is done, in words; it is written into the provenance and, with the transform's
+        name, decides whether a run can be resumed.
+      memory: Most bytes that the process may hold; None leaves tensors that cannot be cut what
+        they need.
+      max_shard_bytes: Most bytes of tensors a file.
+      overwrite: Whether an existing checkpoint may be replaced, at the end.
+      resume: Whether to go on where a killed run stopped.
+      progress: Called with (task, bytes done, bytes in all).
+
+    Returns:
+      What was read and written.
+
+    Raises:
+      ValueError: If the transform looks at the whole tree or reads statistics, checkpoints do not
+        fit each other, or a leaf does not suit it.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxweights.checkpoint import write_safetensors
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> write_safetensors(folder / "model", {"up.weight": np.ones((8, 64), np.float32)})
+      >>> tx = jw.quantize.round_to_nearest(bits=4, group_size=32)
+      >>> transform_checkpoint(tx, folder / "model", folder / "small").tensors
+      1
+    """
+    _check(tx)
+    if resume and not recipe:
+        raise ValueError(
+            f"{_NAME}: resume=True goes on with an earlier run's tensors, and only recipe= tells "
+            "whether its settings were these. Pass recipe, the settings in words, to both runs."
+        )
+    main, others = open_checkpoint(source), [open_checkpoint(model) for model in models]
+    check_pattern(_NAME, match)
+    chosen = {name for name in matching(match, main.names) if str(main.dtype(name)) in _FLOATS}
+    if not chosen:
+        raise ValueError(
+            f"{_NAME}: match={match!r} matches no floating tensor. The nearest names: "
+            f"{nearest(match, main.names)}."
+        )
+    fail(_NAME, _misfits(main, others, models))
+    axes = _layout(main, layout)
+
+    def job(name: str) -> Job:
+        operands = [Operand(main, name, str(source))]
+        if name not in chosen:
+            return Job(name, main.shape(name), main.dtype(name), tuple(operands))
+        operands += [Operand(o, name, str(m)) for o, m in zip(others, models, strict=True)]
+        dtype = main.dtype(name)
+        own = Layout(tuple((path, found) for path, found in axes.entries if path == name))
+        return transform_job(name, operands, tx, dtype=dtype, layout=own, seed=seed)
+
+    settings = {"transform": tx.name, "recipe": recipe, "match": match, "seed": seed}
+    prints = [checkpoint.fingerprint(sampled=True) for checkpoint in (main, *others)]
+    layout_print = hashlib.sha256(repr(axes.entries).encode()).hexdigest()
+    return stream_jobs(
+        _NAME,
+        [job(name) for name in main.names],
+        destination,
+        recipe=settings,
+        identity={"settings": settings, "checkpoints": prints, "layout": layout_print},
+        files=dict(main.files),
+        memory=memory,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def _check(tx: Transform) -> None:
+    if tx.scope == "tree":
+        raise ValueError(
+            f"{_NAME}: {tx.name} looks at the whole tree, so it cannot run tensor by tensor. Rank "
+            "by leaf instead (scope='leaf', or another group), or apply it in memory."
+        )
+    if tx.reads_statistics:
+        raise ValueError(
+            f"{_NAME}: {tx.name} reads statistics, which are of a model in memory. Use `pipeline`, "
+            "or a method that needs no data."
+        )
+
+
+def _misfits(
+    main: Checkpoint, others: Sequence[Checkpoint], models: Sequence[str | os.PathLike[str]]
+) -> list[str]:
+    """How other checkpoints differ from the one that is transformed."""
+    problems = []
+    for other, path in zip(others, models, strict=True):
+        names = set(other.names)
+        lacking = [name for name in main.names if name not in names]
+        if lacking:
+            problems.append(f"'{path}' lacks {lacking[:5]}, which '{main.path}' has.")
+        problems += [
+            f"{name!r}: is {other.shape(name)} in '{path}' but {main.shape(name)} in '{main.path}'."
+            for name in main.names
+            if name in names and other.shape(name) != main.shape(name)
+        ]
+    return problems
+
+
+def _layout(main: Checkpoint, stated: Mapping[str, Axes] | None) -> Layout:
+    """Axes of the matrices: what is stated wins over the convention of the format."""
+    leaves = {name: np.broadcast_to(np.float32(0), main.shape(name)) for name in main.names}
+    if main.format == "orbax":
+        found = conventional_layout(leaves)
+    else:
+        found = Layout.of({n: _torch_axes(x.ndim) for n, x in leaves.items() if _is_matrix(n, x)})
+    chosen: dict[str, Axes] = {}
+    problems = []
+    for pattern, axes in (stated or {}).items():
+        check_pattern(_NAME, pattern)
+        matched = matching(pattern, main.names)
+        chosen |= dict.fromkeys(matched, axes)
+        if not matched:
+            problems.append(
+                f"layout: pattern {pattern!r} matches no tensor. The nearest names: "
+                f"{nearest(pattern, main.names)}."
+            )
+    fail(_NAME, problems)
+    return found.with_stated(chosen)
+
+
+def _is_matrix(name: str, leaf: np.ndarray) -> bool:
+    """Linear layers and convolutions; which axes of a stack of experts are which must be stated."""
+    return leaf.ndim in (2, 4) and not is_vector(name, leaf)
+
+
+def _torch_axes(rank: int) -> Axes:
+    """Outputs first, then inputs and, in convolutions, places."""
+    return Axes(inputs=tuple(range(1 - rank, 0)), outputs=(-rank,))

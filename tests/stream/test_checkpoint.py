@@ -1,0 +1,93 @@
+"""A stream over a checkpoint gives what `apply` gives in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxweights as jw
+from jaxweights.checkpoint import open_checkpoint, save_tree, write_safetensors
+from jaxweights.stream import transform_checkpoint
+
+
+def _tensors(seed):
+    draw = np.random.default_rng(seed)
+    tensors = {
+        "model.embed_tokens.weight": draw.normal(size=(40, 32)),
+        "model.layers.0.mlp.up_proj.weight": draw.normal(size=(48, 32)),
+        "model.layers.0.norm.weight": draw.normal(size=32),
+        "conv.weight": draw.normal(size=(8, 4, 3, 3)),
+    }
+    return {n: x.astype(np.float32) for n, x in tensors.items()} | {"ids": np.arange(5)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, name in enumerate(("base", "tuned")):
+        write_safetensors(tmp_path / name, _tensors(i), files={"config.json": "{}"})
+    return tmp_path
+
+
+def test_rounding_groups_the_inputs_of_torch_matrices(folder):
+    tx = jw.quantize.round_to_nearest(bits=4, group_size=16)
+    transform_checkpoint(tx, folder / "base", folder / "out", match=".*(up_proj|ids).*")
+    got = dict(open_checkpoint(folder / "out").items())
+    up = "model.layers.0.mlp.up_proj.weight"
+    want = jw.apply(tx, {"kernel": jnp.asarray(_tensors(0)[up].T)})["kernel"].materialize().T
+    np.testing.assert_array_equal(got[up], np.asarray(want))
+    for name in got.keys() - {up}:
+        np.testing.assert_array_equal(got[name], _tensors(0)[name])
+    assert open_checkpoint(folder / "out").files.keys() == {"config.json"}
+
+
+def test_a_merge_reads_models_beside_the_source(folder):
+    tx = jw.merge.task_arithmetic(weights=[0.5])
+    done = transform_checkpoint(tx, folder / "base", folder / "out", models=[folder / "tuned"])
+    got = dict(open_checkpoint(folder / "out").items())
+    first, second = _tensors(0), _tensors(1)
+    for name in got.keys() - {"ids"}:
+        want = first[name] + 0.5 * (second[name] - first[name])
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=2e-7)
+    assert done.tensors == 5
+
+
+def test_chains_of_leaf_transforms_stream_from_an_orbax_tree(tmp_path):
+    params = {"layer": {"kernel": jax.random.normal(jax.random.key(0), (32, 8))}}
+    save_tree(tmp_path / "tree", params)
+    tx = jw.chain(jw.sparsify.magnitude(sparsity=0.5), jw.quantize.round_to_nearest(bits=8))
+    transform_checkpoint(tx, tmp_path / "tree", tmp_path / "out")
+    got = open_checkpoint(tmp_path / "out").read("layer/kernel")
+    want = jw.apply(tx, params)["layer"]["kernel"].materialize()
+    np.testing.assert_array_equal(got, np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    "tx, words",
+    [
+        (lambda: jw.merge.ties(density=0.5), "looks at the whole tree.*scope='leaf'"),
+        (lambda: jw.sparsify.wanda(sparsity=0.5), "reads statistics"),
+    ],
+)
+def test_what_cannot_run_tensor_by_tensor_is_refused(folder, tx, words):
+    with pytest.raises(ValueError, match=words):
+        transform_checkpoint(tx(), folder / "base", folder / "out", models=[folder / "tuned"])
+    assert not (folder / "out").exists()
+
+
+def test_patterns_that_match_nothing_and_models_that_differ_are_refused(folder):
+    tx = jw.merge.mean()
+    with pytest.raises(ValueError, match="match='nope' matches no floating tensor"):
+        transform_checkpoint(tx, folder / "base", folder / "out", match="nope")
+    with pytest.raises(ValueError, match="layout: pattern 'nope' matches no tensor"):
+        layout = {"nope": jw.Axes()}
+        transform_checkpoint(tx, folder / "base", folder / "out", layout=layout)
+    other = {name: x for name, x in _tensors(2).items() if name != "ids"}
+    other["conv.weight"] = other["conv.weight"][:4]
+    write_safetensors(folder / "other", other)
+    with pytest.raises(ValueError, match=r"lacks \['ids'\](.|\n)*'conv.weight': is \(4, 4, 3, 3\)"):
+        transform_checkpoint(tx, folder / "base", folder / "out", models=[folder / "other"])
+
+
+def test_resuming_asks_for_the_words_that_tell_settings_apart(folder):
+    with pytest.raises(ValueError, match="Pass recipe"):
+        transform_checkpoint(jw.merge.mean(), folder / "base", folder / "out", resume=True)
