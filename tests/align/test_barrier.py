@@ -62,7 +62,8 @@ def test_matching_takes_the_barrier_of_a_renumbered_model_away():
     before = align.loss_barrier(loss, a, b)
     found = align.weight_matching(spec, a, b, key=jax.random.key(0))
     after = align.loss_barrier(loss, a, align.apply_permutation(spec, b, found.permutations))
-    assert before.barrier > 0.1 and after.barrier == 0.0
+    # The two ends are one model; its loss is the rounding of one program against another.
+    assert before.barrier > 0.1 and after.barrier < 1e-12
 
 
 @pytest.mark.parametrize("options", [{"at_once": 4}, {"traced": False}])

@@ -167,6 +167,7 @@ def test_a_convolution_is_the_matrix_that_its_layout_says():
 
 
 def test_the_figure_has_a_row_a_matrix_and_a_panel_a_gamma(tmp_path):
+    pytest.importorskip("matplotlib")
     config, _, a = library_model("llama3")
     spec, b = align.llama_permutations(config), random_like(a, seed=2)
     found = align.singular_vector_alignment(spec, a, b, {}, select=".*mlp.*", gammas=(0.3,))
