@@ -73,8 +73,8 @@ def alignment_figure(found: SingularVectorAlignment) -> Any:
 
 def _dumbbells(panel: Any, places: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
     panel.hlines(places, before, after, color=_RULE, linewidth=1.6, zorder=1)
-    panel.scatter(before, places, s=18, color=_BEFORE, label="before", zorder=2)
-    panel.scatter(after, places, s=18, color=_AFTER, label="after", zorder=3)
+    panel.scatter(before, places, s=18, color=_BEFORE, label="before", zorder=2, clip_on=False)
+    panel.scatter(after, places, s=18, color=_AFTER, label="after", zorder=3, clip_on=False)
     panel.grid(axis="x")
     panel.set_axisbelow(True)
     panel.tick_params(length=0)
