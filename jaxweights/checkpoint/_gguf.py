@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxweights.checkpoint._gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType, dequantize
 from jaxweights.checkpoint._mapped import MappedFile
+from jaxweights.checkpoint._tensor_table import TensorTable
 
 # Metadata value types by number: struct codes of the fixed-size ones.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -50,7 +50,7 @@ class GGUFTensorInfo:
         return stored
 
 
-class GGUFReader(Mapping[str, GGUFTensorInfo]):
+class GGUFReader(TensorTable[GGUFTensorInfo]):
     """The tensors of a GGUF file; a mapping from names to `GGUFTensorInfo`.
 
     Args:
@@ -69,26 +69,10 @@ class GGUFReader(Mapping[str, GGUFTensorInfo]):
         infos: dict[str, GGUFTensorInfo],
     ):
         """Made by `open_gguf`, which checks what it passes."""
-        self.path = file.path
+        super().__init__(file.path, infos)
         self.version = version
         self.metadata = metadata
         self._file = file
-        self._infos = infos
-
-    def __getitem__(self, name: str) -> GGUFTensorInfo:
-        """What the file says of a tensor."""
-        try:
-            return self._infos[name]
-        except KeyError:
-            raise KeyError(f"{self.path}: holds no tensor {name!r}.") from None
-
-    def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the file."""
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._infos)
 
     def raw(self, name: str) -> np.ndarray:
         """A tensor's blocks as stored, `(blocks, bytes of a block)` uint8, without copying."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import numpy as np
 from jaxweights.checkpoint._json import read_json_object
 from jaxweights.checkpoint._mapped import MappedFile
 from jaxweights.checkpoint._safetensors_header import DTYPES, TensorInfo, read_header
+from jaxweights.checkpoint._tensor_table import TensorTable
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 
-class SafetensorsReader(Mapping[str, TensorInfo]):
+class SafetensorsReader(TensorTable[TensorInfo]):
     """The tensors of one safetensors file or folder; a mapping from names to `TensorInfo`.
 
     Args:
@@ -36,25 +36,9 @@ class SafetensorsReader(Mapping[str, TensorInfo]):
         maps: dict[Path, MappedFile],
     ):
         """Made by `open_safetensors`, which checks what it passes."""
-        self.path = path
+        super().__init__(path, infos)
         self.metadata = metadata
-        self._infos = infos
         self._maps = maps
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        """What the header says of a tensor."""
-        try:
-            return self._infos[name]
-        except KeyError:
-            raise KeyError(f"{self.path}: holds no tensor {name!r}.") from None
-
-    def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the headers."""
-        return iter(self._infos)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._infos)
 
     def raw(self, name: str) -> np.ndarray:
         """A tensor's bytes as stored, `(nbytes,)` uint8, without copying."""

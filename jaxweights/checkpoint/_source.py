@@ -19,6 +19,7 @@ from jaxweights.checkpoint._manifest import build_tree, leaf_parts, object_at
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
+from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
 
 # What travels along with the weights of a Hugging Face checkpoint.
@@ -97,12 +98,7 @@ class Checkpoint(abc.ABC):
 
         Where the format has no slices, the tensor is read as a whole once and held.
         """
-        whole = self.read(name).reshape(-1)
-
-        def fill(start: int, out: np.ndarray) -> None:
-            np.copyto(out, whole[start : start + out.size].reshape(out.shape))
-
-        return fill
+        return fill_from(self.read(name))
 
     @abc.abstractmethod
     def _stored(self, name: str) -> tuple[str, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.stream._jobs import Job, cut
 
 _BUDGET = 1 << 28
@@ -65,9 +66,4 @@ class Made:
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
         """A function that fills an array with a tensor's entries from a flat index on."""
-        whole = self.read(name).reshape(-1)
-
-        def fill(start: int, out: np.ndarray) -> None:
-            np.copyto(out, whole[start : start + out.size].reshape(out.shape))
-
-        return fill
+        return fill_from(self.read(name))

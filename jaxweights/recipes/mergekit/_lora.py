@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxweights.checkpoint import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._json import read_json_object
+from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.recipes.mergekit._models import Model
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,12 +82,7 @@ class Adapted:
         """A function that fills an array with a tensor's entries from a flat index on."""
         if name not in self._factors and name not in self._replaced:
             return self._base.reader(name)
-        whole = self.read(name).reshape(-1)
-
-        def fill(start: int, out: np.ndarray) -> None:
-            np.copyto(out, whole[start : start + out.size].reshape(out.shape))
-
-        return fill
+        return fill_from(self.read(name))
 
 
 def with_adapter(model: Model, label: str, path: str, beside: Path) -> Model:

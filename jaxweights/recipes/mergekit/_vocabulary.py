@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, TokenizerRules
 from jaxweights.recipes.mergekit._models import Model
@@ -254,12 +255,7 @@ class _Aligned:
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
         if not self._has_rows(name):
             return self._model.tensors.reader(name)
-        whole = self.read(name).reshape(-1)
-
-        def fill(start: int, out: np.ndarray) -> None:
-            np.copyto(out, whole[start : start + out.size].reshape(out.shape))
-
-        return fill
+        return fill_from(self.read(name))
 
     def _has_rows(self, name: str) -> bool:
         shape = self._model.tensors.shape(name)
