@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.adapt._merge import _adapters, _replace_adapter
 from jaxweights.core import Flat, Params, Path, fail, flatten
-from jaxweights.weights import LowRank, is_weight
+from jaxweights.merge._same import same
+from jaxweights.weights import LowRank
 
 Others = Literal["require_equal", "first"]
 _OTHERS: tuple[Others, ...] = ("require_equal", "first")
@@ -238,24 +239,3 @@ def _without_factors(leaf: Any) -> Any:
     if isinstance(leaf, LowRank):
         return leaf.base
     return dataclasses.replace(leaf, base=_without_factors(leaf.base))
-
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two leaves hold the same values; traced ones count as the same."""
-    if first is second:
-        return True
-    if is_weight(first) or is_weight(second):
-        one, two = jax.tree.flatten(first), jax.tree.flatten(second)
-        return one[1] == two[1] and all(map(same, one[0], two[0]))
-    arrays = (jax.Array, np.ndarray)
-    if isinstance(first, arrays) and isinstance(second, arrays):
-        if first.dtype != second.dtype or first.shape != second.shape:
-            return False
-        if isinstance(first, Tracer) or isinstance(second, Tracer):
-            return True
-        if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
-            first, second = jax.random.key_data(first), jax.random.key_data(second)
-        return bool(np.array_equal(first, second))
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (first, second)):
-        return True
-    return bool(first == second)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from jaxweights.adapt._adapters import RankLoss, RankReport, check_factor_dtype, check_rank, same
+from jaxweights.adapt._adapters import RankLoss, RankReport, check_factor_dtype, check_rank
 from jaxweights.adapt._factors import relative_tail, truncated_dense
 from jaxweights.adapt._merge import _widest
 from jaxweights.core import (
@@ -32,6 +32,7 @@ from jaxweights.core._apply import LayoutLike
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import check_pattern, matching
 from jaxweights.merge._models import require_models
+from jaxweights.merge._same import same
 from jaxweights.merge._stacks import stack_axes
 from jaxweights.merge._views import map_matrices
 from jaxweights.weights import LowRank, View, Weight, is_weight, materialize

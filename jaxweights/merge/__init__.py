@@ -50,6 +50,9 @@ from jaxweights.merge._sce import sce as sce
 from jaxweights.merge._slerp import slerp as slerp
 from jaxweights.merge._soup import SoupStep as SoupStep
 from jaxweights.merge._soup import greedy_soup as greedy_soup
+from jaxweights.merge._stack_layers import LayerSlice as LayerSlice
+from jaxweights.merge._stack_layers import stack_layers as stack_layers
+from jaxweights.merge._subtree import merge_subtree as merge_subtree
 from jaxweights.merge._task_arithmetic import add_task_vector as add_task_vector
 from jaxweights.merge._task_arithmetic import task_arithmetic as task_arithmetic
 from jaxweights.merge._task_arithmetic import task_vector as task_vector
