@@ -307,7 +307,7 @@ def _require_fitting(layered: Mapping[Any, Flat], shapes: Mapping[Any, Any], dty
             )
         for path in (path for path in leaves if path in others):
             wide = shapes[first][path], shapes[label][path]
-            kinds = leaves[path].dtype, others[path].dtype
+            kinds = tuple(getattr(x[path], "dtype", type(x[path])) for x in (leaves, others))
             if wide[0] != wide[1]:
                 problems.append(
                     f"{path!r}: a layer is {wide[1]} in {named(label)} but {wide[0]} in "
@@ -322,7 +322,7 @@ def _require_fitting(layered: Mapping[Any, Flat], shapes: Mapping[Any, Any], dty
 
 
 def _floats(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    return not isinstance(dtype, type) and bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _outside(flats: list[Flat], inside: Sequence[set[Path]], after: str, dtype: Any) -> Flat:
