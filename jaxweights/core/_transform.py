@@ -45,6 +45,7 @@ class Transform:
       scope: What a result depends on, besides the settings: `"entry"`, on the same entry of the
         tree and of the models, so that any slice of a leaf may be transformed alone; `"leaf"`, on
         the same leaf; `"tree"`, on anything. Streams use it.
+      settings: What was asked for, where a stream carries it out in another way; else None.
     """
 
     init: Callable[[Params], State]
@@ -54,11 +55,12 @@ class Transform:
     reads_statistics: bool = False
     moves_inputs: bool = False
     scope: Scope = "tree"
+    settings: Any = None
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:
     """The scope of transforms that are used together."""
-    return max(scopes, key=SCOPES.index, default="entry")
+    return max((SCOPES[0], *scopes), key=SCOPES.index)
 
 
 def stateless(
@@ -69,6 +71,7 @@ def stateless(
     reads_statistics: bool = False,
     moves_inputs: bool = False,
     scope: Scope = "tree",
+    settings: Any = None,
 ) -> Transform:
     """A transform from a function of parameters and context.
 
@@ -79,6 +82,7 @@ def stateless(
       reads_statistics: As in `Transform`.
       moves_inputs: As in `Transform`.
       scope: As in `Transform`.
+      settings: As in `Transform`.
 
     Returns:
       The transform, whose state is empty.
@@ -91,6 +95,7 @@ def stateless(
         reads_statistics=reads_statistics,
         moves_inputs=moves_inputs,
         scope=scope,
+        settings=settings,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,19 @@ from jaxweights.merge._models import (
     require_models,
     selected,
 )
+
+
+class DeltaMerge(NamedTuple):
+    """What a row of the table was asked to do; a stream does it slice by slice."""
+
+    row: Row
+    density: PerModel
+    outliers: PerModel
+    trim: PerModel
+    weights: Any
+    scale: Any
+    names: Sequence[str] | None
+    output: Output
 
 
 class DeltaSettings(TypedDict, total=False):
@@ -212,7 +225,8 @@ def delta_merge(
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
         return unflatten(treedef, everything | new)
 
-    return stateless(update, name=name, scope=_scope(row, trim, output))
+    settings = DeltaMerge(row, density, outliers, trim, weights, scale, names, output)
+    return stateless(update, name=name, scope=_scope(row, trim, output), settings=settings)
 
 
 def _scope(row: Row, trim: PerModel, output: Output) -> TransformScope:

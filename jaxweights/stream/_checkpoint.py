@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ from jaxweights.checkpoint import Checkpoint, open_checkpoint
 from jaxweights.core._layout import Layout, conventional_layout, is_vector
 from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.core._transform import Transform
+from jaxweights.stream._delta import DeltaRanks, can_slice, delta_job, delta_settings
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._pipeline import Progress
 from jaxweights.stream._run import Streamed, stream_jobs
@@ -45,7 +47,8 @@ def transform_checkpoint(
     dense values that it stands for, which other tools read.
 
     Args:
-      tx: A transform that looks at one leaf at a time and reads no statistics.
+      tx: A transform that looks at one leaf at a time and reads no statistics; or TIES or
+        Breadcrumbs over the whole tree, whose thresholds are found in passes before.
       source: The checkpoint, of any format that is read here.
       destination: The folder of safetensors to make.
       models: Other checkpoints with the same names, for merges.
@@ -96,12 +99,21 @@ def transform_checkpoint(
     fail(_NAME, _misfits(main, others, models))
     axes = _layout(main, layout)
 
+    delta = tx.settings if can_slice(tx.settings) else None
+    ranks = None
+    if delta is not None and tx.scope == "tree":
+        entries = sum(math.prod(main.shape(name)) for name in chosen)
+        ranks = DeltaRanks(delta_settings(delta, [str(m) for m in models], seed), entries)
+
     def job(name: str) -> Job:
         operands = [Operand(main, name, str(source))]
         if name not in chosen:
             return Job(name, main.shape(name), main.dtype(name), tuple(operands))
         operands += [Operand(o, name, str(m)) for o, m in zip(others, models, strict=True)]
         dtype = main.dtype(name)
+        if delta is not None:
+            settings = delta_settings(delta, [str(m) for m in models], seed)
+            return delta_job(name, main.shape(name), dtype, operands, settings, ranks)
         own = Layout(tuple((path, found) for path, found in axes.entries if path == name))
         return transform_job(name, operands, tx, dtype=dtype, layout=own, seed=seed)
 
@@ -124,10 +136,10 @@ def transform_checkpoint(
 
 
 def _check(tx: Transform) -> None:
-    if tx.scope == "tree":
+    if tx.scope == "tree" and not can_slice(tx.settings):
         raise ValueError(
             f"{_NAME}: {tx.name} looks at the whole tree, so it cannot run tensor by tensor. Rank "
-            "by leaf instead (scope='leaf', or another group), or apply it in memory."
+            "by leaf instead, or apply it in memory."
         )
     if tx.reads_statistics:
         raise ValueError(

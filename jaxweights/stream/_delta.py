@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._delta_leaf import LeafPlan, Row, _combine, _delta, _divisor, _takes_part
-from jaxweights.merge._models import compute_dtype
+from jaxweights.merge._models import compute_dtype, per_model
 from jaxweights.stream._draws import draw
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._ranks import RankSurvey, Target, among
@@ -44,20 +46,63 @@ class DeltaSettings:
     seed: int
 
 
+def can_slice(settings: Any) -> bool:
+    """Whether a transform's settings are those of a delta merge over the whole tree."""
+    return (
+        isinstance(settings, DeltaMerge)
+        and settings.row.scope == "tree"
+        and settings.row.sparsifier in ("none", "magnitude", "outliers")
+        and settings.row.rescale == "none"
+        and settings.output.rounding == "nearest"
+        and settings.output.dtype is None
+    )
+
+
+def delta_settings(merge: DeltaMerge, names: Sequence[str], seed: int) -> DeltaSettings:
+    """A transform's settings, spread over models of some names."""
+
+    def spread(argument: str, value: Any, default: float) -> tuple[float, ...]:
+        given = default if value is None else value
+        return tuple(map(float, per_model("stream", argument, given, len(names))))
+
+    return DeltaSettings(
+        row=merge.row,
+        weights=spread("weights", merge.weights, 1.0),
+        density=spread("density", merge.density, 1.0),
+        outliers=spread("outliers", merge.outliers, 0.0),
+        scale=float(merge.scale),
+        models=tuple(merge.names or names),
+        seed=seed,
+    )
+
+
 def delta_job(
     name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
     operands: Sequence[Operand],
     settings: DeltaSettings,
+    ranks: DeltaRanks | None = None,
 ) -> Job:
-    """The job that merges a tensor of the base, the first operand, with those of the models."""
+    """The job that merges a tensor of the base, the first operand, with those of the models.
+
+    Args:
+      name: Of the tensor that is written.
+      shape: Of it.
+      dtype: Of it.
+      operands: The base's tensor and those of the models.
+      settings: What is done.
+      ranks: What ranks this tensor together with others; None ranks it by itself.
+
+    Returns:
+      The job.
+    """
     row = settings.row
-    entries = int(np.prod(shape, dtype=np.int64))
-    survey: _DeltaRanks | _DeltaNorms | None = None
+    survey: DeltaRanks | _DeltaNorms | None = ranks
     thins = [density < 1 for density in settings.density]
-    if row.sparsifier in ("magnitude", "outliers") and any(thins):
-        survey = _DeltaRanks(settings, entries)
+    ranked = row.sparsifier in ("magnitude", "outliers") and any(thins)
+    if survey is None and (ranked or row.asks_majority):
+        survey = DeltaRanks(settings, math.prod(shape))
     elif row.sparsifier == "bernoulli" and row.rescale == "l1" and any(thins):
         survey = _DeltaNorms(settings, name)
     n = len(settings.weights)
@@ -68,9 +113,9 @@ def delta_job(
         count = base.size
         bounds = np.zeros((n, 2, 2), np.uint32)
         draws: list[Any] = [None] * n
-        factors = np.ones(n)
-        if isinstance(survey, _DeltaRanks):
-            bounds = survey.bounds(job, start)
+        factors, sign = np.ones(n), None
+        if isinstance(survey, DeltaRanks):
+            bounds, sign = survey.bounds(job, start), survey.sign
         elif isinstance(survey, _DeltaNorms):
             factors = survey.factors()
         if row.sparsifier == "bernoulli":
@@ -86,7 +131,7 @@ def delta_job(
             jnp.asarray([_kept(density) for density in settings.density], jnp.uint32),
         )
         merged, finite = _merge_slice(
-            base, tuple(models), numbers, tuple(draws), row=row, dtype=dtype
+            base, tuple(models), numbers, tuple(draws), sign, row=row, dtype=dtype
         )
         if not np.asarray(finite).all():
             refuse_nonfinite(name, operands, arrays)
@@ -132,6 +177,7 @@ def _merge_slice(
     models: tuple[Any, ...],
     numbers: _Numbers,
     draws: tuple[Any, ...],
+    sign: jax.Array | None,
     *,
     row: Row,
     dtype: Any,
@@ -139,7 +185,7 @@ def _merge_slice(
     deltas = [_delta(base, model) for model in models]
     sparse = [_thinned(delta, i, numbers, draws[i], row) for i, delta in enumerate(deltas)]
     weighted = [numbers.weights[i] * delta for i, delta in enumerate(sparse)]
-    takes_part = _takes_part(weighted, row, LeafPlan((), ()), None)
+    takes_part = _takes_part(weighted, row, LeafPlan((), ()), sign)
     merged = _combine([jnp.where(m, d, 0) for m, d in zip(takes_part, weighted, strict=True)], row)
     if row.normalize != "none":
         merged = merged / _divisor(takes_part, numbers.weights, row)
@@ -170,10 +216,17 @@ def _ranked_delta(arrays: Sequence[Any], i: int) -> Any:
     return (model.astype(wide) - base.astype(wide)).astype(np.float32)
 
 
-class _DeltaRanks(RankSurvey):
-    """Which entries of each delta are among the largest."""
+class DeltaRanks(RankSurvey):
+    """Which entries of each delta are among the largest, and which sign most entries elect.
+
+    Args:
+      settings: What is done.
+      entries: Number of entries that are ranked together.
+    """
 
     def __init__(self, settings: DeltaSettings, entries: int):
+        """Starts with nothing seen."""
+        self._settings = settings
         count = round if settings.row.compat == "paper" else int
         self._skipped: list[Target] = []
         self._through: list[Target] = []
@@ -187,6 +240,45 @@ class _DeltaRanks(RankSurvey):
             self._skipped.append(Target(i, skip))
             self._through.append(Target(i, skip + kept))
         super().__init__(_ranked_delta, [*self._skipped, *self._through], entries)
+        self._electing = False
+        self._sum = 0.0
+
+    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
+        """As in `RankSurvey`; then the sum of the elected signs of a slice."""
+        if not self._electing:
+            return super().look(job, start, count, arrays)
+        base, *models = arrays
+        wide, row = compute_dtype(base), self._settings.row
+        numbers = _Numbers(
+            jnp.asarray(self._settings.weights, wide),
+            jnp.ones(len(models), wide),
+            jnp.asarray(1, wide),
+            jnp.asarray(self.bounds(job, start)),
+            jnp.zeros(len(models), jnp.uint32),
+        )
+        elected = np.asarray(_elected(base, tuple(models), numbers, row=row))
+        return int(np.count_nonzero(elected > 0)) - int(np.count_nonzero(elected < 0))
+
+    def add(self, job: Job, start: int, seen: Any) -> None:
+        """Takes in what was seen."""
+        if self._electing:
+            self._sum += seen
+        else:
+            super().add(job, start, seen)
+
+    def decide(self) -> bool:
+        """As in `RankSurvey`; signs are elected by what ranking leaves, in a pass of their own."""
+        if self._electing:
+            return False
+        if super().decide():
+            return True
+        self._electing = self._settings.row.asks_majority
+        return self._electing
+
+    @property
+    def sign(self) -> jax.Array | None:
+        """Sum of the elected signs of all entries, where it decides about those that tie."""
+        return jnp.float32(self._sum) if self._settings.row.asks_majority else None
 
     def bounds(self, job: Job, start: int) -> np.ndarray:
         """What tells the kept entries of a slice from others, as `_Numbers.bounds`."""
@@ -195,6 +287,16 @@ class _DeltaRanks(RankSurvey):
             for through, top in zip(self._through, self._skipped, strict=True)
         ]
         return np.array(found, np.int64).astype(np.uint32)
+
+
+@functools.partial(jax.jit, static_argnames="row")
+def _elected(base: Any, models: tuple[Any, ...], numbers: _Numbers, *, row: Row) -> jax.Array:
+    """Sign of the weighted sum of the thinned deltas, int8."""
+    total = sum(
+        numbers.weights[i] * _thinned(_delta(base, model), i, numbers, None, row)
+        for i, model in enumerate(models)
+    )
+    return jnp.sign(jnp.asarray(total)).astype(jnp.int8)
 
 
 class _DeltaNorms(Survey):

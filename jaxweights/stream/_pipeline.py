@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from jaxweights.core._paths import fail
 from jaxweights.stream._destination import Destination
-from jaxweights.stream._jobs import Job, Operand, Piece, cut
+from jaxweights.stream._jobs import Job, Operand, Piece, Survey, cut
 from jaxweights.stream._memory import Budget, Buffers, resident_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -59,23 +58,26 @@ def run_jobs(
     budget = Budget(limit)
     todo = [job for job in jobs if job.name not in destination.done]
     # Several pieces in flight, so that reading, computing and writing overlap.
-    cuts = {job.name: list(cut(job, budget.limit // 4)) for job in todo}
+    cuts = {job.name: list(cut(job, budget.limit // 4)) for job in jobs}
+    direct, surveyed = _split(jobs, todo, cuts)
     if limit is not None:
-        every = [piece for pieces in cuts.values() for piece in pieces]
+        every = [piece for job in todo for piece in cuts[job.name]]
         fail(function, [_too_large(p, limit, memory) for p in every if p.cost > limit])
+
+    def append(piece: Piece, data: np.ndarray) -> None:
+        destination.append(piece.job.name, data)
+
+    def pieces(group: Sequence[Job]) -> list[Piece]:
+        return [piece for job in group for piece in cuts[job.name]]
+
     with _Flow(budget, _Meter(jobs, todo, progress)) as flow:
-        for group in _groups(todo, cuts):
-            pieces = [piece for job in group for piece in cuts[job.name]]
-            survey = group[0].survey
-            if survey is not None and not _seen_at_once(group, cuts):
-                again = True
-                while again:
-                    flow.run(pieces, _look, _add)
-                    again = survey.decide()
-                work = _make
-            else:
-                work = _look_and_make
-            flow.run(pieces, work, lambda piece, data: destination.append(piece.job.name, data))
+        flow.run(pieces(direct), _look_and_make, append)
+        for survey, looked_at, made in surveyed:
+            again = True
+            while again:
+                flow.run(pieces(looked_at), _look, _add)
+                again = survey.decide()
+            flow.run(pieces(made), _make, append)
     return flow.checksums
 
 
@@ -88,23 +90,28 @@ def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
     )
 
 
-def _seen_at_once(group: Sequence[Job], cuts: dict[str, list[Piece]]) -> bool:
-    """Whether every survey of a group is over with the one piece that it is about."""
-    alone = len({id(job.survey) for job in group}) == len(group)
-    return alone and all(len(cuts[job.name]) == 1 for job in group)
+def _split(
+    jobs: Sequence[Job], todo: Sequence[Job], cuts: dict[str, list[Piece]]
+) -> tuple[list[Job], list[tuple[Survey, list[Job], list[Job]]]]:
+    """Jobs that go through the pipeline at once, and those whose surveys need passes of their own.
 
-
-def _groups(todo: Sequence[Job], cuts: dict[str, list[Piece]]) -> Iterator[list[Job]]:
-    """Runs of jobs that go through the pipeline together, without waiting for each other."""
-
-    def kind(job: Job) -> Any:
+    Returns:
+      The former; and every survey of the latter with the jobs that it is about (those that are done
+      too) and those of them that are made.
+    """
+    users = collections.Counter(id(job.survey) for job in jobs if job.survey is not None)
+    direct: list[Job] = []
+    waiting: dict[int, tuple[Survey, list[Job], list[Job]]] = {}
+    for job in todo:
         survey = job.survey
-        shared = survey is not None and sum(other.survey is survey for other in todo) > 1
-        waits = survey is not None and (shared or len(cuts[job.name]) > 1)
-        return id(survey) if waits else None
-
-    for _, group in itertools.groupby(todo, kind):
-        yield list(group)
+        if survey is None or (users[id(survey)] == 1 and len(cuts[job.name]) == 1):
+            direct.append(job)
+        elif id(survey) in waiting:
+            waiting[id(survey)][2].append(job)
+        else:
+            about = [other for other in jobs if other.survey is survey]
+            waiting[id(survey)] = (survey, about, [job])
+    return direct, list(waiting.values())
 
 
 # What is done with the arrays of a piece, in a worker.

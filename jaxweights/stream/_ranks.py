@@ -71,7 +71,9 @@ class Target:
         place = inside.size - left
         self.threshold = int(np.partition(inside, place)[place])
         wanted = left - int(np.count_nonzero(inside > self.threshold))
-        for where, (values, places) in self.inside.items():
+        # In the order of a tree, which sorts names.
+        for where in sorted(self.inside):
+            values, places = self.inside[where]
             ties = places[values == self.threshold]
             taken = min(wanted, ties.size)
             self.last[where] = int(ties[taken - 1]) if taken else -1

@@ -7,7 +7,7 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, save_tree, write_safetensors
-from jaxweights.stream import transform_checkpoint
+from jaxweights.stream import _jobs, transform_checkpoint
 
 
 def _tensors(seed):
@@ -62,9 +62,46 @@ def test_chains_of_leaf_transforms_stream_from_an_orbax_tree(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jw.merge.ties(density=0.3),
+        lambda: jw.merge.ties(density=0.5, weights=[1.0, -0.5], scale=0.7),
+        lambda: jw.merge.breadcrumbs_ties(density=0.5, outliers=0.1, scope="tree"),
+        lambda: jw.merge.delta_merge(consensus="sum", scope="tree"),
+    ],
+    ids=["ties", "weighted", "breadcrumbs", "majority"],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 1 << 10], ids=["whole", "pieces"])
+def test_thresholds_over_the_whole_tree_are_those_of_memory(tmp_path, monkeypatch, make, piece):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
+    trees = []
+    for i, name in enumerate(("base", "first", "second")):
+        draw = np.random.default_rng(i)
+        # Few levels, so that many entries tie at the threshold, across tensors too.
+        tree = {n: draw.integers(-4, 5, s).astype(np.float32) for n, s in SHAPES.items()}
+        write_safetensors(tmp_path / name, tree | {"steps": np.arange(3)})
+        trees.append(tree)
+    tx = make()
+    models = [tmp_path / "first", tmp_path / "second"]
+    transform_checkpoint(tx, tmp_path / "base", tmp_path / "out", models=models)
+    base, *others = [jax.tree.map(jnp.asarray, tree) for tree in trees]
+    want = jw.apply(tx, base, models=others)
+    got = dict(open_checkpoint(tmp_path / "out").items())
+    for name in SHAPES:
+        np.testing.assert_allclose(got[name], np.asarray(want[name]), rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(got["steps"], np.arange(3))
+
+
+SHAPES = {"b.weight": (30, 40), "a.weight": (50, 60), "c.bias": (70,), "d.conv": (4, 3, 5, 5)}
+
+
+@pytest.mark.parametrize(
     "tx, words",
     [
-        (lambda: jw.merge.ties(density=0.5), "looks at the whole tree.*scope='leaf'"),
+        (
+            lambda: jw.sparsify.magnitude(sparsity=0.5, group="global"),
+            "looks at the whole tree.*Rank by leaf",
+        ),
         (lambda: jw.sparsify.wanda(sparsity=0.5), "reads statistics"),
     ],
 )
