@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from jaxweights.adapt._lora import _placed_like_base
 from jaxweights.adapt._merge import _adapters, _replace_adapter
 from jaxweights.core import Flat, Params, Path, fail, flatten
 from jaxweights.merge._same import same
@@ -63,10 +64,10 @@ class AdapterLeaf:
         return min(wanted, most if dense else min(most, self.rank_sum))
 
     def with_factors(self, down: jax.Array, up: jax.Array) -> Any:
-        """The leaf with other factors, whose scaling is 1."""
+        """The leaf with other factors, spread like its base, whose scaling is 1."""
         scaling = jnp.ones(down.shape[:-2], jnp.float32)
         weight = dataclasses.replace(self.weights[0], down=down, up=up, scaling=scaling)
-        return _replace_adapter(self.leaf, weight)
+        return _replace_adapter(self.leaf, _placed_like_base(weight))
 
 
 @dataclasses.dataclass(frozen=True)

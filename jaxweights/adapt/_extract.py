@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.adapt._adapters import RankLoss, RankReport, check_factor_dtype, check_rank
 from jaxweights.adapt._factors import relative_tail, truncated_dense
+from jaxweights.adapt._lora import _placed_like_base
 from jaxweights.adapt._merge import _widest
 from jaxweights.core import (
     Context,
@@ -123,7 +124,8 @@ def extract_lora(
         delta = _delta(leaf, other[path], view=view)
         width = _rank(path, delta, rank, energy)
         down, up, error, finite[path] = _cut(delta, rank=width, dtype=jnp.dtype(dtype).name)
-        new[path] = LowRank.over(leaf, down, up, view=view) if width else leaf
+        if width:
+            new[path] = _placed_like_base(LowRank.over(leaf, down, up, view=view))
         report[path] = RankLoss(width, error)
     _refuse_nonfinite(finite, flat)
     if others == "error":

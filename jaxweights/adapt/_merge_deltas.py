@@ -74,6 +74,11 @@ def merge_adapter_deltas(
       >>> merged, _ = merge_adapter_deltas(jw.merge.ties(density=1.0), adapters)
       >>> merged["kernel"].materialize().round(4)
       Array([[ 3., -3.,  2.]], dtype=float32)
+
+    Source: the modes of peft's `add_weighted_adapter` that end in `_svd`.
+    Differs: (1) TIES elects signs by the weighted deltas and divides by their weights, as in its
+    paper, where peft elects by the unweighted ones and divides by their number. (2) Merges of the
+    factors themselves, entry by entry, are left out: the factors' entries mean nothing alone.
     """
     if not isinstance(tx, Transform):
         raise TypeError(f"{_NAME}: {tx!r} is no transform. Pass a merge, such as merge.ties().")

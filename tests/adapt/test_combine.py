@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxweights.adapt import combine_adapters, lora, rslora
 from jaxweights.core import apply
@@ -303,6 +304,22 @@ def test_no_array_as_large_as_a_weight_is_formed():
         computed = [line.split(" = ")[0] for line in text.splitlines() if " = " in line]
         assert len(computed) > 5
         assert not [line for line in computed if "300,400" in line or "400,300" in line]
+
+
+@pytest.mark.parametrize("mode, rank", [("cat", None), ("svd", 4)])
+def test_factors_over_a_sharded_base_are_spread_like_it(mode, rank, mesh):
+    spec = lambda *names: NamedSharding(mesh, PartitionSpec(*names))  # noqa: E731
+    base = jax.device_put(draw(0, (8, 12)), spec("data", "model"))
+    trees = [
+        {"k": LowRank.over(base, draw(s, (8, 2)), draw(s + 9, (2, 12)), scaling=0.5)}
+        for s in (1, 2)
+    ]
+    combined = combine_adapters(trees, [1.0, -1.0], mode=mode, rank=rank)[0]["k"]
+    assert combined.base is base
+    assert combined.down.sharding.is_equivalent_to(spec("data", None), 2)
+    assert combined.up.sharding.is_equivalent_to(spec(None, "model"), 2)
+    want = sum(w * t["k"].delta.materialize() for w, t in zip((1, -1), trees, strict=True))
+    np.testing.assert_allclose(combined.delta.materialize(), want, **TOL)
 
 
 # --- refusals -----------------------------------------------------------------------------------

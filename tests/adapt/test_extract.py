@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxweights.adapt import combine_adapters, extract_lora, merge_adapters
 from jaxweights.core import apply
@@ -183,6 +184,15 @@ def test_a_fixed_rank_works_under_jit_and_energy_does_not():
     chex.assert_trees_all_close(jitted, materialize(run(BASE, TUNED)), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"'attention/kernel': energy=0.5 chooses a rank by"):
         jax.jit(lambda b, t: extract_lora(b, t, energy=0.5, layout=LAYOUT)[0])(BASE, TUNED)
+
+
+def test_factors_over_a_sharded_base_are_spread_like_it(mesh):
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "model")))  # noqa: E731
+    base, tuned = ({"kernel": place(draw(s, (8, 12)))} for s in (1, 2))
+    adapted, _ = extract_lora(base, tuned, rank=8)
+    down = adapted["kernel"].down.sharding
+    assert down.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", None)), 2)
+    np.testing.assert_allclose(materialize(adapted)["kernel"], tuned["kernel"], rtol=0, atol=5e-6)
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from jaxweights.adapt import combine_adapters, merge_adapter_deltas
 from jaxweights.core import apply
 from jaxweights.merge import breadcrumbs, dare_linear, delta_merge, task_arithmetic, ties, tsv
 from jaxweights.weights import EMBEDDING, Axes, LowRank, View
-from tests.adapt.test_combine import BASE, HEADS, TOL, adapter, deltas, draw, peft_trees
+from tests.adapt.test_combine import HEADS, TOL, adapter, deltas, draw, peft_trees
 
 AXES = {"attention/kernel": HEADS, "stack/kernel": Axes()}
 
