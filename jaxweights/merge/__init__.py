@@ -26,6 +26,7 @@ from jaxweights.merge._learned import LearnedMerge as LearnedMerge
 from jaxweights.merge._learned import adamerging as adamerging
 from jaxweights.merge._learned import learned_soup as learned_soup
 from jaxweights.merge._mean import mean as mean
+from jaxweights.merge._method import method as method
 from jaxweights.merge._mixture import Mixture as Mixture
 from jaxweights.merge._mixture import mixture as mixture
 from jaxweights.merge._model_stock import model_stock as model_stock
