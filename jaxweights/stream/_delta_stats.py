@@ -12,24 +12,16 @@ import numpy as np
 
 from jaxweights.core._select import magnitude_bits
 from jaxweights.merge._models import compute_dtype
-from jaxweights.stream._delta import _ranked_delta
 from jaxweights.stream._jobs import Job, Operand, Piece, cut
 from jaxweights.stream._memory import Budget
-from jaxweights.stream._pipeline import (
-    Progress,
-    _add,
-    _Flow,
-    _look,
-    _look_whole,
-    _Meter,
-    memory_limit,
-)
+from jaxweights.stream._pipeline import Progress, _add, _Flow, _look, _Meter
 from jaxweights.stream._ranks import RankSurvey, Target
 from jaxweights.stream._sums import partial_sums, refuse_nonfinite
 
-_TASK = "Comparing"
-# Sums of squares within these bounds, of a slice, neither overflowed nor lost much to underflow.
-_SAFE = (1e-26, 1e30)
+_TASK = "Comparing deltas"
+_NOTHING = np.dtype("V0")  # what is written of a tensor
+# A smaller sum of squares of a slice may have lost entries whose squares are below float32's range.
+_SMALLEST_SQUARE = 1e-26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +100,9 @@ def cosines(gram: np.ndarray) -> np.ndarray:
 
 
 def delta_stats(
-    function: str,
     requests: Sequence[DeltaRequest],
     *,
-    memory: int | None = None,
+    limit: int | None = None,
     progress: Progress | None = None,
 ) -> list[DeltaStats]:
     """Compares the deltas of every tensor, in one pass over the operands.
@@ -119,32 +110,217 @@ def delta_stats(
     Tensors that are longer than a slice and whose largest entries are asked after are read twice.
 
     Args:
-      function: Start of the error messages.
       requests: The tensors.
-      memory: Most bytes that the process may hold.
+      limit: Most bytes that slices in flight may hold; None gives them half a gigabyte.
       progress: Called with (task, bytes done, bytes in all).
 
     Returns:
       What was found, in the order of the requests.
 
     Raises:
-      ValueError: If values are not finite, or the memory is too small.
+      ValueError: If values are not finite.
     """
-    budget = Budget(memory_limit(function, memory))
-    jobs = [_job(request) for request in requests]
-    cuts = [list(cut(job, budget.limit // 4)) for job in jobs]
-    meter = _Meter(jobs, jobs, progress and (lambda _, done, total: progress(_TASK, done, total)))
-    with _Flow(budget, meter) as flow:
-        # Tensors of which one look is enough go through together, without waiting for each other.
-        short, long = [], []
-        for job, pieces in zip(jobs, cuts, strict=True):
-            (long if len(pieces) > 1 and _survey(job).ranks else short).append(pieces)
-        whole = [piece for pieces in short for piece in pieces]
-        flow.run(whole, _look_once, _add_once)
-        for pieces in long:
-            again = True
-            while again:
+    budget = Budget(limit)
+    surveys = [_Survey(request) for request in requests]
+    once: list[Piece] = []  # no slice of these waits for another
+    again: list[tuple[_Survey, list[Piece]]] = []
+    for survey in surveys:
+        pieces = list(cut(survey.job, budget.limit // 4))
+        if len(pieces) > 1 and survey.ranks:
+            again.append((survey, pieces))
+        else:
+            once += pieces
+    jobs = [survey.job for survey in surveys]
+    report = None if progress is None else lambda _, done, total: progress(_TASK, done, total)
+    with _Flow(budget, _Meter(jobs, jobs, report)) as flow:
+        flow.run(once, _look_once, lambda piece, seen: None if seen is None else _add(piece, seen))
+        for survey, pieces in again:
+            is_open = True
+            while is_open:
                 flow.run(pieces, _look, _add)
-                again = _survey(pieces[0].job).decide()
-    meter.finish()
-    return [_survey(job).found(request) for job, request in zip(jobs, requests, strict=True)]
+                is_open = survey.decide()
+    return [survey.found() for survey in surveys]
+
+
+def _look_once(piece: Piece, arrays: list[Any]) -> Any:
+    """Looks at a slice; at a whole tensor as often as it takes."""
+    if piece.start or not piece.is_last:
+        return _look(piece, arrays)
+    survey = piece.job.survey
+    assert survey is not None
+    is_open = True
+    while is_open:
+        _add(piece, _look(piece, arrays))
+        is_open = survey.decide()
+    return None
+
+
+def _never(arrays: Sequence[Any], start: int) -> Any:
+    raise AssertionError("what is only looked at is not made")
+
+
+class _Survey(RankSurvey):
+    """Sums over a tensor in the first pass; then what the largest entries hold."""
+
+    def __init__(self, request: DeltaRequest):
+        self._request = request
+        operands = request.operands
+        n = len(operands) - 1
+        self.job = Job(
+            request.name,
+            operands[0].shape,
+            _NOTHING,
+            operands,
+            _never,
+            entrywise=True,
+            temporaries=8 + (0 if request.kept is None else 6 * n),
+            survey=self,
+        )
+        self._targets = [Target(i, k) for i, k in enumerate(request.kept or ())]
+        self._energy = np.zeros(len(self._targets))
+        self._counted = False
+        self._square = 0.0
+        self._gram = np.zeros((n, n))
+        self._conflicts = 0
+        super().__init__(_delta, self._targets, max(self.job.entries, 1))
+
+    @property
+    def ranks(self) -> bool:
+        """Whether largest entries have yet to be found."""
+        return bool(self._open)
+
+    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
+        sums = None if self._counted else self._sums(arrays)
+        highs = [target.high for target in self._open]
+        above = None
+        if self._open and not self._sampling:
+            above = [
+                _total(_squares_above(arrays[0], arrays[t.model + 1], jnp.uint32(high)))
+                for t, high in zip(self._open, highs, strict=True)
+            ]
+        return sums, above, super().look(job, start, count, arrays)
+
+    def add(self, job: Job, start: int, seen: Any) -> None:
+        sums, above, ranked = seen
+        if sums is not None:
+            self._square += sums[0]
+            self._gram += sums[1]
+            self._conflicts += sums[2]
+        if above is not None:
+            for target, energy in zip(self._open, above, strict=True):
+                self._energy[target.model] += energy
+        super().add(job, start, ranked)
+
+    def decide(self) -> bool:
+        self._counted = True
+        if self._sampling or not self._open:
+            return super().decide()
+        inside = {
+            target.model: np.concatenate([values for values, _ in target.inside.values()])
+            for target in self._open
+        }
+        is_open = super().decide()
+        for model, values in inside.items():
+            target = self._targets[model]
+            if target in self._open:  # the bracket missed, so all is counted again
+                self._energy[model] = 0
+                continue
+            larger = values[values > target.threshold]
+            ties = target.k - target.above - larger.size
+            edge = np.array([target.threshold], np.uint32)
+            self._energy[model] += _square_sum(larger) + ties * _square_sum(edge)
+        return is_open
+
+    def found(self) -> DeltaStats:
+        """What was found."""
+        kept = None
+        if self._request.kept is not None:
+            kept = np.array(
+                [
+                    self._gram[t.model, t.model] if t.k >= self.job.entries else energy
+                    for t, energy in zip(self._targets, self._energy, strict=True)
+                ]
+            )
+        origin, *models = self._request.operands
+        return DeltaStats(
+            name=self._request.name,
+            shape=self.job.shape,
+            origin=origin.label,
+            models=tuple(model.label for model in models),
+            origin_square=self._square,
+            gram=self._gram,
+            conflicts=self._conflicts,
+            kept=kept,
+        )
+
+    def _sums(self, arrays: Sequence[Any]) -> tuple[float, np.ndarray, int]:
+        """The origin's sum of squares, products of all pairs of deltas, and conflicts."""
+        base, *models = arrays
+        n = len(models)
+        gram = np.zeros((n, n))
+        # Pair by pair: differences cost less than keeping them.
+        for i in range(n):
+            for j in range(i, n):
+                gram[i, j] = gram[j, i] = _total(_products(base, models[i], models[j]))
+        square = _total(_squares(base))
+        squares = np.array([square, *np.diagonal(gram)])
+        if not np.isfinite(squares).all() or ((squares > 0) & (squares < _SMALLEST_SQUARE)).any():
+            square, gram = self._wide_sums(arrays)
+        conflicts = 0
+        if n > 1:
+            conflicts = int(np.count_nonzero(np.asarray(_conflicts(base, tuple(models)))))
+        return square, gram, conflicts
+
+    def _wide_sums(self, arrays: Sequence[Any]) -> tuple[float, np.ndarray]:
+        """In float64, for the few slices whose squares leave the range of float32."""
+        base, *models = (np.asarray(array).astype(np.float64) for array in arrays)
+        if not all(np.isfinite(array).all() for array in (base, *models)):
+            refuse_nonfinite(self._request.name, self._request.operands, arrays)
+        deltas = np.stack([model - base for model in models])
+        return float(base @ base), deltas @ deltas.T
+
+
+def _delta(arrays: Any, model: int) -> Any:
+    base, other = arrays[0], arrays[model + 1]
+    wide = compute_dtype(base)
+    return (other.astype(wide) - base.astype(wide)).astype(np.float32)
+
+
+def _difference(base: Any, model: Any) -> jax.Array:
+    wide = compute_dtype(base)
+    return model.astype(wide) - base.astype(wide)
+
+
+@jax.jit
+def _products(base: Any, first: Any, second: Any) -> jax.Array:
+    return partial_sums(_difference(base, first) * _difference(base, second))
+
+
+@jax.jit
+def _squares(base: Any) -> jax.Array:
+    return partial_sums(jnp.square(base.astype(compute_dtype(base))))
+
+
+@jax.jit
+def _conflicts(base: Any, models: tuple[Any, ...]) -> jax.Array:
+    raised = lowered = jnp.zeros(base.shape, bool)
+    for model in models:
+        delta = _difference(base, model)
+        raised, lowered = raised | (delta > 0), lowered | (delta < 0)
+    return raised & lowered
+
+
+@jax.jit
+def _squares_above(base: Any, model: Any, high: jax.Array) -> jax.Array:
+    delta = _delta((base, model), 0)
+    return partial_sums(jnp.where(magnitude_bits(delta) > high, delta * delta, 0))
+
+
+def _total(parts: jax.Array) -> float:
+    return float(np.asarray(parts).sum(dtype=np.float64))
+
+
+def _square_sum(patterns: np.ndarray) -> float:
+    """Sum of squares of floats by their patterns."""
+    values = patterns.view(np.float32).astype(np.float64)
+    return float(values @ values)
