@@ -125,6 +125,10 @@ def read_adapters(
     """
     if others not in _OTHERS:
         raise ValueError(f"{name}: others={others!r} is not one of 'require_equal', 'first'.")
+    if not isinstance(adapters, list | tuple):
+        raise TypeError(
+            f"{name}: adapters is a {type(adapters).__name__}. Pass a list of trees, one each."
+        )
     if not adapters:
         raise ValueError(f"{name}: adapters is empty. Pass at least one tree with LowRank leaves.")
     if names is not None and len(names) != len(adapters):

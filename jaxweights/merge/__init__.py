@@ -22,6 +22,7 @@ from jaxweights.merge._interpolate import iterate_path as iterate_path
 from jaxweights.merge._iso import iso_c as iso_c
 from jaxweights.merge._iso import iso_cts as iso_cts
 from jaxweights.merge._karcher import karcher as karcher
+from jaxweights.merge._layer_slices import LayerSlice as LayerSlice
 from jaxweights.merge._learned import LearnedMerge as LearnedMerge
 from jaxweights.merge._learned import adamerging as adamerging
 from jaxweights.merge._learned import learned_soup as learned_soup
@@ -51,7 +52,6 @@ from jaxweights.merge._sce import sce as sce
 from jaxweights.merge._slerp import slerp as slerp
 from jaxweights.merge._soup import SoupStep as SoupStep
 from jaxweights.merge._soup import greedy_soup as greedy_soup
-from jaxweights.merge._stack_layers import LayerSlice as LayerSlice
 from jaxweights.merge._stack_layers import stack_layers as stack_layers
 from jaxweights.merge._subtree import merge_subtree as merge_subtree
 from jaxweights.merge._task_arithmetic import add_task_vector as add_task_vector

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.core._layout import is_float
-from jaxweights.core._paths import (
-    Flat,
-    Params,
-    Path,
-    check_pattern,
-    fail,
-    flatten,
-    matching,
-    nearest,
-    unflatten,
+from jaxweights.core._paths import Flat, Params, Path, check_pattern, fail, flatten, unflatten
+from jaxweights.merge._layer_slices import (
+    NAME,
+    PREFIX_END,
+    LayerSlice,
+    check_range,
+    checked_slices,
+    leaf_factors,
+    outer_leaves,
+    require_fitting,
+    require_layers,
+    scaled,
 )
-from jaxweights.merge._models import compute_dtype
 from jaxweights.merge._nested import Placed, build, placed_leaves
 from jaxweights.weights._weight import is_weight
 
-_NAME = "merge.stack_layers"
 # Names of final norms and heads, but not of what belongs to the embeddings.
 _AFTER = (
     r"(?i)(?!.*(?<!un)embed).*\b(?:\w*(?:final|last)\w*|norm|ln_f|(?:lm_)?head|output(?:_norm)?"
     r"|unembed\w*|classifier|pooler)\b.*"
 )
-_END = "(?=[/.]|$)"  # of the beginning of a path
-
-
-class LayerSlice(NamedTuple):
-    """Some layers of a model, in their order."""
-
-    model: Params
-    start: int
-    """The first layer that is taken."""
-    stop: int
-    """The layer before which it ends."""
-    scale: Mapping[str, float] | None = None
-    """Factors by pattern of a leaf's path; the first pattern that matches a leaf holds."""
 
 
 def stack_layers(
@@ -96,51 +80,19 @@ def stack_layers(
 
     Source: mergekit's `passthrough`; zeroed output projections as in LLaMA Pro, arXiv:2401.02415.
     """
-    parts = _checked_slices(slices)
-    check_pattern(_NAME, layers)
-    check_pattern(_NAME, after)
+    parts = checked_slices(slices)
+    check_pattern(NAME, layers)
+    check_pattern(NAME, after)
     groups = re.compile(layers).groups
     if groups > 1:
         raise ValueError(
-            f"{_NAME}: layers={layers!r} has {groups} groups. Put one, for the number; write "
+            f"{NAME}: layers={layers!r} has {groups} groups. Put one, for the number; write "
             "(?:...) for others."
         )
     if out_dtype is not None and not jnp.issubdtype(out_dtype, jnp.floating):
-        raise ValueError(f"{_NAME}: out_dtype={out_dtype} is no floating dtype.")
+        raise ValueError(f"{NAME}: out_dtype={out_dtype} is no floating dtype.")
     method = _stack_named if groups else _stack_scanned
-    return method(parts, re.compile(f"(?:{layers}){_END}"), after, out_dtype)
-
-
-def _checked_slices(slices: Sequence[Any]) -> list[LayerSlice]:
-    if not slices:
-        raise ValueError(f"{_NAME}: slices is empty. Pass at least one (model, start, stop).")
-    parts = []
-    for i, given in enumerate(slices):
-        if not isinstance(given, tuple) or len(given) not in (3, 4):
-            raise TypeError(
-                f"{_NAME}: slices[{i}] must be (model, start, stop) or (model, start, stop, scale)."
-            )
-        part = LayerSlice(*given)
-        for bound in (part.start, part.stop):
-            if isinstance(bound, bool) or not isinstance(bound, int | np.integer):
-                raise TypeError(f"{_NAME}: slices[{i}]: {bound!r} must be an integer.")
-        for pattern, factor in (part.scale or {}).items():
-            check_pattern(f"{_NAME}: slices[{i}]: scale", pattern)
-            if not math.isfinite(factor):
-                raise ValueError(
-                    f"{_NAME}: slices[{i}]: scale={factor} of {pattern!r} must be finite."
-                )
-        parts.append(part)
-    return parts
-
-
-def _check_range(i: int, part: LayerSlice, count: int) -> str | None:
-    if 0 <= part.start < part.stop <= count:
-        return None
-    return (
-        f"slices[{i}] takes layers {part.start} to {part.stop} (exclusive), but its model has "
-        f"{count}, numbered from 0. Choose 0 <= start < stop <= {count}."
-    )
+    return method(parts, re.compile(f"(?:{layers}){PREFIX_END}"), after, out_dtype)
 
 
 # --- layers on axis 0 ---------------------------------------------------------------------------
@@ -151,17 +103,17 @@ def _stack_scanned(
 ) -> Params:
     flats = [flatten(part.model)[0] for part in parts]
     stacked = [[path for path in flat if prefix.match(path)] for flat in flats]
-    _require_layers(stacked, flats, prefix)
+    require_layers(stacked, flats, prefix)
     counts = [_lengths(i, flats[i], paths) for i, paths in enumerate(stacked)]
-    fail(_NAME, filter(None, map(_check_range, range(len(parts)), parts, counts)))
+    fail(NAME, filter(None, map(check_range, range(len(parts)), parts, counts)))
     layered = {i: {p: flats[i][p] for p in paths} for i, paths in enumerate(stacked)}
     shapes = {i: {p: np.shape(x)[1:] for p, x in flat.items()} for i, flat in layered.items()}
-    _require_fitting(layered, shapes, dtype)
-    factors = [_factors(i, part, layered[i]) for i, part in enumerate(parts)]
-    merged = _outside(flats, [set(paths) for paths in stacked], after, dtype)
+    require_fitting(layered, shapes, dtype)
+    factors = [leaf_factors(i, part, layered[i]) for i, part in enumerate(parts)]
+    merged = outer_leaves(flats, [set(paths) for paths in stacked], after, dtype)
     for path in stacked[0]:
         pieces = [
-            _scaled(flat[path][part.start : part.stop], factor.get(path, 1.0), dtype)
+            scaled(flat[path][part.start : part.stop], factor.get(path, 1.0), dtype)
             for flat, part, factor in zip(flats, parts, factors, strict=True)
         ]
         merged[path] = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
@@ -183,11 +135,11 @@ def _lengths(i: int, flat: Flat, paths: list[Path]) -> int:
         for path in paths
         if not np.shape(flat[path])
     ]
-    fail(_NAME, problems)
+    fail(NAME, problems)
     lengths = {path: np.shape(flat[path])[0] for path in paths}
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"{_NAME}: slices[{i}]: leaves under `layers` have different lengths on axis 0: "
+            f"{NAME}: slices[{i}]: leaves under `layers` have different lengths on axis 0: "
             f"{dict(list(lengths.items())[:5])}. All must be stacked, one entry per layer."
         )
     return next(iter(lengths.values()))
@@ -199,32 +151,32 @@ def _lengths(i: int, flat: Flat, paths: list[Path]) -> int:
 def _stack_named(
     parts: list[LayerSlice], prefix: re.Pattern[str], after: str, dtype: Any
 ) -> Params:
-    trees = [placed_leaves(_NAME, part.model) for part in parts]
+    trees = [placed_leaves(NAME, part.model) for part in parts]
     flats = [{leaf.path: leaf.leaf for leaf in tree} for tree in trees]
     numbered = [_numbered(tree, prefix) for tree in trees]
     inside = [{leaf.path for layer in found.values() for leaf in layer} for found in numbered]
-    _require_layers([list(paths) for paths in inside], flats, prefix)
+    require_layers([list(paths) for paths in inside], flats, prefix)
     counts = [_count(i, found) for i, found in enumerate(numbered)]
-    fail(_NAME, filter(None, map(_check_range, range(len(parts)), parts, counts)))
+    fail(NAME, filter(None, map(check_range, range(len(parts)), parts, counts)))
     merged: list[Placed] = []
-    outside = _outside(flats, inside, after, dtype)
-    merged += [leaf._replace(leaf=outside[leaf.path]) for leaf in trees[0] if leaf.path in outside]
+    outer = outer_leaves(flats, inside, after, dtype)
+    merged += [leaf._replace(leaf=outer[leaf.path]) for leaf in trees[0] if leaf.path in outer]
     layered, depth = {}, 0
     for i, (part, layers) in enumerate(zip(parts, numbered, strict=True)):
         taken = {leaf.path: leaf.leaf for n in range(part.start, part.stop) for leaf in layers[n]}
-        factor = _factors(i, part, taken)
+        factor = leaf_factors(i, part, taken)
         for n in range(part.start, part.stop):
             layer = [_renumbered(leaf, prefix, depth) for leaf in layers[n]]
             layered[f"layer {n} of slices[{i}]"] = {
                 _anonymous(leaf.path, prefix): leaf.leaf for leaf in layers[n]
             }
             merged += [
-                new._replace(leaf=_scaled(old.leaf, factor.get(old.path, 1.0), dtype))
+                new._replace(leaf=scaled(old.leaf, factor.get(old.path, 1.0), dtype))
                 for new, old in zip(layer, layers[n], strict=True)
             ]
             depth += 1
     shapes = {i: {p: np.shape(x) for p, x in flat.items()} for i, flat in layered.items()}
-    _require_fitting(layered, shapes, dtype)
+    require_fitting(layered, shapes, dtype)
     return build(merged)
 
 
@@ -236,7 +188,7 @@ def _numbered(tree: list[Placed], prefix: re.Pattern[str]) -> dict[int, list[Pla
             continue
         if not match.group(1).isdecimal():
             raise ValueError(
-                f"{_NAME}: {leaf.path!r}: the group of `layers` takes {match.group(1)!r}, which is "
+                f"{NAME}: {leaf.path!r}: the group of `layers` takes {match.group(1)!r}, which is "
                 r"no number. Write it as (\d+)."
             )
         found.setdefault(int(match.group(1)), []).append(leaf)
@@ -246,7 +198,7 @@ def _numbered(tree: list[Placed], prefix: re.Pattern[str]) -> dict[int, list[Pla
 def _count(i: int, found: dict[int, list[Placed]]) -> int:
     if sorted(found) != list(range(len(found))):
         raise ValueError(
-            f"{_NAME}: slices[{i}]: its layers are numbered {sorted(found)}. They must be numbered "
+            f"{NAME}: slices[{i}]: its layers are numbered {sorted(found)}. They must be numbered "
             "from 0 without gaps."
         )
     return len(found)
@@ -272,108 +224,3 @@ def _renumbered(leaf: Placed, prefix: re.Pattern[str], number: int) -> Placed:
             break
         begin += len(text) + 1
     return leaf._replace(keys=tuple(keys))
-
-
-# --- both ---------------------------------------------------------------------------------------
-
-
-def _require_layers(
-    stacked: Sequence[Sequence[Path]], flats: list[Flat], prefix: re.Pattern[str]
-) -> None:
-    layers = prefix.pattern.removeprefix("(?:").removesuffix(f"){_END}")
-    fail(
-        _NAME,
-        [
-            f"layers={layers!r} begins no path of slices[{i}]. The nearest paths: "
-            f"{nearest(layers, flats[i])}."
-            for i, paths in enumerate(stacked)
-            if not paths
-        ],
-    )
-
-
-def _require_fitting(layered: Mapping[Any, Flat], shapes: Mapping[Any, Any], dtype: Any) -> None:
-    """Refuses layers of different leaves, widths or dtypes."""
-    (first, leaves), *rest = layered.items()
-    named = lambda label: label if isinstance(label, str) else f"slices[{label}]"  # noqa: E731
-    problems = []
-    for label, others in rest:
-        missing = [path for path in leaves if path not in others]
-        extra = [path for path in others if path not in leaves]
-        if missing or extra:
-            problems.append(
-                f"{named(label)} lacks {missing[:5]} and has {extra[:5]} beside what "
-                f"{named(first)} has. Layers must be of one architecture."
-            )
-        for path in (path for path in leaves if path in others):
-            wide = shapes[first][path], shapes[label][path]
-            kinds = tuple(getattr(x[path], "dtype", type(x[path])) for x in (leaves, others))
-            if wide[0] != wide[1]:
-                problems.append(
-                    f"{path!r}: a layer is {wide[1]} in {named(label)} but {wide[0]} in "
-                    f"{named(first)}. Layers can be stacked only where they have the same widths."
-                )
-            elif kinds[0] != kinds[1] and not (dtype is not None and all(map(_floats, kinds))):
-                problems.append(
-                    f"{path!r}: is {kinds[1]} in {named(label)} but {kinds[0]} in {named(first)}. "
-                    "Pass out_dtype to cast them."
-                )
-    fail(_NAME, problems)
-
-
-def _floats(dtype: Any) -> bool:
-    return not isinstance(dtype, type) and bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def _outside(flats: list[Flat], inside: Sequence[set[Path]], after: str, dtype: Any) -> Flat:
-    """The leaves that are no layers, each from the model that owns it."""
-    first, last = ({p: x for p, x in flats[i].items() if p not in inside[i]} for i in (0, -1))
-    if first.keys() != last.keys():
-        raise ValueError(
-            f"{_NAME}: outside of the layers slices[0] has {sorted(first.keys() - last.keys())[:5]}"
-            f" and slices[{len(flats) - 1}] {sorted(last.keys() - first.keys())[:5]}, which the "
-            "other lacks. Models must be of one architecture; drop what only one has."
-        )
-    behind = set(matching(after, first))
-    return {
-        path: _scaled(last[path] if path in behind else leaf, 1.0, dtype)
-        for path, leaf in first.items()
-    }
-
-
-def _factors(i: int, part: LayerSlice, leaves: Flat) -> dict[Path, float]:
-    """The factor of every leaf that has one."""
-    found: dict[Path, float] = {}
-    problems = []
-    for pattern, factor in (part.scale or {}).items():
-        matched = matching(pattern, leaves)
-        if not matched:
-            problems.append(
-                f"slices[{i}]: scale: pattern {pattern!r} matches no leaf of its layers. The "
-                f"nearest paths: {nearest(pattern, leaves)}."
-            )
-        for path in matched:
-            found.setdefault(path, float(factor))
-            if not isinstance(leaves[path], jax.Array | np.ndarray) or not is_float(leaves[path]):
-                problems.append(
-                    f"{path!r}: is {_kind(leaves[path])} in slices[{i}] and cannot be scaled. Put "
-                    "a pattern with factor 1 before this one, or materialize the model."
-                )
-    fail(_NAME, problems)
-    return {path: factor for path, factor in found.items() if factor != 1}
-
-
-def _kind(leaf: Any) -> str:
-    return type(leaf).__name__ if is_weight(leaf) else str(getattr(leaf, "dtype", type(leaf)))
-
-
-def _scaled(leaf: Any, factor: float, dtype: Any) -> Any:
-    """The leaf itself where nothing changes it."""
-    if dtype is not None and is_float(leaf) and leaf.dtype != dtype:
-        kept = jnp.dtype(dtype)
-    elif factor == 1:
-        return leaf
-    else:
-        kept = leaf.dtype
-    wide = leaf if is_weight(leaf) else jnp.asarray(leaf).astype(compute_dtype(leaf))
-    return (wide if factor == 1 else wide * jnp.asarray(factor, wide.dtype)).astype(kept)

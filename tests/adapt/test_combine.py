@@ -392,5 +392,7 @@ def test_bad_settings_are_refused(settings, words):
 def test_trees_without_factors_are_refused():
     with pytest.raises(ValueError, match="adapters is empty"):
         combine_adapters([])
+    with pytest.raises(TypeError, match=r"adapters is a dict. Pass a list of trees"):
+        combine_adapters(adapter(1))
     with pytest.raises(ValueError, match=r"adapters\[1\] has no leaf with low-rank factors"):
         combine_adapters([adapter(1), BASE])
