@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   jaxweights merge ties.yml merged
   jaxweights merge ties.yml merged --memory 1GB --resume
+  jaxweights merge ties.yml merged --report report.html
   jaxweights merge ties.yml --explain
 
 a configuration:
@@ -61,9 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take: a tensor that some models lack comes from those that have it",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random methods (0)")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="make a page about the deltas too: cosines, sign conflicts, what trimming keeps",
+    )
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing checkpoint, at the end"
+        "--overwrite",
+        action="store_true",
+        help="replace an existing checkpoint and report, at the end",
     )
 
 
@@ -79,6 +87,8 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     common = {"compat": options.compat, "missing": options.missing, "seed": options.seed}
     if options.explain:
+        if options.report is not None:
+            raise ValueError("--explain reads no values, so it has no --report. Leave one out.")
         return _explained(explain_merge(options.config, **common))
     if options.destination is None:
         raise ValueError("OUT is missing. Name the folder to make, or say --explain.")
@@ -91,11 +101,13 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             max_shard_bytes=options.shard,
             overwrite=options.overwrite,
             resume=options.resume,
+            report=options.report,
             progress=progress,
             **common,
         )
     result = {
         "destination": str(done.destination),
+        "report": options.report,
         "tensors": done.tensors,
         "resumed": done.resumed,
         "bytes_read": done.bytes_read,
@@ -110,6 +122,8 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     if done.resumed:
         text += f"; {done.resumed} tensors were there from before"
+    if options.report is not None:
+        text += f"\nreport: {options.report}"
     return result, text
 
 

@@ -18,6 +18,7 @@ from jaxweights.recipes.mergekit._methods import METHODS, Compat
 from jaxweights.recipes.mergekit._models import Model, open_model
 from jaxweights.recipes.mergekit._plan import PlannedTensor, Planner
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
+from jaxweights.stream._memory import resident_bytes
 from jaxweights.stream._pipeline import Progress
 from jaxweights.stream._run import Streamed, stream_jobs
 
@@ -70,6 +71,7 @@ def run_merge(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     resume: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Streamed:
     """Merges checkpoints as a mergekit configuration says, without holding them in memory.
@@ -83,8 +85,10 @@ def run_merge(
       memory: Most bytes that the process may hold. None lets a tensor that its method cannot cut
         have what it needs.
       max_shard_bytes: Most bytes of tensors a file.
-      overwrite: Whether an existing checkpoint may be replaced, at the end.
+      overwrite: Whether an existing checkpoint and report may be replaced, at the end.
       resume: Whether to go on where a killed run with the same configuration stopped.
+      report: An HTML file to make, about how the models' deltas relate; the models are read once
+        more for it, after the merge.
       progress: Called with (task, bytes done, bytes in all).
 
     Returns:
@@ -96,9 +100,14 @@ def run_merge(
     """
     check_destination(_NAME, destination, overwrite=overwrite, directory=True)
     refuse_unrelated(_NAME, destination)
+    if report is not None:
+        from jaxweights.recipes.mergekit._report import check_report
+
+        check_report(report, destination, config, overwrite=overwrite)
     prepared = _prepare(config, compat, missing, seed)
     text = Path(config).read_text(encoding="utf-8")
-    return stream_jobs(
+    limit = None if memory is None else memory - resident_bytes()
+    done = stream_jobs(
         _NAME,
         [tensor.job for tensor in prepared.tensors],
         destination,
@@ -118,6 +127,28 @@ def run_merge(
         resume=resume,
         progress=progress,
     )
+    if report is not None:
+        _report(report, prepared, text, done, overwrite=overwrite, limit=limit, progress=progress)
+    return done
+
+
+def _report(
+    report: str | os.PathLike[str],
+    prepared: _Prepared,
+    text: str,
+    done: Streamed,
+    *,
+    overwrite: bool,
+    limit: int | None,
+    progress: Progress | None,
+) -> None:
+    from jaxweights.recipes.mergekit._report import delta_requests, write_report
+    from jaxweights.stream._delta_stats import delta_stats
+
+    requests = delta_requests(prepared.config, prepared.models, prepared.tensors)
+    # What the merge was allowed: what it freed is used again.
+    found = delta_stats(requests, limit=limit, progress=progress)
+    write_report(report, prepared.config, text, found, done, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
