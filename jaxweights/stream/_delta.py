@@ -124,11 +124,11 @@ def delta_job(
             if row.rescale == "inverse_density":
                 factors = np.array([_EVERY / _kept(density) for density in settings.density])
         numbers = _Numbers(
-            jnp.asarray(settings.weights, wide),
-            jnp.asarray(factors, wide),
-            jnp.asarray(settings.scale, wide),
-            jnp.asarray(bounds),
-            jnp.asarray([_kept(density) for density in settings.density], jnp.uint32),
+            np.asarray(settings.weights, wide),
+            np.asarray(factors, wide),
+            np.asarray(settings.scale, wide),
+            bounds,
+            np.asarray([_kept(density) for density in settings.density], np.uint32),
         )
         merged, finite = _merge_slice(
             base, tuple(models), numbers, tuple(draws), sign, row=row, dtype=dtype
@@ -164,11 +164,12 @@ def _draws(settings: DeltaSettings, name: str, i: int, start: int, count: int) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Numbers:
-    weights: jax.Array  # (models,)
-    factors: jax.Array  # (models,), rescaling what was kept
-    scale: jax.Array
-    bounds: jax.Array  # (models, 2, 2): of what is kept or dropped from the top, and of the latter
-    kept: jax.Array  # (models,): draws below it keep an entry
+    # Host arrays: placing each by itself takes longer than the call that reads them.
+    weights: Any  # (models,)
+    factors: Any  # (models,), rescaling what was kept
+    scale: Any
+    bounds: Any  # (models, 2, 2): of what is kept or dropped from the top, and of the latter
+    kept: Any  # (models,): draws below it keep an entry
 
 
 @functools.partial(jax.jit, static_argnames=("row", "dtype"))
@@ -250,11 +251,11 @@ class DeltaRanks(RankSurvey):
         base, *models = arrays
         wide, row = compute_dtype(base), self._settings.row
         numbers = _Numbers(
-            jnp.asarray(self._settings.weights, wide),
-            jnp.ones(len(models), wide),
-            jnp.asarray(1, wide),
-            jnp.asarray(self.bounds(job, start)),
-            jnp.zeros(len(models), jnp.uint32),
+            np.asarray(self._settings.weights, wide),
+            np.ones(len(models), wide),
+            np.asarray(1, wide),
+            self.bounds(job, start),
+            np.zeros(len(models), np.uint32),
         )
         elected = np.asarray(_elected(base, tuple(models), numbers, row=row))
         return int(np.count_nonzero(elected > 0)) - int(np.count_nonzero(elected < 0))

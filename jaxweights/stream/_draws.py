@@ -26,14 +26,12 @@ def draw(seed: int, path: str, model: str, start: int, count: int) -> np.ndarray
     Returns:
       `(count,)` uint16.
     """
-    out = np.empty(count, np.uint16)
     identity = (seed, zlib.crc32(path.encode()), zlib.crc32(model.encode()))
-    done = 0
+    parts, done = [], 0
     while done < count:
         block, skip = divmod(start + done, _BLOCK)
         n = min(_BLOCK - skip, count - done)
         bits = np.random.SFC64(np.random.SeedSequence((*identity, block)))
-        raw = bits.random_raw(-(-(skip + n) // 4))
-        out[done : done + n] = raw.view(np.uint16)[skip : skip + n]
+        parts.append(bits.random_raw(-(-(skip + n) // 4)).view(np.uint16)[skip : skip + n])
         done += n
-    return out
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint16), *parts])

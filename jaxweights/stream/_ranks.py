@@ -2,7 +2,7 @@
 
 A sample of the entries brackets the magnitude of each wanted rank. One pass then counts what lies
 above the bracket and keeps what lies inside, a few entries in a hundred, among which the exact
-threshold is found. Where the bracket missed (which a sample does about once in 10,000 times), it is
+threshold is found. Where the bracket missed (which a sample does about once in 400 times), it is
 widened and the pass repeated.
 """
 
@@ -24,7 +24,8 @@ from jaxweights.stream._jobs import Job
 _STRIDE = 61  # prime, so that a sample does not keep step with rows
 _SAMPLED_FROM = 1 << 15  # below, all entries are kept
 _TOP = 0xFFFFFFFF
-_SIGMAS = 4.0
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_SIGMAS = 3.0
 
 Place = tuple[str, int]  # a tensor and the first entry of a slice of it
 
@@ -114,7 +115,7 @@ class RankSurvey:
             drawn = _sample(self._values, tuple(arrays), tuple(self._models))
             inside = -(-count // _STRIDE)
             return [np.array(bits[:inside]) for bits in drawn]
-        brackets = jnp.asarray([[t.low, t.high] for t in self._open], jnp.uint32)
+        brackets = np.array([[t.low, t.high] for t in self._open], np.uint32)
         which = tuple(target.model for target in self._open)
         sides = _sides(self._values, tuple(arrays), brackets, which)
         host = [np.asarray(array).reshape(-1) for array in arrays]
@@ -123,7 +124,7 @@ class RankSurvey:
             side = np.asarray(side)[:count]
             places = _ones(side)
             chosen = {i: host[i][places] for i in (0, target.model + 1)}
-            values = self._values(chosen, target.model)
+            values = self._values({i: _wide(x) for i, x in chosen.items()}, target.model)
             inside = np.asarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
             seen.append((int(np.count_nonzero(side == 2)), (inside, places)))
         return seen
@@ -173,6 +174,13 @@ def among(values: jax.Array, bound: jax.Array) -> jax.Array:
     place = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     last = jax.lax.bitcast_convert_type(bound[1], jnp.int32)
     return (bits > bound[0]) | ((bits == bound[0]) & (place <= last))
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, five times faster than by its own cast; other dtypes as they are."""
+    if array.dtype != _BFLOAT16:
+        return array
+    return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _ones(side: np.ndarray) -> np.ndarray:
