@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def cosine_heatmaps(panels: Mapping[str, np.ndarray], models: Sequence[str]) -> 
     """
     n = len(models)
     apart = [grid[~np.eye(n, dtype=bool)] for grid in panels.values()]
-    top = max(float(np.nanmax(np.abs(np.concatenate(apart)), initial=0.0)), 0.05)
+    # Small cosines look small: the colours span a quarter at least.
+    top = max(float(np.nanmax(np.abs(np.concatenate(apart)), initial=0.0)), 0.25)
     spec = ".2f" if n <= 12 else ".1f"
     size = min(max(0.62 * n, 2.0), 4.0)
     width = min(len(panels) * (size + 1.4) + 0.6, _WIDTH)
@@ -67,10 +69,12 @@ def cosine_heatmaps(panels: Mapping[str, np.ndarray], models: Sequence[str]) -> 
                         color=colour,
                         fontsize=8,
                     )
-            turned = 0 if max(map(len, models)) * n < 40 else 40
-            axis.set_xticks(np.arange(n) + 0.5, models, rotation=turned)
+            turned = 0 if 0.085 * max(map(len, models)) < size / n else 40  # inches
+            axis.set_xticks(np.arange(n) + 0.5, models)
             for tick in axis.get_xticklabels():
-                tick.set_ha("right" if turned else "center")
+                tick.set(
+                    rotation=turned, rotation_mode="anchor", ha="right" if turned else "center"
+                )
             axis.set_yticks(np.arange(n) + 0.5, models)
             axis.invert_yaxis()
             axis.set_aspect("equal")
@@ -133,18 +137,15 @@ def by_depth(name: str, lines: Mapping[str, Line], label: str, *, percent: bool 
     return out[0]
 
 
-def _plain(name: str, width: float, height: float, rows: int, columns: int) -> Any:
+@contextlib.contextmanager
+def _plain(
+    name: str, width: float, height: float, rows: int, columns: int
+) -> Iterator[tuple[list[str], Any]]:
     """A figure whose texts are taken as they are: a dollar sign in a path is no formula."""
-    import contextlib
+    import matplotlib
 
-    @contextlib.contextmanager
-    def figure() -> Any:
-        import matplotlib
-
-        with (
-            matplotlib.rc_context({"text.parse_math": False}),
-            _figure(name, width, height, rows, columns) as made,
-        ):
-            yield made
-
-    return figure()
+    with (
+        matplotlib.rc_context({"text.parse_math": False}),
+        _figure(name, width, height, rows, columns) as made,
+    ):
+        yield made

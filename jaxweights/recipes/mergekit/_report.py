@@ -86,20 +86,23 @@ def delta_requests(
         base = models[config.base_model]
     requests = []
     for tensor in tensors:
-        operands = tensor.job.operands
+        if tensor.method == "copy" or not tensor.job.entries:
+            continue
+        origin, *_ = operands = tensor.job.operands
         if base is not None and base.label in tensor.inputs:
             origin = Operand(base.tensors, tensor.inputs[base.label], base.label)
-            operands = (origin, *(operand for operand in operands if operand != origin))
-        if tensor.method == "copy" or len(operands) < 2 or not tensor.job.entries:
-            continue
-        requests.append(DeltaRequest(tensor.job.name, operands, _kept(tensor, len(operands) - 1)))
+        # A model that an average names twice has one delta.
+        others = dict.fromkeys(operand for operand in operands if operand != origin)
+        if others:
+            kept = _kept(tensor, len(others))
+            requests.append(DeltaRequest(tensor.job.name, (origin, *others), kept))
     return requests
 
 
 def _kept(tensor: PlannedTensor, n: int) -> tuple[int, ...] | None:
     """How many entries the densities leave, as the methods count them."""
     density = tensor.parameters.get("density")
-    if not isinstance(density, dict) or len(density) != n:
+    if tensor.method == "task_arithmetic" or not isinstance(density, dict) or len(density) != n:
         return None
     if all(share >= 1 for share in density.values()):
         return None
@@ -253,21 +256,14 @@ def _pairs(one: DeltaStats) -> np.ndarray:
 
 
 def _lead(config: MergeConfig, found: _Found, done: Streamed) -> str:
-    names = list(found.models.values())
-    models = "1 model" if len(names) == 1 else f"{len(names)} models"
-    text = (
-        f"{models} merged by {config.method}: {len(found.stats)} of {done.tensors} tensors are "
-        "made of more than one model. "
-    )
+    method = config.method
+    text = f"{method} made {len(found.stats)} of {done.tensors} tensors out of several models. "
     origin = ", ".join(found.origins)
-    if METHODS[config.method].merges_base and config.base_model is None:
-        text += (
-            f"{config.method} has no base, so deltas are differences to the first model, {origin}."
-        )
-    elif METHODS[config.method].base == "optional" and config.base_model is None:
-        text += f"No base is named, so deltas are differences to the first model, {origin}."
+    if config.base_model is None:
+        why = f"{method} has no base" if METHODS[method].merges_base else "No base is named"
+        text += f"{why}, so deltas are differences from the first model, {origin}."
     else:
-        text += f"Deltas are differences to the base, {origin}."
+        text += f"Deltas are differences from the base, {origin}."
     return _text(text)
 
 
@@ -287,7 +283,8 @@ def _cards(found: _Found) -> str:
     norms = np.sqrt(np.diagonal(total)) / whole if whole else np.zeros(len(total))
     names = list(found.models.values())
     largest = int(np.argmax(norms))
-    cards.append(("Largest delta", _percent(norms[largest]), f"of the origin, {names[largest]}"))
+    label = "Largest delta" if len(names) > 1 else "Size of the delta"
+    cards.append((label, _percent(norms[largest]), f"of the origin, {names[largest]}"))
     if len(names) > 1:
         least = int(np.argmin(norms))
         cards.append(("Smallest delta", _percent(norms[least]), f"of the origin, {names[least]}"))
@@ -423,12 +420,12 @@ def _models_by_depth(
 
 def _tensors(found: _Found) -> str:
     labels = list(found.models)
-    few = len(labels) <= _FEW
+    few, many = len(labels) <= _FEW, len(labels) > 2
     keeps = any(one.kept is not None for one in found.stats)
     header = ["Tensor", "Shape"]
     header += [f"#{found.models[label]}" for label in labels] if few else ["#Sizes"]
     if found.has_pairs:
-        header += ["#Cosine", "#Lowest", "#Conflicts"]
+        header += ["#Cosine", *(["#Lowest"] if many else []), "#Conflicts"]
     if keeps:
         header.append("#Kept")
     rows = []
@@ -436,7 +433,7 @@ def _tensors(found: _Found) -> str:
         norms = dict(zip(one.models, one.relative_norm, strict=True))
         row = [
             f"<code>{_text(one.name)}</code>",
-            _text(" × ".join(map(str, one.shape)) or "scalar"),
+            _text("×".join(map(str, one.shape)) or "scalar"),
         ]
         if few:
             row += [_percent(norms[label]) if label in norms else "" for label in labels]
@@ -444,14 +441,16 @@ def _tensors(found: _Found) -> str:
             row.append(f"{_percent(min(norms.values()))} to {_percent(max(norms.values()))}")
         if found.has_pairs:
             pairs = _pairs(one)
-            row += [f"{pairs.mean():+.3f}", f"{pairs.min():+.3f}"] if pairs.size else ["", ""]
+            row.append(f"{pairs.mean():+.3f}" if pairs.size else "")
+            if many:
+                row.append(f"{pairs.min():+.3f}" if pairs.size else "")
             row.append(f"{100 * one.sign_conflict:.1f} %" if len(one.models) > 1 else "")
         if keeps:
             row.append("" if one.kept_energy is None else _percent(one.kept_energy.mean()))
         rows.append(row)
     note = "Sizes are norms of deltas over the origin's."
     if found.has_pairs:
-        note += " Cosines are the mean over pairs of models and the lowest."
+        note += " Cosines are the mean over pairs of models" + (" and the lowest." if many else ".")
     if keeps:
         note += " Kept is the share of energy in the largest entries, the mean over models."
     return f'<p class="note">{_text(note)}</p>' + _table(header, rows)
@@ -466,4 +465,5 @@ def _apart(grid: np.ndarray) -> np.ndarray:
 def _percent(share: float) -> str:
     if not math.isfinite(share):
         return "∞"
-    return f"{100 * share:.3g} %"
+    spec = ".2f" if 1e-3 <= share < 0.1 else ".1f" if share >= 0.1 or not share else ".2g"
+    return f"{100 * share:{spec}} %"
