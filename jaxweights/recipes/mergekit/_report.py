@@ -24,6 +24,7 @@ from jaxweights.stream._jobs import Operand
 from jaxweights.stream._run import Streamed
 
 _NAME = "jaxweights merge"
+_WIDER = "main { max-width: 70rem; }\n"  # for the table of tensors
 _FEW = 4  # models that get columns of their own
 
 
@@ -177,7 +178,7 @@ def render_report(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_text(title)}</title>\n<style>{_STYLE}{_WIDER}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -299,7 +300,7 @@ def _cards(found: _Found) -> str:
 def _cosines(found: _Found) -> str:
     if not found.has_pairs:
         return (
-            '<p class="note">There is one delta, so there is no pair to compare, and no signs '
+            '<p class="note">Every tensor has one delta, so there is no pair to compare, and no signs '
             "conflict.</p>"
         )
     matrices = [one for *_, one in found.layered]

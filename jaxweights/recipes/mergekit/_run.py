@@ -146,8 +146,9 @@ def _report(
     from jaxweights.stream._delta_stats import delta_stats
 
     requests = delta_requests(prepared.config, prepared.models, prepared.tensors)
-    # What the merge was allowed: what it freed is used again.
-    found = delta_stats(requests, limit=limit, progress=progress)
+    # Half of what the merge was allowed, whose memory is used again: figures need some, too.
+    half = None if limit is None else limit // 2
+    found = delta_stats(requests, limit=half, progress=progress)
     write_report(report, prepared.config, text, found, done, overwrite=overwrite)
 
 

@@ -146,7 +146,7 @@ def test_averages_with_a_base_compare_with_it(folder):
 
 def test_one_delta_has_a_size_but_no_cosines(folder):
     page = _page(folder, _linear("math", "code"), "single")
-    assert "There is one delta" in page
+    assert "Every tensor has one delta" in page
     assert re.findall(r'<svg[^>]* class="([^"]*)"', page) == ["sizes-by-depth"]
     assert set(_row(page, Q1)) == {"Tensor", "Shape", "code"}
 
