@@ -13,12 +13,6 @@ A model is a pytree of weights; every method is a pure transform of that tree. T
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxweights import adapt as adapt
-from jaxweights import align as align
-from jaxweights import analyze as analyze
-from jaxweights import merge as merge
-from jaxweights import quantize as quantize
-from jaxweights import sparsify as sparsify
 from jaxweights.calibrate import calibrate as calibrate
 from jaxweights.calibrate import pipeline as pipeline
 from jaxweights.core import Context as Context
@@ -50,15 +44,33 @@ from jaxweights.weights import is_weight as is_weight
 from jaxweights.weights import materialize as materialize
 
 if TYPE_CHECKING:
+    from jaxweights import adapt as adapt
+    from jaxweights import align as align
+    from jaxweights import analyze as analyze
     from jaxweights import checkpoint as checkpoint
+    from jaxweights import merge as merge
     from jaxweights import models as models
+    from jaxweights import quantize as quantize
     from jaxweights import recipes as recipes
+    from jaxweights import sparsify as sparsify
     from jaxweights import stream as stream
 
 __version__ = "0.1.0"
 
-# These touch Flax, Orbax and files: loaded when first used, so that the import stays quick.
-_LAZY = ("checkpoint", "models", "recipes", "stream")
+# Loaded when first used, so that the import stays quick: most programs use one or two families, and
+# some of these touch Flax, Orbax and files.
+_LAZY = (
+    "adapt",
+    "align",
+    "analyze",
+    "checkpoint",
+    "merge",
+    "models",
+    "quantize",
+    "recipes",
+    "sparsify",
+    "stream",
+)
 
 
 def __getattr__(name: str) -> Any:
