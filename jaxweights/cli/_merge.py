@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report",
         metavar="FILE",
-        help="make a page about the deltas too: cosines, sign conflicts, what trimming keeps",
+        help="make a page about the deltas too: cosines, sign conflicts, sizes by depth",
     )
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     parser.add_argument(

@@ -161,7 +161,7 @@ def render_report(
             _section("Cosines by depth", _cosines_by_depth(found)),
             _section("Sign conflicts by depth", _conflicts_by_depth(found)),
             _section("Size of the deltas by depth", _sizes_by_depth(found)),
-            _section("What trimming keeps, by depth", _kept_by_depth(config, found)),
+            _section("What the largest entries hold, by depth", _kept_by_depth(config, found)),
             _section("Every tensor", _tensors(found)),
         ]
     else:
@@ -300,8 +300,8 @@ def _cards(found: _Found) -> str:
 def _cosines(found: _Found) -> str:
     if not found.has_pairs:
         return (
-            '<p class="note">Every tensor has one delta, so there is no pair to compare, and no signs '
-            "conflict.</p>"
+            '<p class="note">Every tensor has one delta, so there is no pair to compare, and no '
+            "signs conflict.</p>"
         )
     matrices = [one for *_, one in found.layered]
     panels = {"Of all entries at once": cosines(found.grams(found.stats))}
@@ -393,7 +393,7 @@ def _kept_by_depth(config: MergeConfig, found: _Found) -> str:
         found,
         "kept-by-depth",
         {model: {k: a / b for k, (a, b) in line.items() if b > 0} for model, line in sums.items()},
-        "energy kept",
+        "energy held",
         "Share of a delta's sum of squares that its largest entries hold, as many of them as its "
         f"density says. {_what_is_kept(config.method)}",
     )
@@ -404,7 +404,9 @@ def _what_is_kept(method: str) -> str:
         return "These are what ties keeps."
     if method.startswith("breadcrumbs"):
         return f"{method} also drops the very largest, so it keeps less."
-    return f"{method} draws entries at random, of which this is the most that they could hold."
+    if method.startswith("della"):
+        return f"{method} draws entries, large ones more often than others, so it keeps less."
+    return f"{method} draws entries at random, which hold their density of it on average."
 
 
 def _models_by_depth(
@@ -428,7 +430,7 @@ def _tensors(found: _Found) -> str:
     if found.has_pairs:
         header += ["#Cosine", *(["#Lowest"] if many else []), "#Conflicts"]
     if keeps:
-        header.append("#Kept")
+        header.append("#Held")
     rows = []
     for one in found.stats:
         norms = dict(zip(one.models, one.relative_norm, strict=True))
@@ -453,7 +455,7 @@ def _tensors(found: _Found) -> str:
     if found.has_pairs:
         note += " Cosines are the mean over pairs of models" + (" and the lowest." if many else ".")
     if keeps:
-        note += " Kept is the share of energy in the largest entries, the mean over models."
+        note += " Held is the share of energy in the largest entries, the mean over models."
     return f'<p class="note">{_text(note)}</p>' + _table(header, rows)
 
 

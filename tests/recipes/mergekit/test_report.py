@@ -85,7 +85,7 @@ def test_the_table_holds_the_numbers_of_the_analysis(folder):
     assert float(row["Cosine"]) == pytest.approx(pairs.mean(), abs=6e-4)
     assert float(row["Lowest"]) == pytest.approx(pairs.min(), abs=6e-4)
     assert row["Conflicts"] == f"{100 * want.sign_conflict:.1f} %"
-    assert row["Kept"] == f"{100 * np.mean(want.kept_energy):.1f} %"
+    assert row["Held"] == f"{100 * np.mean(want.kept_energy):.1f} %"
 
 
 def test_the_page_holds_its_figures_and_the_configuration_and_needs_no_network(folder):
@@ -132,7 +132,7 @@ def test_averages_take_the_first_model_as_origin_and_say_so(folder):
     trees = [{Q1: MODELS[name][Q1]} for name in ("code", "chat")]
     want = deltas({Q1: MODELS["math"][Q1]}, trees)[Q1]
     assert float(_row(page, Q1)["Cosine"]) == pytest.approx(float(want.cosine[0, 1]), abs=6e-4)
-    assert "Kept" not in _row(page, Q1)
+    assert "Held" not in _row(page, Q1)
 
 
 def test_averages_with_a_base_compare_with_it(folder):
