@@ -544,12 +544,12 @@ def soups(seeds: list[World]) -> dict[str, Row]:
         rng = np.random.default_rng(world.seed)
         steps = [
             (x[rows], y[rows])
-            for _ in range(10)
+            for _ in range(5)
             for rows in rng.permutation(len(y))[: len(y) // BATCH * BATCH].reshape(-1, BATCH)
         ]
-        optimizer = optax.adam(0.1)
-        learned = M.learned_soup(models, loss_fn, steps, epochs=1, optimizer=optimizer)
-        found["learned soup, per leaf"].append(("", tested(learned.params)))
+        for groups, title in (("tree", "model"), ("leaf", "leaf")):
+            learned = M.learned_soup(models, loss_fn, steps, epochs=1, groups=groups)
+            found[f"learned soup, per {title}"].append(("", tested(learned.params)))
         scores_of_all = sum(jax.nn.softmax(logits(m, test.images[0])) for m in models)
         right = (scores_of_all.argmax(-1) == test.labels).mean()
         found[f"ensemble of all {len(models)}, at their cost"].append(("", 100 * float(right)))
@@ -611,10 +611,12 @@ def report_pair(rows: dict[str, Row]) -> str:
 def report_soups(rows: dict[str, Row]) -> str:
     lines = ["**Fine-tunes of one task**, % right on the test\n"]
     lines.append(table("weights", rows, ("rotated",)) + "\n")
-    learned = "learned soup, per leaf"
-    for name in ("uniform soup", "greedy soup", learned):
+    learned = ("learned soup, per model", "learned soup, per leaf")
+    for name in ("uniform soup", "greedy soup", *learned):
         lines.append(paired(rows, name, "best on validation"))
-    lines.append(paired(rows, learned, "uniform soup"))
+    for name in learned:
+        lines.append(paired(rows, name, "uniform soup"))
+    lines.append(paired(rows, "uniform soup", "mean of the ingredients"))
     return "\n".join(lines)
 
 
