@@ -1,8 +1,8 @@
 """What every way to merge keeps of four tasks, and of twenty fine-tunes of one.
 
-    python benchmarks/merge_quality.py  # three minutes on two cores, mostly to compile
+    python benchmarks/merge_quality.py  # 3 to 4 minutes on two cores, mostly to compile
     python benchmarks/merge_quality.py --seeds 5  # about 25 seconds more for each seed
-    python benchmarks/merge_quality.py --table soups  # one of three tables: under a minute
+    python benchmarks/merge_quality.py --table soups  # one of three tables: about a minute
 
 A network of 64-256-128-10 units, without biases, learns half of scikit-learn's digits. It is then
 fine-tuned on the same images in four views: upright, rotated by 90 degrees, flipped and inverted. A
