@@ -130,11 +130,17 @@ def main() -> None:
     parser.add_argument("--memory", metavar="BYTES", help="also merge within it, such as 1GB")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are kept and found")
     parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--make", action="store_true", help="only make the checkpoints")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-merge-"))
+    if options.make:
+        make_models(folder, options.layers)
+        return
     try:
         if not (folder / "ft3").exists():
-            make_models(folder, options.layers)
+            # In a process of its own: a child's peak memory counts that of its parent.
+            make = ["--make", "--folder", str(folder), "--layers", str(options.layers)]
+            subprocess.run([sys.executable, __file__, *make], check=True)
         nbytes = (folder / "base" / "model.safetensors").stat().st_size
         print(f"{nbytes / 2e9:.2f} B parameters, bfloat16, {os.cpu_count()} cores; medians of "
               f"{options.repeats}")  # fmt: skip
