@@ -1,7 +1,9 @@
 """What doctests and tests share: virtual devices and the names that examples use."""
 
+import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 # Read when JAX is imported. Tests compile much and compute little, so nothing is optimized; a run
 # that sets these flags otherwise in XLA_FLAGS tests what users run, in three times the time.
@@ -22,6 +24,23 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
+
+# A compiled program takes ten memory maps; Linux gives a process 65530, and XLA crashes without.
+_MOST_MAPS = 30_000
+_TESTS_BETWEEN_LOOKS = 20
+_ended = 0
+
+
+def pytest_runtest_teardown():
+    """Forgets compiled programs before a process has too many."""
+    global _ended
+    _ended += 1
+    maps = Path("/proc/self/maps")
+    if _ended % _TESTS_BETWEEN_LOOKS or not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
