@@ -96,6 +96,10 @@ def transform_checkpoint(
             f"{_NAME}: match={match!r} matches no floating tensor. The nearest names: "
             f"{nearest(match, main.names)}."
         )
+    packed = [
+        n for n in main.names if main.dtype(n).itemsize == 1 and "float" in main.dtype(n).name
+    ]
+    fail(_NAME, [f"{name!r}: is {main.dtype(name)}. Convert it to bfloat16." for name in packed])
     fail(_NAME, _misfits(main, others, models))
     axes = _layout(main, layout)
 

@@ -144,7 +144,10 @@ def _make(piece: Piece, arrays: list[Any]) -> np.ndarray:
     result = arrays[0] if job.compute is None else job.compute(arrays, piece.start)
     result = np.asarray(result)
     if result.dtype != job.dtype:
-        raise ValueError(f"{job.name!r}: became {result.dtype}, but was planned as {job.dtype}.")
+        wide = " JAX holds float64 with jax_enable_x64 only." if job.dtype == np.float64 else ""
+        raise ValueError(
+            f"{job.name!r}: became {result.dtype}, but was planned as {job.dtype}.{wide}"
+        )
     return result.reshape(-1)[: piece.count].view(np.uint8)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -111,8 +110,10 @@ class Planner:
             )
         seen = [s.model for s in part.sources]
         twice = {str(model) for model in seen if seen.count(model) > 1}
-        if twice and not self._method.merges_base:
-            self._problems.append(f"line {part.line}: {sorted(twice)} stand twice in one slice.")
+        if twice:
+            self._problems.append(
+                f"line {part.line}: {sorted(twice)} stand twice in one slice. Add their weights."
+            )
         for source in part.sources:
             if source.layers is None:
                 continue
@@ -152,7 +153,7 @@ class Planner:
         names = dict.fromkeys(self._models[refs[0]].names)
         for ref in refs[1:]:
             extra = [name for name in self._models[ref].names if name not in names]
-            if extra and self._missing == "error" and not self._is_tied_head(extra, refs[0]):
+            if extra and self._missing == "error":
                 self._problems.append(
                     f"{self._models[ref].label} has {extra[:5]}"
                     f"{f' and {len(extra) - 5} more' if len(extra) > 5 else ''}, which "
@@ -161,9 +162,6 @@ class Planner:
                 )
             names |= dict.fromkeys(extra)
         return list(names)
-
-    def _is_tied_head(self, extra: list[str], reference: ModelRef) -> bool:
-        return False
 
     def _sliced(
         self, slices: Sequence[Slice]
@@ -230,8 +228,18 @@ class Planner:
         if not self._method.merges_base:
             sources = [s for s in sources if s.model != base]
         labels = {operand.label: operand.name for operand in operands.values()}
-        if not _is_float(first.dtype) or not sources or (absent and base not in operands):
-            job = Job(name, first.shape, first.dtype, (first,))
+        narrow = [o for o in operands.values() if _is_packed_float(o.dtype)]
+        if narrow:
+            self._problems.append(
+                f"{name!r}: is {narrow[0].dtype} in {narrow[0].label}, whose values mean something "
+                "with their scales only. Convert that checkpoint to bfloat16 first."
+            )
+            return None
+        # Where some models lack a tensor, what is left may be too little for the method.
+        baseless = base is not None and base not in operands and self._method.base != "unused"
+        few = bool(absent) and (baseless or len(sources) < self._method.models[0])
+        if not _is_float(first.dtype) or not sources or few:
+            job = _copied(name, first, dtype)
             return PlannedTensor(job, "copy", depth, {first.label: first.name}, {})
         values, shown = {}, {}
         for key, parameter in self._method.parameters.items():
@@ -309,10 +317,20 @@ class Planner:
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+def _copied(name: str, operand: Operand, dtype: np.dtype) -> Job:
+    """The job that takes a tensor over, in the dtype of the result."""
+    if operand.dtype == dtype:
+        return Job(name, operand.shape, dtype, (operand,))
+    values = {"scale": [None]}
+    return METHODS["passthrough"].job(
+        Inputs(name, operand.shape, dtype, None, (operand,), values, 0, "fixed")
+    )
+
+
+def _is_packed_float(dtype: np.dtype) -> bool:
+    """Whether it is a float too narrow to be merged, such as those of 8 bits."""
+    return dtype.itemsize == 1 and "float" in dtype.name
+
+
 def _is_float(dtype: np.dtype) -> bool:
     return dtype in (np.dtype(t) for t in (*_DTYPES.values(), np.float64))
-
-
-def parameter_count(planned: Sequence[PlannedTensor]) -> int:
-    """Number of parameters of the result."""
-    return sum(math.prod(tensor.job.shape) for tensor in planned)

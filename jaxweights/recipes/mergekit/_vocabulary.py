@@ -236,8 +236,8 @@ class _Aligned:
         result = np.zeros(self.shape(name), here.dtype)
         taken = {i: self._own[t] for t, i in self._vocabulary.ids.items() if t in self._own}
         forced = {i for i, (_, force) in self._sources.items() if force}
-        plain = [i for i in taken if i not in forced]
-        result[plain] = here[[taken[i] for i in plain]]
+        plain = {i: row for i, row in taken.items() if i not in forced}
+        result[list(plain)] = here[list(plain.values())]
         for i, (rows, _) in self._sources.items():
             if i in plain:
                 continue

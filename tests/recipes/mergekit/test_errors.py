@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -137,3 +138,15 @@ def test_deltas_of_zero_give_the_base(folder):
         run_merge(write_config(folder, config, "zero.yml"), out)
         for name, array in read(out).items():
             np.testing.assert_array_equal(array, arrays("base")[name])
+
+
+def test_eight_bit_floats_are_refused_not_copied(folder):
+    narrow = arrays("ft1") | {"lm_head.weight": np.ones((64, 48), ml_dtypes.float8_e4m3fn)}
+    write_safetensors(folder / "narrow", narrow, files={"config.json": json.dumps(CONFIG)})
+    config = {"merge_method": "linear", "models": _models("ft1", "narrow")}
+    _refused(folder, config, r"'lm_head.weight': is float8_e4m3fn in narrow.*bfloat16 first")
+
+
+def test_a_model_that_stands_twice_in_a_slice_is_refused(folder):
+    config = {"merge_method": "linear", "models": _models("ft1", "ft1", "ft2")}
+    _refused(folder, config, r"\['ft1'\] stand twice in one slice. Add their weights")

@@ -166,3 +166,16 @@ def test_memory_and_shards_change_no_bit(folder, memory):
     second = run_merge(path, folder / f"cut{memory}", memory=limit, max_shard_bytes=40_000)
     assert first.checksums == second.checksums
     assert len(list((folder / f"cut{memory}").glob("*.safetensors"))) > 1
+
+
+def test_tensors_that_some_models_lack_are_averaged_over_those_that_have_them(folder):
+    for name, seed in (("one", 1), ("two", 2)):
+        extra = np.random.default_rng(seed).normal(size=(3, 3)).astype(np.float32)
+        tensors = {**arrays("ft1"), "extra.proj.weight": extra}
+        write_safetensors(folder / name, tensors, files={"config.json": json.dumps(CONFIG)})
+    config = _linear(("ft2", 1.0), ("one", 1.0), ("two", 3.0), dtype="bfloat16")
+    run_merge(write_config(folder, config, "extra.yml"), folder / "extra", missing="take")
+    one, two = (open_checkpoint(folder / n).read("extra.proj.weight") for n in ("one", "two"))
+    got = read(folder / "extra")["extra.proj.weight"]
+    # One rounding to 8 bits of mantissa.
+    np.testing.assert_allclose(got.astype(np.float32), (one + 3 * two) / 4, rtol=2**-8)

@@ -120,3 +120,13 @@ def test_a_model_without_a_tokenizer_is_named(rows):
             _merge(folder, "never", {"tokenizer_source": "union"})
     finally:
         (folder / "chat" / "hidden").rename(folder / "chat" / "tokenizer.json")
+
+
+def test_a_real_number_of_tokens_takes_no_quadratic_time(tmp_path):
+    tokens = [f"t{i}" for i in range(60_000)]
+    for seed, name in enumerate(("base", "math", "chat")):
+        _write(tmp_path, name, tokens[::-1] if name == "math" else tokens, seed)
+    merged, ids, _ = _merge(tmp_path, "large", {"tokenizer_source": "union"})
+    own = {n: open_checkpoint(tmp_path / n).read(EMBED) for n in ("math", "chat")}
+    np.testing.assert_allclose(merged, (own["math"][::-1] + own["chat"]) / 2, rtol=0, atol=1e-6)
+    assert len(ids) == 60_000
