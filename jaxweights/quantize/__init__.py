@@ -7,4 +7,5 @@ from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
