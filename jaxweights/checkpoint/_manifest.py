@@ -21,6 +21,7 @@ from jaxweights.checkpoint._saved import (
     field_names,
     make,
     name_of,
+    parts_that_may_lack,
     registered_class,
     unfit,
 )
@@ -229,7 +230,7 @@ def _children(node: dict[str, Any]) -> list[tuple[str, Any]]:
 def _check_object(node: dict[str, Any]) -> None:
     cls = registered_class(node["class"])
     for given, wanted in zip((node["fields"], node["static"]), field_names(cls), strict=True):
-        missing = [name for name in wanted if name not in given]
+        missing = [n for n in wanted if n not in given and n not in parts_that_may_lack(cls)]
         unknown = [name for name in given if name not in wanted]
         if missing or unknown:
             raise ValueError(

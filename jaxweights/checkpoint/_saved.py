@@ -102,6 +102,14 @@ def field_names(cls: type) -> tuple[list[str], list[str]]:
     return [f.name for f in fields if f.name not in static], static
 
 
+def parts_that_may_lack(cls: type) -> set[str]:
+    """Names of the parts that are None by default: classes gain such parts between versions."""
+    if is_namedtuple(cls):
+        return set()
+    parts = (f for f in dataclasses.fields(cls) if not f.metadata.get("static"))
+    return {part.name for part in parts if part.default is None}
+
+
 def is_namedtuple(cls: type) -> bool:
     """Whether a class was made by `NamedTuple`."""
     return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")

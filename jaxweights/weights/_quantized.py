@@ -25,19 +25,23 @@ from jaxweights.weights._weight import (
 
 @weight_dataclass
 class Quantized(MatrixWeight):
-    r"""A matrix of integers of 2 to 8 bits with scales and, on affine grids, zero points.
+    r"""A matrix of integers of 2 to 8 bits with scales and, on affine grids, a shift of zero.
 
     With `q` the `(*stack, in, out)` integers that `codes_matrix()` unpacks:
 
         matrix[..., i, o] = (q[..., i, o] - zero_point[..., r, c]) * scale[..., r, c]
+        matrix[..., i, o] = q[..., i, o] * scale[..., r, c] + offset[..., r, c]  with offsets
         r = group_index[..., i], or i // (in / rows) without one;    c = o // (out / cols)
 
     computed in float32 and rounded once to `dtype`. Invariants:
 
-        scale.shape == zero_point.shape == (*stack, rows, cols)
+        scale.shape == zero_point.shape == offset.shape == (*stack, rows, cols)
         in % rows == 0 and out % cols == 0
         codes.shape == (*stack, in / codes_per_byte, out)
-        -2**(bits-1) <= q < 2**(bits-1)  without zero points, else  0 <= q < 2**bits
+        -2**(bits-1) <= q < 2**(bits-1)  without zero points and offsets, else  0 <= q < 2**bits
+
+    An offset is a zero point that need not be an integer, as HQQ and GGUF's Q4_1 have it; a weight
+    has one or the other, never both.
 
     So `(1, 1)` is one scale per tensor, `(1, out)` one per output channel, `(in/g, out)` one per
     `g` input rows. Two or four narrow codes share a byte along the input axis, the lowest row in
@@ -52,6 +56,7 @@ class Quantized(MatrixWeight):
       zero_point: The code of 0.0, or None for 0.
       group_index: Row of `scale` that each input row reads, `(*stack, in)` int32; None where groups
         are consecutive rows.
+      offset: The value of code 0, floating, added after scaling; None for none.
       bits: Bits per code, 2 to 8.
       codes_per_byte: 1, 2 or 4.
       dtype: Dtype that it materialises to.
@@ -74,6 +79,7 @@ class Quantized(MatrixWeight):
     scale: jax.Array
     zero_point: jax.Array | None = None
     group_index: jax.Array | None = None
+    offset: jax.Array | None = None
     bits: int = static(default=8)
     codes_per_byte: int = static(default=1)
     dtype: Any = static(default=np.dtype(np.float32))
@@ -88,6 +94,7 @@ class Quantized(MatrixWeight):
         group_index: jax.Array | None = None,
         *,
         bits: int,
+        offset: jax.Array | None = None,
         dtype: DTypeLike = jnp.float32,
         view: View | None = None,
     ) -> Quantized:
@@ -99,6 +106,7 @@ class Quantized(MatrixWeight):
           zero_point: As in the class.
           group_index: As in the class.
           bits: Bits per code, 2 to 8.
+          offset: As in the class.
           dtype: Dtype that it materialises to.
           view: How the matrix relates to the leaf; None means that the leaf is the matrix.
 
@@ -106,7 +114,8 @@ class Quantized(MatrixWeight):
           The weight.
 
         Raises:
-          ValueError: If the shapes break an invariant of the class.
+          ValueError: If the shapes break an invariant of the class, or there are both zero points
+            and offsets.
         """
         *stack, in_dim, out_dim = codes.shape
         if not 2 <= bits <= 8:
@@ -117,17 +126,24 @@ class Quantized(MatrixWeight):
                 f"Quantized: scale has shape {scale.shape}, but codes have shape {codes.shape}. "
                 "Its stack axes must be equal and each of its last two lengths must divide theirs."
             )
-        if zero_point is not None and zero_point.shape != scale.shape:
+        for name, field in {"zero_point": zero_point, "offset": offset}.items():
+            if field is not None and field.shape != scale.shape:
+                raise ValueError(
+                    f"Quantized: {name} has shape {field.shape}, but scale has {scale.shape}. "
+                    "They must be equal."
+                )
+        if zero_point is not None and offset is not None:
             raise ValueError(
-                f"Quantized: zero_point has shape {zero_point.shape}, but scale has {scale.shape}. "
-                "They must be equal."
+                "Quantized: zero_point and offset are both given. A zero point is the offset "
+                "-zero_point * scale; give one of the two."
             )
         per_byte = codes_per_byte(bits, in_dim)
         return cls(
-            codes=pack_codes(codes, per_byte, signed=zero_point is None),
+            codes=pack_codes(codes, per_byte, signed=zero_point is None and offset is None),
             scale=scale,
             zero_point=zero_point,
             group_index=group_index,
+            offset=offset,
             bits=bits,
             codes_per_byte=per_byte,
             dtype=np.dtype(dtype),
@@ -153,21 +169,26 @@ class Quantized(MatrixWeight):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        fields = (self.codes, self.scale, self.zero_point, self.group_index)
+        fields = (self.codes, self.scale, self.zero_point, self.group_index, self.offset)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in fields if x is not None)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored per entry, scales and zero points included."""
+        """Bits stored per entry, scales, zero points and offsets included."""
         return 8 * self.nbytes / self.size
 
+    @property
+    def signed(self) -> bool:
+        """Whether codes may be negative: where neither zero points nor offsets shift them."""
+        return self.zero_point is None and self.offset is None
+
     def codes_matrix(self) -> jax.Array:
-        """The integers, `(*stack, in, out)`, int8, or uint8 where there are zero points."""
-        return unpack_codes(self.codes, self.codes_per_byte, signed=self.zero_point is None)
+        """The integers, `(*stack, in, out)`, int8 where signed, else uint8."""
+        return unpack_codes(self.codes, self.codes_per_byte, signed=self.signed)
 
     def matrix(self) -> jax.Array:
         """Dense `(*stack, in, out)` matrix, in `dtype`."""
-        return self._values(self._centred(jnp.float32), self.scale).astype(self.dtype)
+        return self._values().astype(self.dtype)
 
     def astype(self, dtype: DTypeLike) -> Quantized:
         """The same integers, materialising to another dtype."""
@@ -192,8 +213,8 @@ class Quantized(MatrixWeight):
         """
         wide = _accumulator(x.dtype)
         result = preferred_element_type or x.dtype
-        if self.scale.shape[-2] > 1:
-            weight = self._values(self._centred(jnp.float32), self.scale).astype(x.dtype)
+        if not self._scales_outputs:
+            weight = self._values().astype(x.dtype)
             y = jnp.matmul(x, weight, precision=precision, preferred_element_type=wide)
             return y.astype(result)
         # Differences of codes are at most 255 in size: float16 and bfloat16 hold them exactly.
@@ -211,8 +232,8 @@ class Quantized(MatrixWeight):
         """`x @ matrix.T` for `x` of shape `(*stack, tokens, out)`, as `multiply`."""
         wide = _accumulator(x.dtype)
         result = preferred_element_type or x.dtype
-        if self.scale.shape[-2] > 1:
-            weight = self._values(self._centred(jnp.float32), self.scale).astype(x.dtype)
+        if not self._scales_outputs:
+            weight = self._values().astype(x.dtype)
         else:
             x, weight = (
                 (x.astype(wide) * self._per_output(wide)).astype(x.dtype),
@@ -236,6 +257,7 @@ class Quantized(MatrixWeight):
             codes=pick(self.codes, column),
             scale=pick(self.scale, of_scale),
             zero_point=pick(self.zero_point, of_scale),
+            offset=pick(self.offset, of_scale),
         )
         return jnp.where(inside[:, None], part.matrix().T, jnp.asarray(jnp.nan, self.dtype))
 
@@ -251,10 +273,19 @@ class Quantized(MatrixWeight):
         zero = self._spread(self.zero_point)
         return (self._grouped(codes, zero).astype(dtype) - zero.astype(dtype)).reshape(codes.shape)
 
-    def _values(self, centred: jax.Array, scale: jax.Array) -> jax.Array:
-        scale = self._spread(scale)
-        grouped = self._grouped(centred, scale)
-        return (grouped * scale.astype(centred.dtype)).reshape(centred.shape)
+    def _values(self) -> jax.Array:
+        """The dense matrix in float32."""
+        centred = self._centred(jnp.float32)
+        scale = self._spread(self.scale).astype(jnp.float32)
+        values = self._grouped(centred, scale) * scale
+        if self.offset is not None:
+            values = values + self._spread(self.offset).astype(jnp.float32)
+        return values.reshape(centred.shape)
+
+    @property
+    def _scales_outputs(self) -> bool:
+        """Whether the matrix is integers times one factor an output."""
+        return self.scale.shape[-2] == 1 and self.offset is None
 
     def _spread(self, field: jax.Array) -> jax.Array:
         """A field of scale's shape as `(*stack, rows, 1, cols, 1)`, ready to meet `_grouped`."""

@@ -101,6 +101,9 @@ WEIGHTS = {
     "quantized": lambda: quantized(dtype=jnp.bfloat16),
     "stacked": lambda: quantized(stack=(3,)),
     "three bits": lambda: quantized(bits=3),
+    "with offsets": lambda: dataclasses.replace(
+        quantized(), zero_point=None, offset=jnp.linspace(-1, 1, 12).reshape(2, 6)
+    ),
     "with a view": lambda: quantized(view=View.of((8, 2, 3), Axes((-3,), (-2, -1)))),
     "masked": lambda: Masked(jnp.arange(6.0), jnp.arange(6) % 2 == 0),
     "low rank": lambda: LowRank.over(jnp.eye(4), jnp.ones((4, 2)), jnp.zeros((2, 4)), scaling=0.5),
@@ -410,6 +413,12 @@ def test_a_changed_manifest_is_refused_by_path_and_field(saved, case):
     with pytest.raises(ValueError, match=r"load_tree: '.*out'") as error:
         load_tree(saved)
     assert re.search(words, str(error.value)), error.value
+
+
+def test_a_tree_saved_before_a_class_had_a_part_that_may_be_none_still_loads(saved):
+    before = load_tree(saved).tree["q"]
+    edit(saved, lambda m: items(m)["q"]["fields"].pop("offset"))
+    assert_same(load_tree(saved).tree["q"], before)
 
 
 def test_an_edit_that_breaks_nothing_is_still_noticed(saved):

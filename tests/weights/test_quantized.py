@@ -12,19 +12,25 @@ from jaxweights.weights._quantized import codes_per_byte, pack_codes, unpack_cod
 def random_quantized(
     *, bits=4, stack=(), in_dim=12, out_dim=6, rows=3, cols=6, affine=False, view=None, seed=0
 ):
+    """A random weight, its codes, scales, and zero points (`affine=True`) or offsets ("offset")."""
     rng = np.random.default_rng(seed)
     low, high = (0, 2**bits) if affine else (-(2 ** (bits - 1)), 2 ** (bits - 1))
     codes = rng.integers(low, high, (*stack, in_dim, out_dim))
     scale = rng.uniform(0.5, 2, (*stack, rows, cols)).astype(np.float32)
-    zero = rng.integers(0, 2**bits, scale.shape).astype(np.uint8) if affine else None
+    zero = offset = None
+    if affine == "offset":
+        offset = rng.normal(size=scale.shape).astype(np.float32)
+    elif affine:
+        zero = rng.integers(0, 2**bits, scale.shape).astype(np.uint8)
     weight = Quantized.from_codes(
         jnp.asarray(codes, jnp.int32),
         jnp.asarray(scale),
         None if zero is None else jnp.asarray(zero),
+        offset=None if offset is None else jnp.asarray(offset),
         bits=bits,
         view=view,
     )
-    return weight, codes, scale, zero
+    return weight, codes, scale, zero if offset is None else offset
 
 
 def dense_by_loops(codes, scale, zero):
@@ -35,8 +41,12 @@ def dense_by_loops(codes, scale, zero):
     for i in range(in_dim):
         for o in range(out_dim):
             r, c = i // (in_dim // rows), o // (out_dim // cols)
-            shift = 0 if zero is None else int(zero[r, c])
-            dense[i, o] = np.float32(int(codes[i, o]) - shift) * scale[r, c]
+            if zero is not None and zero.dtype == np.float32:
+                # The product is rounded once, or not at all where it is fused with the sum.
+                dense[i, o] = codes[i, o] * np.float64(scale[r, c]) + np.float64(zero[r, c])
+            else:
+                shift = 0 if zero is None else int(zero[r, c])
+                dense[i, o] = np.float32(int(codes[i, o]) - shift) * scale[r, c]
     return dense
 
 
@@ -68,15 +78,17 @@ def test_narrow_codes_share_bytes_as_the_input_axis_allows(bits, in_dim, expecte
     assert codes_per_byte(bits, in_dim) == expected
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("affine", [False, True, "offset"])
 @pytest.mark.parametrize("rows, cols", GRANULARITIES)
 def test_the_dense_weight_follows_the_equation(rows, cols, affine):
     weight, *parts = random_quantized(rows=rows, cols=cols, affine=affine)
-    assert np.array_equal(weight.materialize(), dense_by_loops(*parts))
+    error = np.abs(weight.materialize() - dense_by_loops(*parts))
+    # With offsets a product of at most 15 * 2 is rounded once more, to 2**-24 of it.
+    assert np.all(error <= (2**-19 if affine == "offset" else 0))
     assert np.array_equal(weight.codes_matrix(), parts[0])
 
 
-@pytest.mark.parametrize("bits, affine", [(2, True), (4, False), (8, True)])
+@pytest.mark.parametrize("bits, affine", [(2, True), (4, False), (8, True), (4, "offset")])
 @pytest.mark.parametrize("rows, cols", [(1, 1), (1, 6), (3, 6), (4, 3), (1, 2)])
 def test_products_equal_those_of_the_dense_weight(rows, cols, bits, affine):
     weight, *parts = random_quantized(rows=rows, cols=cols, bits=bits, affine=affine)
@@ -111,12 +123,12 @@ def test_scales_per_output_multiply_the_product_and_not_the_weight():
 
 
 @pytest.mark.parametrize("rows, cols", [(1, 1), (3, 6), (4, 3)])
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("affine", [False, True, "offset"])
 def test_columns_are_columns_and_an_index_out_of_range_gives_nan(rows, cols, affine):
     weight, *parts = random_quantized(rows=rows, cols=cols, affine=affine)
     found = weight.columns(jnp.array([5, 0, 0, -1, 6, -7]))
     dense = dense_by_loops(*parts)
-    assert np.array_equal(found[:4], dense.T[[5, 0, 0, -1]])
+    np.testing.assert_allclose(found[:4], dense.T[[5, 0, 0, -1]], rtol=0, atol=2**-19)
     assert np.isnan(found[4:]).all()
 
 
@@ -141,6 +153,36 @@ def test_group_index_says_which_scales_a_row_reads():
     np.testing.assert_allclose(scattered.multiply(x), x @ expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_offset_is_the_value_of_code_zero_in_any_order_of_groups():
+    weight, codes, scale, offset = random_quantized(rows=3, cols=6, affine="offset", in_dim=12)
+    assert weight.codes_matrix().dtype == jnp.uint8
+    zeros = Quantized.from_codes(
+        jnp.zeros((12, 6), jnp.int32), weight.scale, bits=4, offset=weight.offset
+    )
+    assert np.array_equal(zeros.materialize(), np.repeat(offset, 4, axis=0))
+    index = np.array([2, 0, 1, 1, 2, 0, 0, 2, 1, 0, 1, 2], np.int32)
+    scattered = dataclasses.replace(weight, group_index=jnp.asarray(index))
+    expected = codes.astype(np.float32) * scale[index] + offset[index]
+    np.testing.assert_allclose(scattered.materialize(), expected, rtol=0, atol=2**-19)
+
+
+def test_a_zero_point_and_the_offset_that_it_stands_for_give_one_weight():
+    _, codes, scale, zero = random_quantized(affine=True)
+    scale = np.exp2(np.round(np.log2(scale)))  # so that no product is rounded
+    shared = {"bits": 4, "codes": jnp.asarray(codes, jnp.int32), "scale": jnp.asarray(scale)}
+    integer = Quantized.from_codes(zero_point=jnp.asarray(zero), **shared)
+    floating = Quantized.from_codes(offset=jnp.asarray(-zero.astype(np.float32) * scale), **shared)
+    assert np.array_equal(integer.materialize(), floating.materialize())
+    assert np.array_equal(integer.codes, floating.codes)
+
+
+def test_a_weight_with_offsets_is_split_over_devices_as_its_groups_are():
+    weight, *_ = random_quantized(in_dim=16, rows=4, affine="offset")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    specs = weight.partition(jax.sharding.PartitionSpec("x"), mesh)
+    assert specs.offset == specs.scale == jax.sharding.PartitionSpec("x", None)
+
+
 def test_astype_changes_the_dtype_and_keeps_the_integers():
     weight, *_ = random_quantized()
     half = weight.astype(jnp.bfloat16)
@@ -149,7 +191,7 @@ def test_astype_changes_the_dtype_and_keeps_the_integers():
     assert np.array_equal(half.materialize(), weight.materialize().astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("affine", [False, True, "offset"])
 def test_a_slice_of_a_stack_is_a_weight(affine):
     weight, codes, scale, zero = random_quantized(stack=(3,), affine=affine)
     assert weight.shape == (3, 12, 6)
@@ -158,7 +200,7 @@ def test_a_slice_of_a_stack_is_a_weight(affine):
     expected = dense_by_loops(codes[1], scale[1], None if zero is None else zero[1])
     assert isinstance(one, Weight)
     assert one.shape == (12, 6)
-    assert np.array_equal(one.materialize(), expected)
+    np.testing.assert_allclose(one.materialize(), expected, rtol=0, atol=2**-19)
     mapped = jax.vmap(lambda w: w.materialize())(weight)
     assert np.array_equal(mapped, weight.materialize())
     _, scanned = jax.lax.scan(lambda c, w: (c, w.materialize()), None, weight)
@@ -211,6 +253,8 @@ def test_sizes_are_true():
     assert weight.bits_per_weight == 4.25
     assert weight.group_size is None
     assert random_quantized(rows=3)[0].group_size == 4
+    offset, *_ = random_quantized(in_dim=128, out_dim=8, rows=1, cols=8, affine="offset")
+    assert offset.nbytes == 64 * 8 + 2 * 4 * 8
 
 
 def test_abstract_evaluation_and_jit_go_through():
@@ -237,3 +281,12 @@ def test_fields_that_do_not_fit_are_refused(scale, zero, bits, words):
     with pytest.raises(ValueError) as error:
         Quantized.from_codes(codes, jnp.ones(scale), zero, bits=bits)
     assert words in str(error.value)
+
+
+def test_an_offset_is_refused_beside_a_zero_point_or_in_another_shape():
+    codes, scale = jnp.zeros((12, 6), jnp.int32), jnp.ones((3, 6))
+    with pytest.raises(ValueError, match=r"offset has shape \(1, 6\), but scale has \(3, 6\)"):
+        Quantized.from_codes(codes, scale, bits=4, offset=jnp.ones((1, 6)))
+    zero = jnp.zeros((3, 6), jnp.uint8)
+    with pytest.raises(ValueError, match=r"zero_point and offset are both given.*give one of the"):
+        Quantized.from_codes(codes, scale, zero, bits=4, offset=scale)
