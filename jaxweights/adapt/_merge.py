@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import re
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.core import Flat, Params, Path, fail, flatten, nearest, unflatten
+from jaxweights.core import (
+    Flat,
+    Params,
+    Path,
+    Stats,
+    Transform,
+    apply,
+    fail,
+    flatten,
+    nearest,
+    partition,
+    unflatten,
+)
+from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
+from jaxweights.quantize._add_deltas import (
+    Rounding,
+    check_rounding,
+    loss_of,
+    requantized_sum,
+    why_no_gram,
+)
+from jaxweights.quantize._requantize import why_not_requantizable
 from jaxweights.weights import LowRank, Masked, Weight, is_weight, materialize
 
 MaskPolicy = Literal["mask_delta", "densify", "error"]
 _POLICIES: tuple[MaskPolicy, ...] = ("mask_delta", "densify", "error")
-
-
-class MergeLoss(NamedTuple):
-    """What rounding did to one merged delta; scalars, float32."""
-
-    delta_rms: jax.Array
-    """Root mean square of the delta, `scaling * (down @ up)`."""
-    survived: jax.Array
-    """1 - ‖(merged - base) - delta‖ / ‖delta‖ with the base in the merged weight's dtype: 1 is all
-    of it, 0 is none of it; 1 for a delta of zeros."""
 
 
 Report = dict[Path, MergeLoss]
@@ -34,6 +46,8 @@ def merge_adapters(
     params: Params,
     *,
     dequantize: DTypeLike | None = None,
+    requantize: Rounding | Transform | None = None,
+    stats: Stats | None = None,
     masked: MaskPolicy = "mask_delta",
 ) -> tuple[Params, Report]:
     r"""Adds every adapter's product to its base, in float32, and rounds once.
@@ -44,8 +58,13 @@ def merge_adapters(
 
     Args:
       params: Tree with `LowRank` leaves; other leaves pass through.
-      dequantize: Dtype of the merged weight where the base is quantized or otherwise packed. None
-        refuses such leaves: rounding the sum to the old grid again erases most adapters.
+      dequantize: Dtype of the merged weight where the base is quantized or otherwise packed.
+      requantize: How the merged weight is quantized again where the base is: "nearest" or "gptq" on
+        the grid that the base has, as `quantize.add_deltas` does it; or a transform, which gets the
+        dense sum. Rounding to nearest loses most of an adapter that is small beside a step;
+        "gptq" keeps most of what it does to the outputs. Where neither `dequantize` nor
+        `requantize` is given, leaves with such a base are refused.
+      stats: Statistics of the inputs, for "gptq", or a transform, and for the report.
       masked: What happens to a masked base: `"mask_delta"` keeps the mask, so that entries
         outside it stay zero; `"densify"` drops it; `"error"` refuses.
 
@@ -75,6 +94,7 @@ def merge_adapters(
             f"adapt.merge_adapters: dequantize={dequantize} must be a floating dtype, such as "
             "jnp.bfloat16."
         )
+    _check_requantize(dequantize, requantize)
     flat, treedef = flatten(params)
     found = {path: weight for path, leaf in flat.items() for weight in _adapters(leaf)}
     if not found:
@@ -82,11 +102,20 @@ def merge_adapters(
             "adapt.merge_adapters: no leaf has low-rank factors. Add them with adapt.lora, or do "
             "not merge."
         )
-    refusals = (_refusal(path, weight, dequantize, masked) for path, weight in found.items())
+    refusals = (
+        _refusal(path, weight, dequantize, requantize, stats, masked)
+        for path, weight in found.items()
+    )
     fail("adapt.merge_adapters", filter(None, refusals))
-    merged, report = dict(flat), {}
-    for path in found:
-        merged[path], report[path] = _merge_leaf(flat[path], dequantize, masked)
+    merged, report, failures = dict(flat), {}, []
+    for path, weight in found.items():
+        if requantize is not None and _packed(weight.base):
+            new, report[path], problem = _requantize_leaf(path, weight, requantize, stats, masked)
+            merged[path] = _replace_adapter(flat[path], new)
+            failures.append(problem)
+        else:
+            merged[path], report[path] = _merge_leaf(flat[path], dequantize, masked)
+    fail("adapt.merge_adapters", filter(None, failures))
     return unflatten(treedef, merged), report
 
 
@@ -133,8 +162,62 @@ def _adapters(leaf: Any) -> list[LowRank]:
     return _adapters(getattr(leaf, "base", None)) if isinstance(leaf, Weight) else []
 
 
+def _check_requantize(dequantize: Any, requantize: Any) -> None:
+    if requantize is None:
+        return
+    if dequantize is not None:
+        raise ValueError(
+            "adapt.merge_adapters: dequantize and requantize contradict each other. Pass one of "
+            "them."
+        )
+    if not isinstance(requantize, Transform):
+        if not isinstance(requantize, str):
+            raise TypeError(
+                f"adapt.merge_adapters: requantize={requantize!r} must be 'nearest', 'gptq' or a "
+                "transform, such as quantize.gptq(bits=4, group_size=128)."
+            )
+        check_rounding("adapt.merge_adapters", requantize)
+
+
+def _packed(base: Any) -> bool:
+    return is_weight(base.base if isinstance(base, Masked) else base)
+
+
+def _requantize_leaf(
+    path: Path,
+    weight: LowRank,
+    requantize: Rounding | Transform,
+    stats: Stats | None,
+    masked: MaskPolicy,
+) -> tuple[Any, MergeLoss, str | None]:
+    """The quantized sum of a quantized base and its product, the loss, and what went wrong."""
+    base, view = weight.base, weight.view
+    change = weight.delta.materialize().astype(jnp.float32)
+    grid = base
+    if isinstance(base, Masked):
+        if masked == "mask_delta":
+            change = jnp.where(base.mask, change, 0)
+        else:
+            grid = base.base
+    gram = None if stats is None else stats.get(path, "gram")
+    if not isinstance(requantize, Transform):
+        return requantized_sum(path, grid, change, gram, rounding=requantize, before=base)
+    total: Any = (_widest(base) + change).astype(base.dtype)
+    if isinstance(grid, Masked):
+        total = Masked(total, grid.mask)
+    pattern = re.escape(path)
+    layout = {pattern: view.axes}
+    new = apply(partition((pattern, requantize)), {path: total}, stats=stats, layout=layout)[path]
+    return new, loss_of(base, new, change, gram, view), None
+
+
 def _refusal(
-    path: Path, weight: LowRank, dequantize: DTypeLike | None, masked: MaskPolicy
+    path: Path,
+    weight: LowRank,
+    dequantize: DTypeLike | None,
+    requantize: Rounding | Transform | None,
+    stats: Stats | None,
+    masked: MaskPolicy,
 ) -> str | None:
     base = weight.base
     if isinstance(base, Masked):
@@ -144,13 +227,20 @@ def _refusal(
                 "masked='mask_delta' to keep them zero, or 'densify' to fill them."
             )
         base = base.base
-    if is_weight(base) and dequantize is None:
+    if not is_weight(base) or dequantize is not None:
+        return None
+    if requantize is None:
         return (
             f"{path!r}: has a {type(base).__name__} base; rounding the sum to the same grid again "
             "would erase most of the adapter. Pass dequantize=jnp.bfloat16 to merge into a dense "
-            "weight, or keep the factors apart."
+            "weight, requantize='gptq' with stats to stay on the grid and keep the outputs right, "
+            "or keep the factors apart."
         )
-    return None
+    if isinstance(requantize, Transform):
+        return None
+    if reason := why_not_requantizable(base):
+        return f"{path!r}: {reason}"
+    return why_no_gram(path, base, stats) if requantize == "gptq" else None
 
 
 def _merge_leaf(

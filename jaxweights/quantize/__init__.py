@@ -1,5 +1,7 @@
 """Integers in place of floats: grids, rounding and what calibration adds to it."""
 
+from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
+from jaxweights.quantize._add_deltas import add_deltas as add_deltas
 from jaxweights.quantize._gptq import GptqMatrix as GptqMatrix
 from jaxweights.quantize._gptq import gptq as gptq
 from jaxweights.quantize._gptq import gptq_matrix as gptq_matrix
@@ -8,4 +10,6 @@ from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
 from jaxweights.quantize._output_error import output_error as output_error
+from jaxweights.quantize._requantize import Requantized as Requantized
+from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest

@@ -6,6 +6,7 @@ from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
+from jaxweights.weights._outliers import Outliers as Outliers
 from jaxweights.weights._packed_sparse import BitmaskSparse as BitmaskSparse
 from jaxweights.weights._packed_sparse import PackedNM as PackedNM
 from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse

@@ -1,0 +1,251 @@
+"""requantize: new values on the grid that a quantized weight already has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
+from jaxweights.quantize._grid import Grid, decode, encode
+from jaxweights.quantize._inverse_factor import inverse_factor
+from jaxweights.weights._axes import View
+from jaxweights.weights._masked import Masked
+from jaxweights.weights._outliers import Outliers
+from jaxweights.weights._quantized import Quantized, pack_codes
+from jaxweights.weights._weight import is_weight
+
+_NAME = "quantize.requantize"
+_BLOCK = 128
+
+# What groups are stretched by where that is allowed: finely around 1, and up to twice the range.
+_STRETCHES = (1.0, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
+
+
+class Requantized(NamedTuple):
+    """What `requantize` returns.
+
+    Attributes:
+      weight: The weight with new codes.
+      clipped: Share of the entries whose value lay beyond the ends of their group's range, float32.
+      damping: Damping that made the Gram matrices positive definite, of the shape of the stack,
+        float32: 0 where none were given, NaN where no damping did and the matrix was rounded to
+        nearest.
+    """
+
+    weight: Any
+    clipped: Float[Array, ""]
+    damping: Array
+
+
+def requantize(
+    weight: Any,
+    value: Array,
+    gram: Float[Array, "... in in"] | None = None,
+    *,
+    damping: float = 0.01,
+    rescale: bool = False,
+) -> Requantized:
+    """Gives a quantized weight the codes of another value, on the grid that it has.
+
+    Scales, zero points, groups and bits stay, whatever method or file they come from, so that the
+    weight remains what its runtime reads. With Gram matrices rows are rounded one at a time and
+    their errors pushed onto the rows to come, as `gptq` does; without, each entry goes to the
+    nearest level. Works under `jit`.
+
+    Args:
+      weight: `Quantized`, or a `Masked` or `Outliers` over one: what is masked stays zero, and
+        the outliers are kept as they are.
+      value: The value to store, of the shape of the weight, floating.
+      gram: Gram matrices of the inputs, `(*stack, in, in)`, or None.
+      damping: Ridge for them, as in `gptq`.
+      rescale: Whether each group's scale may be multiplied by the number from 0.85 to 2 with which
+        it errs least; otherwise values beyond its range are clipped.
+
+    Returns:
+      The weight, how many entries were clipped, and how the factorization went.
+
+    Raises:
+      TypeError: If the weight is not quantized to integers.
+      ValueError: If the value has another shape.
+
+    Example:
+      >>> from jaxweights.weights import Quantized
+      >>> weight = Quantized.from_codes(jnp.array([[1], [-2]], jnp.int8), jnp.ones((1, 1)), bits=4)
+      >>> new = requantize(weight, weight.materialize() + jnp.array([[2.2], [9.0]]))
+      >>> new.weight.materialize().tolist(), float(new.clipped)
+      ([[3.0], [7.0]], 0.0)
+
+    Differs: (1) Nothing of the recipe is read but what the weight itself stores, so that "narrow"
+      grids may come to use their lowest code, -128 at 8 bits.
+    """
+    if reason := why_not_requantizable(weight):
+        raise TypeError(f"{_NAME}: {reason}")
+    if tuple(value.shape) != tuple(weight.shape):
+        raise ValueError(
+            f"{_NAME}: value has shape {tuple(value.shape)}, but the weight {tuple(weight.shape)}. "
+            "They must be equal."
+        )
+    return _requantize(weight, value, gram, damping=damping, rescale=rescale)
+
+
+def why_not_requantizable(weight: Any) -> str | None:
+    """Why a weight has no integer grid to go back to; None if it has one."""
+    inner = weight
+    while isinstance(inner, Masked | Outliers):
+        inner = inner.base
+    if isinstance(inner, Quantized):
+        return None
+    kind = type(inner).__name__ if is_weight(inner) else "dense array"
+    return (
+        f"is over a {kind}, which has no integer grid to round to again. Dequantize it, add, and "
+        "quantize the sum with a transform."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("damping", "rescale"))
+def _requantize(
+    weight: Any,
+    value: jax.Array,
+    gram: jax.Array | None,
+    mask: jax.Array | None = None,
+    *,
+    damping: float,
+    rescale: bool,
+) -> Requantized:
+    inner = functools.partial(_requantize, gram=gram, damping=damping, rescale=rescale)
+    if isinstance(weight, Masked):
+        kept = weight.mask if mask is None else weight.mask & mask
+        result = inner(weight.base, value, mask=kept)
+        return result._replace(weight=Masked(result.weight, weight.mask))
+    if isinstance(weight, Outliers):
+        result = inner(weight.base, value - weight.sparse_part().astype(value.dtype), mask=mask)
+        return result._replace(weight=dataclasses.replace(weight, base=result.weight))
+    # The arrays' own lengths: of a shard they are not those of the view.
+    view = weight._fitted().view
+    stack = weight.codes.shape[:-2]
+    operands: dict[str, Any] = {
+        "value": view.to_matrix(value).astype(jnp.float32),
+        "scale": weight.scale,
+        "zero_point": weight.zero_point,
+        "offset": getattr(weight, "offset", None),
+        "group_index": weight.group_index,
+        "gram": gram,
+        "mask": None if mask is None else view.to_matrix(mask),
+    }
+    one = functools.partial(_one_matrix, bits=weight.bits, damping=damping, rescale=rescale)
+    if not stack:
+        codes, scale, clipped, used = one(operands)
+    else:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
+        results = jax.lax.map(one, flat)
+        codes, scale, clipped, used = jax.tree.map(
+            lambda x: x.reshape(*stack, *x.shape[1:]), results
+        )
+    signed = weight.zero_point is None and operands["offset"] is None
+    packed = pack_codes(codes, weight.codes_per_byte, signed=signed)
+    new = dataclasses.replace(weight, codes=packed, scale=scale)
+    return Requantized(new, jnp.mean(clipped), used)
+
+
+def _one_matrix(
+    operands: dict[str, Any], *, bits: int, damping: float, rescale: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Codes, scales, share of clipped entries and damping of one `(in, out)` matrix."""
+    value, scale, zero, offset, gram, mask = (
+        operands[name] for name in ("value", "scale", "zero_point", "offset", "gram", "mask")
+    )
+    in_dim, out_dim = value.shape
+    rows, cols = scale.shape
+    of_row = operands["group_index"]
+    of_row = jnp.arange(in_dim) // (in_dim // rows) if of_row is None else of_row
+    unsigned = zero is not None or offset is not None
+    grid = Grid("affine" if unsigned else "full", bits, scale_dtype=scale.dtype)
+    widen = lambda field: jnp.repeat(field, out_dim // cols, axis=1)  # noqa: E731
+    if offset is not None:
+        value = value - widen(offset)[of_row].astype(jnp.float32)
+        zero = jnp.zeros(scale.shape, jnp.uint8) if zero is None else zero
+    if mask is not None:
+        value = jnp.where(mask, value, 0)
+    zero = None if zero is None else widen(zero)  # (rows, out), as the scales that are read
+    zeros = None if zero is None else zero[of_row]
+    if rescale:
+        diagonal = jnp.ones(in_dim) if gram is None else jnp.diagonal(gram)
+        scale = _stretched(value, scale, zeros, of_row, diagonal, grid)
+    scales = widen(scale)
+    clipped = _share_clipped(value, scales[of_row], zeros, grid)
+    if gram is None:
+        return encode(value, scales[of_row], zeros, grid), scale, clipped, jnp.zeros(())
+    factor, used = inverse_factor(_normalized(gram), damping)
+    codes, _, _ = quantize_rows(
+        value,
+        factor,
+        RowScales(scales, zero, of_row),
+        grid,
+        moving=None,
+        stale=False,
+        block_size=_BLOCK,
+        mask=mask,
+    )
+    return codes, scale, clipped, used
+
+
+def _share_clipped(
+    value: jax.Array, scale: jax.Array, zero: jax.Array | None, grid: Grid
+) -> jax.Array:
+    low, high = grid.code_range
+    steps = jnp.round(value / scale.astype(jnp.float32))
+    steps = steps if zero is None else steps + zero.astype(jnp.float32)
+    return jnp.mean((steps < low) | (steps > high), dtype=jnp.float32)
+
+
+def _normalized(gram: jax.Array) -> jax.Array:
+    """A Gram matrix with a mean diagonal of 1, dead inputs having the mean."""
+    gram = gram.astype(jnp.float32)
+    diagonal = jnp.diagonal(gram)
+    dead = diagonal == 0
+    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
+    mean = jnp.where(jnp.all(dead), 1, mean)
+    filled = jnp.where(dead, mean, diagonal)
+    return jnp.where(jnp.eye(gram.shape[0], dtype=bool), filled, gram) / mean
+
+
+def _stretched(
+    value: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    of_row: jax.Array,
+    weights: jax.Array,
+    grid: Grid,
+) -> jax.Array:
+    """Scales times the number with which each group's weighted squared error is least."""
+    rows, cols = scale.shape
+    out_dim = value.shape[1]
+    stretches = jnp.asarray(_STRETCHES, jnp.float32)
+
+    def error_of(stretch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        stored = (scale.astype(jnp.float32) * stretch).astype(scale.dtype)
+        spread = jnp.repeat(stored, out_dim // cols, axis=1)[of_row]
+        miss = decode(encode(value, spread, zero, grid), spread, zero) - value
+        lost = jnp.square(miss) * weights[:, None]
+        by_group = jax.ops.segment_sum(lost, of_row, num_segments=rows)
+        return jnp.sum(by_group.reshape(rows, cols, -1), axis=-1), stored
+
+    def attempt(best: tuple[jax.Array, jax.Array], stretch: jax.Array) -> tuple[Any, None]:
+        error, stored = error_of(stretch)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(better, stored, best[1])), None
+
+    (_, found), _ = jax.lax.scan(attempt, error_of(stretches[0]), stretches[1:])
+    return found
+
+
+def view_of(weight: Any) -> View:
+    """The view of the quantized weight inside."""
+    while not isinstance(weight, Quantized):
+        weight = weight.base
+    return weight.view

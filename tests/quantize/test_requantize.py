@@ -1,0 +1,313 @@
+"""Merging into weights that stay quantized: the grid kept, the outputs right, errors by name."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxweights.adapt import merge_adapters
+from jaxweights.core import Stats, apply
+from jaxweights.quantize import (
+    add_deltas,
+    gptq,
+    gptq_matrix,
+    output_error,
+    requantize,
+    round_to_nearest,
+)
+from jaxweights.weights import Axes, LowRank, Masked, Outliers, Quantized, View, materialize
+
+
+def correlated(in_dim=32, tokens=256, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, 6)) @ rng.normal(size=(6, in_dim))
+    x = x + 0.3 * rng.normal(size=(tokens, in_dim))
+    return jnp.asarray(x.T @ x, jnp.float32)
+
+
+def draw(seed, *shape, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def stats_of(gram, path="kernel"):
+    count = jnp.full(gram.shape[:-2], 256, jnp.int32)
+    return Stats({path: {"gram": gram, "count": count}})
+
+
+def quantized(shape=(32, 16), axes=None, **settings):
+    layout = None if axes is None else {"kernel": axes}
+    settings = {"bits": 4, "group_size": 8} | settings
+    return apply(round_to_nearest(**settings), {"kernel": draw(1, *shape)}, layout=layout)["kernel"]
+
+
+def nearest_levels(weight, value):
+    """The nearest level of each entry's own group, by looking at all levels, float64."""
+    codes = np.arange(2**weight.bits)
+    if weight.zero_point is None:
+        codes = codes - 2 ** (weight.bits - 1)
+    in_dim, out_dim = value.shape
+    rows, cols = weight.scale.shape
+    of_row = np.arange(in_dim) // (in_dim // rows)
+    if weight.group_index is not None:
+        of_row = np.asarray(weight.group_index)
+    at = np.ix_(of_row, np.arange(out_dim) // (out_dim // cols))
+    scale = np.asarray(weight.scale, np.float64)[at]
+    zero = 0 if weight.zero_point is None else np.asarray(weight.zero_point, np.float64)[at]
+    levels = (codes[:, None, None] - zero) * scale
+    best = np.abs(levels - np.asarray(value, np.float64)).argmin(axis=0)
+    return np.take_along_axis(levels, best[None], axis=0)[0]
+
+
+GRIDS = [
+    {},
+    {"grid": "affine"},
+    {"bits": 3, "grid": "gptq_sym"},
+    {"bits": 2, "group_size": None, "grid": "affine"},
+    {"group_size": "tensor"},
+    {"bits": 5},
+]
+
+
+@pytest.mark.parametrize("settings", GRIDS, ids=str)
+def test_every_entry_goes_to_the_nearest_level_of_its_own_group(settings):
+    weight = quantized(**settings)
+    value = weight.materialize() + draw(2, 32, 16, scale=0.7)
+    new = requantize(weight, value).weight
+    np.testing.assert_allclose(new.materialize(), nearest_levels(weight, value), atol=1e-5)
+    chex.assert_trees_all_equal(new.scale, weight.scale)
+    assert (new.codes != weight.codes).any()
+
+
+def test_scattered_groups_and_groups_along_outputs_are_read_as_they_are_stored():
+    codes = jnp.asarray(np.random.default_rng(0).integers(0, 16, (8, 6)), jnp.int32)
+    scale = jnp.abs(draw(3, 2, 3)) + 0.1
+    index = jnp.asarray([0, 1, 0, 1, 1, 0, 1, 0], jnp.int32)
+    zero = jnp.full((2, 3), 7, jnp.uint8)
+    weight = Quantized.from_codes(codes, scale, zero, index, bits=4)
+    value = draw(4, 8, 6)
+    new = requantize(weight, value).weight
+    np.testing.assert_allclose(new.materialize(), nearest_levels(weight, value), atol=1e-5)
+    np.testing.assert_array_equal(new.group_index, index)
+
+
+@pytest.mark.parametrize("settings", GRIDS[:3], ids=str)
+def test_its_own_value_comes_back_bit_for_bit(settings):
+    weight = quantized(**settings)
+    for gram in (None, correlated()):
+        chex.assert_trees_all_equal(requantize(weight, weight.materialize(), gram).weight, weight)
+
+
+def test_with_a_gram_matrix_it_rounds_as_gptq_does_on_the_same_scales():
+    value, gram = draw(1, 32, 16), correlated()
+    settings = dict(bits=4, group_size=8, grid="affine")
+    expected = gptq_matrix(value, gram, static_groups=True, **settings)
+    start = apply(round_to_nearest(**settings), {"kernel": value})["kernel"]
+    new = requantize(start, value, gram).weight
+    np.testing.assert_array_equal(new.codes_matrix(), expected.codes.codes)
+    np.testing.assert_array_equal(new.scale, expected.codes.scale)
+
+
+def test_outputs_are_closer_with_a_gram_matrix_than_without():
+    weight, gram = quantized(bits=3), correlated()
+    value = weight.materialize() + draw(2, 32, 16, scale=0.3)
+    errors = [
+        float(output_error(value, requantize(weight, value, given).weight.materialize(), gram))
+        for given in (None, gram)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_rescaling_errs_no_more_than_the_old_scales_and_reaches_values_beyond_them():
+    weight = quantized()
+    value = 1.5 * weight.materialize()
+    kept, moved = requantize(weight, value), requantize(weight, value, rescale=True)
+    error = lambda r: float(jnp.sum(jnp.square(r.weight.materialize() - value)))  # noqa: E731
+    assert float(kept.clipped) > 0.05
+    assert float(moved.clipped) < 0.5 * float(kept.clipped)
+    assert error(moved) < 0.5 * error(kept)
+    own = requantize(weight, weight.materialize(), rescale=True)
+    chex.assert_trees_all_equal(own.weight, weight)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_a_stack_is_requantized_as_its_slices_are(with_gram, rescale):
+    weight = quantized((3, 32, 16), Axes(), grid="affine")
+    value = weight.materialize() + draw(2, 3, 32, 16, scale=0.5)
+    grams = jnp.stack([correlated(seed=i) for i in range(3)]) if with_gram else None
+    together = requantize(weight, value, grams, rescale=rescale).weight
+    for i in range(3):
+        one = jax.tree.map(lambda x: x[i], weight)  # noqa: B023
+        gram = None if grams is None else grams[i]
+        alone = requantize(one, value[i], gram, rescale=rescale).weight
+        chex.assert_trees_all_equal(jax.tree.map(lambda x: x[i], together), alone)  # noqa: B023
+
+
+def test_attention_kernels_keep_their_shape():
+    axes = Axes(inputs=(-3,), outputs=(-2, -1))
+    weight = quantized((32, 4, 4), axes)
+    value = weight.materialize() + 0.3
+    new = requantize(weight, value, correlated()).weight
+    assert new.shape == (32, 4, 4)
+    plain = requantize(quantized((32, 16)), value.reshape(32, 16), correlated()).weight
+    np.testing.assert_array_equal(new.codes, plain.codes)
+
+
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_masks_stay_and_their_zeros_are_made_up_for(with_gram):
+    mask = draw(5, 32, 16) > -0.5
+    base = apply(round_to_nearest(bits=3, group_size=8, grid="affine"), {"k": draw(1, 32, 16)})
+    weight = Masked(base["k"], mask)
+    value, gram = draw(2, 32, 16), correlated()
+    new = requantize(weight, value, gram if with_gram else None).weight
+    dense = np.asarray(new.materialize())
+    assert not dense[~np.asarray(mask)].any()
+    if with_gram:
+        plain = requantize(weight, value).weight.materialize()
+        kept = jnp.where(mask, value, 0)
+        assert output_error(kept, dense, gram) < output_error(kept, plain, gram)
+
+
+def test_outliers_are_kept_and_the_rest_is_rounded():
+    outliers = Outliers.over(quantized(), jnp.asarray([30.0, -20.0]), jnp.asarray([3, 100]))
+    value = outliers.materialize() + 0.2
+    new = requantize(outliers, value).weight
+    chex.assert_trees_all_equal((new.values, new.index), (outliers.values, outliers.index))
+    assert float(jnp.max(jnp.abs(new.materialize() - value))) < 0.5
+
+
+def test_a_task_vector_is_added_in_one_compiled_call_and_its_loss_is_told():
+    params = {"kernel": quantized(bits=4), "dense": draw(3, 4, 4), "bias": jnp.ones(3)}
+    deltas = {"kernel": draw(2, 32, 16, scale=0.02), "dense": draw(4, 4, 4)}
+    gram = correlated()
+    run = jax.jit(
+        lambda p, d, s: add_deltas(p, d, coefficient=2.0, rounding="gptq", stats=s),
+    )
+    new, report = run(params, deltas, stats_of(gram))
+    eager = add_deltas(params, deltas, coefficient=2.0, rounding="gptq", stats=stats_of(gram))
+    chex.assert_trees_all_equal(new, eager[0])
+    chex.assert_trees_all_close(new["dense"], params["dense"] + 2 * deltas["dense"])
+    assert new["bias"] is not None and isinstance(new["kernel"], Quantized)
+    change = 2 * deltas["kernel"]
+    lost = new["kernel"].materialize() - params["kernel"].materialize() - change
+    ratio = jnp.sqrt(output_error(lost, 0 * lost, gram) / output_error(change, 0 * change, gram))
+    np.testing.assert_allclose(report["kernel"].output_survived, 1 - ratio, atol=1e-4)
+    rms = jnp.sqrt(jnp.mean(jnp.square(change)))
+    np.testing.assert_allclose(report["kernel"].delta_rms, rms, rtol=1e-5)
+    assert float(report["dense"].survived) > 0.999
+
+
+def test_a_small_delta_survives_in_the_outputs_only_with_statistics():
+    params, gram = {"kernel": quantized(bits=4)}, correlated()
+    direction = jnp.linalg.eigh(gram)[1][:, -1:]  # where the inputs vary most
+    deltas = {"kernel": 0.5 * direction * draw(2, 1, 16)}
+    stats = stats_of(gram)
+    _, plain = add_deltas(params, deltas, stats=stats)
+    _, careful = add_deltas(params, deltas, stats=stats, rounding="gptq")
+    survived = [float(r["kernel"].output_survived) for r in (plain, careful)]
+    assert survived[1] > 0.9
+    assert 1 - survived[1] < 0.5 * (1 - survived[0])
+
+
+def adapted(base, axes=Axes(), scale=0.1):
+    view = View.of(base.shape, axes)
+    stack = tuple(base.shape[a] for a in view.stack_axes(len(base.shape)))
+    down = draw(7, *stack, view.in_dim, 2, scale=scale)
+    return LowRank.over(base, down, draw(8, *stack, 2, view.out_dim), scaling=0.5, view=view)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_adapters_merge_into_their_quantized_base_on_its_own_grid(rounding):
+    weight = adapted(quantized())
+    stats = stats_of(correlated())
+    merged, report = merge_adapters({"kernel": weight}, requantize=rounding, stats=stats)
+    delta = {"kernel": weight.delta.materialize()}
+    same, loss = add_deltas({"kernel": weight.base}, delta, rounding=rounding, stats=stats)
+    chex.assert_trees_all_equal(merged, same)
+    chex.assert_trees_all_close(report, loss)
+    assert isinstance(merged["kernel"], Quantized)
+
+
+def test_adapters_merge_into_a_base_that_a_transform_quantizes_anew():
+    weight = adapted(quantized(), scale=1.0)
+    stats = stats_of(correlated())
+    tx = gptq(bits=4, group_size=8)
+    merged, report = merge_adapters({"kernel": weight}, requantize=tx, stats=stats)
+    total = weight.base.materialize() + weight.delta.materialize()
+    chex.assert_trees_all_close(
+        materialize(merged), materialize(apply(tx, {"kernel": total}, stats=stats)), atol=1e-5
+    )
+    assert float(report["kernel"].output_survived) > 0.8
+
+
+@pytest.mark.parametrize("policy", ["mask_delta", "densify"])
+def test_adapters_over_a_masked_quantized_base_follow_the_mask_policy(policy):
+    mask = draw(5, 32, 16) > 0
+    weight = adapted(Masked(quantized(), mask))
+    merged, _ = merge_adapters({"kernel": weight}, requantize="nearest", masked=policy)
+    kept = isinstance(merged["kernel"], Masked)
+    assert kept == (policy == "mask_delta")
+    target = weight.materialize()
+    target = jnp.where(mask, target, 0) if kept else target
+    change = np.asarray(merged["kernel"].materialize() - target)
+    assert np.abs(change).max() < 0.35  # half a step of the coarsest group, or so
+    assert np.abs(np.asarray(target)).max() > 1
+
+
+def test_what_cannot_be_merged_is_refused_by_name():
+    weight = quantized()
+    delta = {"kernel": jnp.ones((32, 16))}
+    with pytest.raises(ValueError, match=r"'kernle': is no leaf of params.*'kernel'"):
+        add_deltas({"kernel": weight}, {"kernle": jnp.ones((32, 16))})
+    with pytest.raises(ValueError, match=r"'kernel': the delta has shape \(3, 2\).*\(32, 16\)"):
+        add_deltas({"kernel": weight}, {"kernel": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match=r"rounding='best' is unknown.*nearest, gptq"):
+        add_deltas({"kernel": weight}, delta, rounding="best")
+    with pytest.raises(ValueError, match=r"'kernel': rounding='gptq' reads Gram matrices"):
+        add_deltas({"kernel": weight}, delta, rounding="gptq")
+    with pytest.raises(ValueError, match=r"'kernel': the statistic 'gram' is missing"):
+        add_deltas({"kernel": weight}, delta, rounding="gptq", stats=stats_of(correlated(), "b"))
+    with pytest.raises(ValueError, match=r"'kernel': the statistic 'gram' has shape \(8, 8\)"):
+        add_deltas({"kernel": weight}, delta, rounding="gptq", stats=stats_of(correlated(8)))
+    empty = Stats({"kernel": {"gram": jnp.zeros((32, 32)), "count": jnp.asarray(0)}})
+    with pytest.raises(ValueError, match=r"'kernel': no calibration token reached it"):
+        add_deltas({"kernel": weight}, delta, rounding="gptq", stats=empty)
+    wild = stats_of(6 * jnp.eye(32) - 5)
+    with pytest.raises(ValueError, match=r"not positive definite even with damping=1"):
+        add_deltas({"kernel": weight}, delta, rounding="gptq", stats=wild)
+    nested = LowRank.over(weight, jnp.ones((32, 1)), jnp.ones((1, 16)))
+    with pytest.raises(ValueError, match=r"'kernel': is over a LowRank, which has no integer grid"):
+        add_deltas({"kernel": nested}, delta)
+    with pytest.raises(TypeError, match=r"is over a dense array, which has no integer grid"):
+        requantize(jnp.ones((2, 2)), jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match=r"value has shape \(2, 2\), but the weight \(32, 16\)"):
+        requantize(weight, jnp.ones((2, 2)))
+
+
+def test_settings_of_merging_into_a_quantized_base_are_checked():
+    params = {"kernel": adapted(quantized())}
+    with pytest.raises(ValueError, match=r"dequantize and requantize contradict each other"):
+        merge_adapters(params, dequantize=jnp.float32, requantize="nearest")
+    with pytest.raises(TypeError, match=r"requantize=4 must be 'nearest', 'gptq' or a transform"):
+        merge_adapters(params, requantize=4)
+    with pytest.raises(ValueError, match=r"requantize.*rounding='hqq' is unknown|'hqq' is unknown"):
+        merge_adapters(params, requantize="hqq")
+    with pytest.raises(ValueError, match=r"'kernel': rounding='gptq' reads Gram matrices"):
+        merge_adapters(params, requantize="gptq")
+
+
+def test_bfloat16_weights_are_added_to_before_they_are_rounded():
+    weight = dataclasses.replace(quantized(), dtype=np.dtype(jnp.bfloat16))
+    exact = weight.astype(jnp.float32).materialize()
+    new, _ = add_deltas({"kernel": weight}, {"kernel": jnp.zeros((32, 16))})
+    chex.assert_trees_all_equal(new["kernel"].codes, weight.codes)
+    assert (weight.materialize().astype(jnp.float32) != exact).any()
+
+
+def test_only_named_leaves_change():
+    params = {"a": quantized(), "b": quantized()}
+    new, report = add_deltas(params, {"a": jnp.ones((32, 16)), "b": None})
+    assert new["b"] is params["b"] and set(report) == {"a"}
