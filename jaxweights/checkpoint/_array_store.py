@@ -18,8 +18,14 @@ from jaxweights.checkpoint._manifest import ArrayRecord, Parts, storage_name
 _STORED_AS_BYTES = ("uint2", "uint4", "float8_e4m3")
 
 
-def save_arrays(folder: Path, arrays: dict[Parts, Any]) -> None:
-    """Writes arrays with Orbax into a new folder, or none where there is nothing to write."""
+def save_arrays(folder: Path, arrays: dict[Parts, Any], *, packed: bool = True) -> None:
+    """Writes arrays with Orbax into a new folder, or none where there is nothing to write.
+
+    Args:
+      folder: The folder.
+      arrays: The arrays, by place.
+      packed: Whether they share files; otherwise each is a folder of its own.
+    """
     item: dict[str, Any] = {}
     for parts, array in arrays.items():
         if array.size:  # Orbax refuses empty arrays; the manifest says all there is to say
@@ -30,7 +36,7 @@ def save_arrays(folder: Path, arrays: dict[Parts, Any]) -> None:
 
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Orbax's advice to its own callers
-        _checkpointer().save(folder, args=ocp.args.PyTreeSave(item))
+        _checkpointer(packed=packed).save(folder, args=ocp.args.PyTreeSave(item))
 
 
 def restore_arrays(
@@ -90,10 +96,10 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _checkpointer() -> Any:
+def _checkpointer(*, packed: bool = True) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=packed))
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:

@@ -195,7 +195,7 @@ def atomic(
         keep = False
         try:
             yield partial
-            _flush(partial)
+            flush(partial)
             _put_in_place(function, partial, target, overwrite=overwrite)
         except BaseException as error:
             keep = lasting is not None and isinstance(error, KeyboardInterrupt)
@@ -263,8 +263,7 @@ def _claim_partial(
 
 def _allocated(folder: Path) -> int:
     """Bytes of the disk that the files of a folder take already."""
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in files)
+    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.rglob("*"))
 
 
 def _lock(path: Path) -> int | None:
@@ -299,7 +298,7 @@ def _recover(target: Path, *, sparing: Path | None = None) -> None:
             os.close(lock)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Sends files and directories to the disk: a rename must not outrun the bytes it names."""
     if path.is_dir():
         for root, _, files in os.walk(path, topdown=False):

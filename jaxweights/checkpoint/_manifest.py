@@ -40,14 +40,14 @@ class ArrayRecord:
       dtype: Its dtype; of a random key, that of its data.
       shape: Its shape.
       host: Whether it is a NumPy array.
-      sha256: Hash of its values, None where no single process had them all.
+      checksum: `xxh3:` and the xxh3 hash of its values, None where no single process had them all.
     """
 
     parts: Parts
     dtype: np.dtype
     shape: tuple[int, ...]
     host: bool
-    sha256: str | None
+    checksum: str | None
 
     @property
     def path(self) -> str:
@@ -122,6 +122,19 @@ def _encode(value: Any, parts: Parts, arrays: dict[Parts, Any], problems: list[s
     return node
 
 
+def array_node(
+    shape: tuple[int, ...], dtype: np.dtype, *, host: bool, checksum: str | None
+) -> dict[str, Any]:
+    """The description of an array."""
+    return {
+        "kind": "array",
+        "dtype": dtype.name,
+        "shape": list(shape),
+        "host": host,
+        "checksum": checksum,
+    }
+
+
 def _encode_array(value: Any, parts: Parts, arrays: dict[Parts, Any], problems: list[str]) -> Any:
     if isinstance(value, Tracer):
         problems.append(f"'{'/'.join(parts)}' is traced; save outside of jit")
@@ -134,27 +147,25 @@ def _encode_array(value: Any, parts: Parts, arrays: dict[Parts, Any], problems: 
         return None
     host = not isinstance(value, jax.Array)
     arrays[parts] = np.asarray(value) if host else value
-    return {
-        "kind": "array",
-        "dtype": np.dtype(value.dtype).name,
-        "shape": list(value.shape),
-        "host": host,
-        "sha256": hash_of(arrays[parts]),
-    }
+    return array_node(
+        value.shape, np.dtype(value.dtype), host=host, checksum=checksum_of(arrays[parts])
+    )
 
 
-def hash_of(array: Any) -> str | None:
-    """Hash of an array's values; None if other processes hold some of them.
+def checksum_of(array: Any) -> str | None:
+    """Checksum of an array's values; None if other processes hold some of them.
 
-    TensorStore notices a damaged file only where its structure breaks, so values are hashed.
+    TensorStore notices a damaged file only where its structure breaks, so values are summed up.
     """
+    import xxhash
+
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return None
     data = np.ascontiguousarray(array).reshape(-1)
     raw = data.view(np.uint8)
     if data.dtype.name in _SUB_BYTE:  # what fills the rest of the byte has no meaning
         raw = raw & np.uint8((1 << _SUB_BYTE[data.dtype.name]) - 1)
-    return hashlib.sha256(raw.data).hexdigest()
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(raw.data)}"
 
 
 def digest_of(node: dict[str, Any]) -> str:
@@ -184,7 +195,7 @@ _KEYS = {
     "dict": {"items"},
     "list": {"items"},
     "tuple": {"items"},
-    "array": {"dtype", "shape", "host", "sha256"},
+    "array": {"dtype", "shape", "host", "checksum"},
     "key": {"impl", "data"},
     "object": {"class", "fields", "static"},
 }
@@ -252,7 +263,7 @@ def _unfit(cls: type, settings: dict[str, Any]) -> str:
 
 
 def _checked_record(node: dict[str, Any], parts: Parts) -> ArrayRecord:
-    dtype, shape, host, sha256 = (node[key] for key in ("dtype", "shape", "host", "sha256"))
+    dtype, shape, host, checksum = (node[k] for k in ("dtype", "shape", "host", "checksum"))
     if dtype not in SAVED_DTYPES:
         raise ValueError(f"has the unknown dtype {dtype!r:.80}")
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
@@ -261,12 +272,12 @@ def _checked_record(node: dict[str, Any], parts: Parts) -> ArrayRecord:
         raise ValueError(f"has shape {shape!r:.80}, which is larger than any memory")
     if not isinstance(host, bool):
         raise ValueError(f"has host={host!r:.80}, which is not true or false")
-    if not isinstance(sha256, str | None):
-        raise ValueError(f"has sha256={sha256!r:.80}, which is not text")
+    if not isinstance(checksum, str | None):
+        raise ValueError(f"has checksum={checksum!r:.80}, which is not text")
     # JAX would silently narrow it.
     if not host and jax.dtypes.canonicalize_dtype(SAVED_DTYPES[dtype]) != SAVED_DTYPES[dtype]:
         raise ValueError(f"is {dtype}, which JAX holds only with jax_enable_x64")
-    return ArrayRecord(parts, SAVED_DTYPES[dtype], tuple(shape), host, sha256)
+    return ArrayRecord(parts, SAVED_DTYPES[dtype], tuple(shape), host, checksum)
 
 
 def _scalar(node: dict[str, Any]) -> Any:
@@ -352,6 +363,21 @@ def leaf_parts(node: dict[str, Any], parts: Parts = ()) -> list[Parts]:
     if node["kind"] == "array" or "dense" in node:
         return [parts]
     return [leaf for part, item in _children(node) for leaf in leaf_parts(item, (*parts, part))]
+
+
+def with_leaves(
+    node: dict[str, Any], leaves: dict[Parts, dict[str, Any]], parts: Parts = ()
+) -> dict[str, Any]:
+    """A description in which the leaves' own descriptions stand in place of what they were."""
+    if parts in leaves:
+        return leaves[parts]
+    inner = [(part, with_leaves(item, leaves, (*parts, part))) for part, item in _children(node)]
+    if node["kind"] == "dict":
+        keys = [key for key, _ in node["items"]]
+        return node | {"items": [[key, item] for key, (_, item) in zip(keys, inner, strict=True)]}
+    if node["kind"] == "object":
+        return node | {"fields": dict(inner)}
+    return node | {"items": [item for _, item in inner]} if inner else node
 
 
 def storage_name(part: str) -> str:

@@ -15,17 +15,16 @@ import numpy as np
 from jaxweights.checkpoint._array_store import save_arrays
 from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
 from jaxweights.checkpoint._json import dump_json
-from jaxweights.checkpoint._manifest import digest_of, encode_tree
-from jaxweights.checkpoint._provenance import Provenance, library_versions
+from jaxweights.checkpoint._manifest import encode_tree
+from jaxweights.checkpoint._provenance import Provenance
 from jaxweights.checkpoint._saved_tree import (
     ARRAYS,
     CONFIG,
-    FORMAT,
-    MANIFEST,
     OWN_FILES,
     PROVENANCE,
     SavedTree,
     Shardings,
+    write_manifest,
 )
 from jaxweights.checkpoint._write_safetensors import copy_files
 
@@ -94,15 +93,9 @@ def save_tree(
     taken = [name for name in files or {} if name.split("/")[0] in OWN_FILES]
     if taken:
         raise ValueError(f"save_tree: files={taken} are names that the checkpoint itself uses.")
-    manifest = {
-        "format": FORMAT,
-        "versions": library_versions(),
-        "sha256": digest_of(node),
-        "tree": node,
-    }
     with _partial(destination, overwrite=overwrite) as partial:
         if jax.process_index() == 0:
-            (partial / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+            write_manifest(partial, node)
             if config is not None:
                 (partial / CONFIG).write_text(dump_json(dict(config)), encoding="utf-8")
             if provenance is not None:

@@ -15,16 +15,16 @@ from jaxweights.checkpoint._array_store import (
     stored_arrays,
     stored_dtype,
 )
-from jaxweights.checkpoint._json import read_json_object
+from jaxweights.checkpoint._json import dump_json, read_json_object
 from jaxweights.checkpoint._manifest import (
     ArrayRecord,
     Parts,
     array_records,
     build_tree,
+    checksum_of,
     digest_of,
-    hash_of,
 )
-from jaxweights.checkpoint._provenance import Provenance
+from jaxweights.checkpoint._provenance import Provenance, library_versions
 from jaxweights.checkpoint._untrusted import contained
 
 MANIFEST = "jaxweights.json"
@@ -32,12 +32,23 @@ CONFIG = "config.json"
 ARRAYS = "arrays"
 PROVENANCE = "provenance.json"
 OWN_FILES = (MANIFEST, CONFIG, ARRAYS, PROVENANCE)
-FORMAT = 1
+FORMAT = 2
 Shardings = (
     jax.sharding.Sharding
     | Mapping[str, jax.sharding.Sharding]
     | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 )
+
+
+def write_manifest(folder: Path, node: dict[str, Any]) -> None:
+    """Writes what a tree's arrays are read by."""
+    manifest = {
+        "format": FORMAT,
+        "versions": library_versions(),
+        "sha256": digest_of(node),
+        "tree": node,
+    }
+    (folder / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
 
 
 class SavedTree:
@@ -131,9 +142,9 @@ class SavedTree:
         damaged = [
             record.path
             for record in records
-            if record.sha256 is not None
-            and (now := hash_of(arrays[record.parts])) is not None
-            and now != record.sha256
+            if record.checksum is not None
+            and (now := checksum_of(arrays[record.parts])) is not None
+            and now != record.checksum
         ]
         if damaged:
             raise ValueError(

@@ -6,7 +6,7 @@ import abc
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
 from jaxweights.checkpoint._json import read_json_object
-from jaxweights.checkpoint._manifest import build_tree, leaf_parts, object_at
+from jaxweights.checkpoint._manifest import Parts, build_tree, leaf_parts, object_at
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
@@ -62,6 +62,7 @@ class Checkpoint(abc.ABC):
     """
 
     format: str
+    tree: dict[str, Any] | None = None  # what the manifest says of an Orbax checkpoint's tree
 
     def __init__(
         self,
@@ -80,6 +81,17 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def names(self) -> tuple[str, ...]:
         """Names of the tensors."""
+
+    @property
+    def leaves(self) -> Mapping[str, Parts]:
+        """Where tensors are in an Orbax checkpoint's tree, by name; empty for other formats."""
+        return {}
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether names and orientations are those of torch, not those of a tree of parameters."""
+        dotted = any("." in name for name in self.names)
+        return not any("/" in name for name in self.names) and (dotted or self.format != "orbax")
 
     @abc.abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -261,6 +273,7 @@ class _OrbaxCheckpoint(Checkpoint):
 
     def __init__(self, path: Path):
         self._saved = SavedTree(path, function="open_checkpoint")
+        self.tree = self._saved.node
         self._leaves = {"/".join(parts): parts for parts in leaf_parts(self._saved.node)}
         metadata = {"provenance": self._saved.provenance}
         files = dict(self._saved.files)
@@ -271,6 +284,10 @@ class _OrbaxCheckpoint(Checkpoint):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._leaves)
+
+    @property
+    def leaves(self) -> Mapping[str, Parts]:
+        return self._leaves
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._dense(name)["shape"])

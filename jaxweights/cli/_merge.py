@@ -44,10 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only show the resolved value of every parameter for every tensor",
     )
     parser.add_argument(
+        "--to", choices=("safetensors", "orbax"), default="safetensors", help="the format"
+    )
+    parser.add_argument(
         "--memory", type=_bytes, metavar="BYTES", help="hold no more than this, such as 1GB"
     )
     parser.add_argument(
-        "--shard", type=_bytes, default=5 * 10**9, metavar="BYTES", help="most bytes a file (5GB)"
+        "--shard",
+        type=_bytes,
+        default=5 * 10**9,
+        metavar="BYTES",
+        help="most bytes a file of safetensors (5GB)",
     )
     parser.add_argument(
         "--compat",
@@ -97,6 +104,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         done = run_merge(
             options.config,
             options.destination,
+            format=options.to,
             memory=options.memory,
             max_shard_bytes=options.shard,
             overwrite=options.overwrite,

@@ -36,7 +36,7 @@ class Pretrained:
       config: Sizes and options.
       tokenizer_path: File from which `load_tokenizer` makes the tokenizer, or None.
       source: The checkpoint that was read.
-      carried: Tensors of a safetensors checkpoint that the model does not use (a pooler, position
+      carried: Tensors under torch's names that the model does not use (a pooler, position
         ids), so that a copy of the checkpoint need not lose them.
     """
 
@@ -54,8 +54,8 @@ def load_pretrained(
     """Loads a checkpoint of any known format and architecture.
 
     Args:
-      path: A folder with safetensors and `config.json`, a GGUF file, or an Orbax checkpoint of a
-        parameter tree that was saved with its config.
+      path: A folder with safetensors and `config.json`, a GGUF file, or an Orbax checkpoint with
+        its config: of a parameter tree, or of tensors under the names that safetensors have.
       dtype: Dtype to which dense float parameters are cast; None keeps the checkpoint's, which is
         float32 for quantized GGUF blocks. Represented weights stay as they are.
       remat: Whether the model computes activations again in the backward pass.
@@ -73,12 +73,14 @@ def load_pretrained(
     source = open_checkpoint(path)
     config = _config(source)
     carried: dict[str, np.ndarray] = {}
-    if source.format == "orbax":
+    if not source.is_torch:
         params = load_tree(path).tree
         check_tree(flatten(params)[0], name_map(config, "huggingface"), asker=_ASKER)
     else:
         params = params_from_checkpoint(_Tensors(source), config)
-    if source.format == "safetensors":  # what GGUF has beyond the model is in the config
+    if (
+        source.is_torch and source.format != "gguf"
+    ):  # what GGUF has beyond the model is in the config
         names = name_map(config, "huggingface")
         unused = [name for name in source.names if names.is_carried(names.canonical(name))]
         carried = {name: source.read(name) for name in unused}

@@ -16,7 +16,7 @@ from jaxweights.core._transform import Transform
 from jaxweights.stream._delta import DeltaRanks, can_slice, delta_job, delta_settings
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._pipeline import Progress
-from jaxweights.stream._run import Streamed, stream_jobs
+from jaxweights.stream._run import Format, Streamed, stream_jobs
 from jaxweights.stream._transform import transform_job
 from jaxweights.weights._axes import Axes
 
@@ -34,6 +34,7 @@ def transform_checkpoint(
     layout: Mapping[str, Axes] | None = None,
     seed: int = 0,
     recipe: str = "",
+    format: Format = "safetensors",
     memory: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -50,18 +51,21 @@ def transform_checkpoint(
       tx: A transform that looks at one leaf at a time and reads no statistics; or TIES or
         Breadcrumbs over the whole tree, whose thresholds are found in passes before.
       source: The checkpoint, of any format that is read here.
-      destination: The folder of safetensors to make.
+      destination: The folder to make.
       models: Other checkpoints with the same names, for merges.
       match: Regular expression for the whole names of the tensors that are transformed; others are
         copied.
       layout: Axes by patterns of names. By default matrices of safetensors and GGUF files are
-        `(out, in)`, as torch has them, and those of Orbax trees as `conventional_layout` says.
+        `(out, in)`, as torch has them; those of parameter trees, whose names have slashes, are as
+        `conventional_layout` says.
       seed: Of random transforms.
       recipe: What is done, in words; it is written into the provenance and, with the transform's
         name, decides whether a run can be resumed.
+      format: `"safetensors"`, or `"orbax"`, which `load_tree` reads: with the tree of an Orbax
+        source, or as a dict by name.
       memory: Most bytes that the process may hold; None leaves tensors that cannot be cut what
         they need.
-      max_shard_bytes: Most bytes of tensors a file.
+      max_shard_bytes: Most bytes of tensors a file of safetensors.
       overwrite: Whether an existing checkpoint may be replaced, at the end.
       resume: Whether to go on where a killed run stopped.
       progress: Called with (task, bytes done, bytes in all).
@@ -131,6 +135,8 @@ def transform_checkpoint(
         recipe=settings,
         identity={"settings": settings, "checkpoints": prints, "layout": layout_print},
         files=dict(main.files),
+        format=format,
+        tree_of=main,
         memory=memory,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -173,7 +179,7 @@ def _misfits(
 def _layout(main: Checkpoint, stated: Mapping[str, Axes] | None) -> Layout:
     """Axes of the matrices: what is stated wins over the convention of the format."""
     leaves = {name: np.broadcast_to(np.float32(0), main.shape(name)) for name in main.names}
-    if main.format == "orbax":
+    if not main.is_torch:
         found = conventional_layout(leaves)
     else:
         found = Layout.of({n: _torch_axes(x.ndim) for n, x in leaves.items() if _is_matrix(n, x)})

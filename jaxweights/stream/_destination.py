@@ -1,4 +1,4 @@
-"""A folder of safetensors that is filled tensor by tensor, and can be gone on with."""
+"""A checkpoint that is filled tensor by tensor, and can be gone on with."""
 
 from __future__ import annotations
 
@@ -7,33 +7,75 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
-from jaxweights.checkpoint._write_safetensors import (
-    TensorPlan,
-    copy_files,
-    head_of,
-    plan_shards,
-    shard_name,
-    write_index,
-)
+from jaxweights.checkpoint._atomic import atomic, check_destination, flush, refuse_unrelated
+from jaxweights.checkpoint._write_safetensors import copy_files
 
 JOURNAL = "journal.jsonl"
 _HASH_CHUNK = 1 << 24
+_OPEN_FILES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: `nbytes` bytes of a file from `start` on."""
+    """Where the bytes of a tensor lie, in one file or in several.
 
-    file: Path
-    start: int
+    Args:
+      nbytes: How many there are.
+      locate: For a byte's number, the file that holds it, its number there, and how many bytes of
+        the tensor follow there, itself included.
+    """
+
     nbytes: int
+    locate: Callable[[int], tuple[Path, int, int]]
+
+    def spans(self, start: int, count: int) -> Iterator[tuple[Path, int, int]]:
+        """File, first byte there and number of bytes of every part of a run of bytes."""
+        while count:
+            file, where, room = self.locate(start)
+            length = min(room, count)
+            yield file, where, length
+            start, count = start + length, count - length
+
+
+class Files(Protocol):
+    """A format: the files that hold tensors, made before the tensors are and filled in any order.
+
+    Attributes:
+      nbytes: Bytes that they will take.
+      names: What they are called in the folder, or the folders in it that hold them.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they will take."""
+        ...
+
+    @property
+    def names(self) -> Collection[str]:
+        """What they are called in the folder, or the folders in it that hold them."""
+        ...
+
+    def make(self, folder: Path, *, anew: bool) -> Mapping[str, Place]:
+        """Makes the files in an empty folder, or finds those of an earlier run; says who is where.
+
+        Args:
+          folder: Where they lie.
+          anew: Whether the folder is empty.
+
+        Returns:
+          The place of each tensor.
+        """
+        ...
+
+    def finish(self, folder: Path, checksums: Mapping[str, str]) -> None:
+        """Writes what can only be said when all tensors are there."""
+        ...
 
 
 class Destination:
@@ -63,10 +105,10 @@ class Destination:
         position, digest = self._open.setdefault(name, [0, xxhash.xxh3_128()])
         assert position + data.size <= place.nbytes, "more bytes than planned"
         digest.update(data)
-        view, done = data.data, 0
-        while done < data.size:
-            where = place.start + position + done
-            done += os.pwrite(self._descriptor(place.file), view[done:], where)
+        done = 0
+        for file, where, count in place.spans(position, data.size):
+            _write_all(self._descriptor(file), data[done : done + count].data, where)
+            done += count
         self._open[name][0] += data.size
         if position + data.size == place.nbytes:
             del self._open[name]
@@ -82,19 +124,26 @@ class Destination:
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._files:
+            while len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
             self._files[file] = os.open(file, os.O_WRONLY)
         return self._files[file]
+
+
+def _write_all(descriptor: int, data: memoryview, where: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], where + done)
 
 
 @contextlib.contextmanager
 def open_destination(
     function: str,
     destination: str | os.PathLike[str],
-    plans: Sequence[TensorPlan],
+    files: Files,
     *,
     identity: Mapping[str, Any],
-    files: Callable[[Destination], Mapping[str, str | bytes | os.PathLike[str]]],
-    max_shard_bytes: int,
+    companions: Callable[[Destination], Mapping[str, str | bytes | os.PathLike[str]]],
     overwrite: bool,
     resume: bool,
 ) -> Iterator[Destination]:
@@ -103,11 +152,10 @@ def open_destination(
     Args:
       function: Start of the error messages.
       destination: The folder to make.
-      plans: The tensors, in the order in which they are cut into shards.
+      files: Those that hold the tensors.
       identity: What decides about every byte that is written, as JSON: a run goes on with what an
         earlier one left only if theirs are equal.
-      files: Gives the files that travel along, once all tensors are written.
-      max_shard_bytes: Most bytes of tensors a file.
+      companions: Gives the files that travel along, once all tensors are written.
       overwrite: Whether an existing checkpoint may be replaced, at the end.
       resume: Whether to go on where an earlier run with this destination was killed.
 
@@ -117,39 +165,30 @@ def open_destination(
     destination = Path(destination)
     check_destination(function, destination, overwrite=overwrite, directory=True)
     refuse_unrelated(function, destination)
-    total = sum(plan.nbytes for plan in plans)
-    shards = plan_shards(list(plans), max_shard_bytes)
     with atomic(
         function,
         destination,
         directory=True,
         overwrite=overwrite,
-        needs_bytes=total,
+        needs_bytes=files.nbytes,
         resume=resume,
     ) as folder:
         done = _read_journal(function, destination, folder, identity) if resume else {}
+        # What an earlier run wrote behind its last tensor is written again.
+        _empty(folder, sparing=(JOURNAL, *files.names) if done else ())
         if not done:
-            _empty(folder)
             (folder / JOURNAL).write_text(json.dumps({"identity": identity}) + "\n")
-        places: dict[str, Place] = {}
-        weight_map = {}
-        for i, shard in enumerate(shards, 1):
-            file = folder / shard_name(i, len(shards))
-            head, starts = head_of(shard, {"format": "pt"})
-            if not done:
-                file.write_bytes(head)
-            for plan, start in starts:
-                places[plan.name] = Place(file, start, plan.nbytes)
-            os.truncate(file, len(head) + sum(plan.nbytes for plan in shard))
-            weight_map |= {plan.name: file.name for plan in shard}
+        places = files.make(folder, anew=not done)
         target = Destination(folder, places, _verified(done, places))
         try:
             yield target
         finally:
             target.close()
-        if len(shards) > 1:
-            write_index(folder, weight_map, total)
-        copy_files(function, folder, files(target))
+        files.finish(folder, target.checksums)
+        copy_files(function, folder, companions(target))
+        flush(
+            folder
+        )  # long for a big model, and a run that is killed meanwhile can be gone on with
         (folder / JOURNAL).unlink()
 
 
@@ -190,15 +229,16 @@ def _checksum(place: Place) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    with place.file.open("rb") as file:
-        file.seek(place.start)
-        left = place.nbytes
-        while left and (data := file.read(min(left, _HASH_CHUNK))):
-            digest.update(data)
-            left -= len(data)
+    for path, start, left in place.spans(0, place.nbytes):
+        with path.open("rb") as file:
+            file.seek(start)
+            while left and (data := file.read(min(left, _HASH_CHUNK))):
+                digest.update(data)
+                left -= len(data)
     return f"xxh3:{digest.hexdigest()}"
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, *, sparing: Collection[str]) -> None:
     for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry.name not in sparing:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

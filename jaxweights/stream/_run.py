@@ -8,14 +8,18 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxweights.checkpoint._provenance import library_versions
+from jaxweights.checkpoint._source import Checkpoint
 from jaxweights.checkpoint._write_safetensors import plan_tensors
-from jaxweights.stream._destination import Destination, open_destination
+from jaxweights.stream._destination import Destination, Files, open_destination
 from jaxweights.stream._jobs import Job
+from jaxweights.stream._orbax_files import OrbaxFiles, refuse_taken
 from jaxweights.stream._pipeline import Progress, run_jobs
+from jaxweights.stream._safetensors_files import SafetensorsFiles
 
+Format = Literal["safetensors", "orbax"]
 PROVENANCE = "jaxweights-provenance.json"
 _FORMAT = 1
 
@@ -51,13 +55,15 @@ def stream_jobs(
     recipe: Mapping[str, Any],
     identity: Mapping[str, Any],
     files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
+    format: Format = "safetensors",
+    tree_of: Checkpoint | None = None,
     max_shard_bytes: int = 5 * 10**9,
     memory: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Streamed:
-    """Makes a folder of safetensors, tensor by tensor.
+    """Makes a checkpoint, tensor by tensor.
 
     Args:
       function: Start of the error messages.
@@ -67,7 +73,9 @@ def stream_jobs(
       identity: What decides about the bytes of the result, besides the jobs' names and shapes: a
         run is resumed only where all of it is equal.
       files: Files that travel along.
-      max_shard_bytes: Most bytes of tensors a file.
+      format: `"safetensors"`, or `"orbax"` for what `load_tree` reads.
+      tree_of: A checkpoint whose tree the result has in Orbax, where it has the same tensors.
+      max_shard_bytes: Most bytes of tensors a file of safetensors.
       memory: Most bytes that the process may hold.
       overwrite: Whether an existing checkpoint may be replaced, at the end.
       resume: Whether to go on where a killed run stopped.
@@ -76,14 +84,25 @@ def stream_jobs(
     Returns:
       What was done.
     """
+    if format not in get_args(Format):
+        raise ValueError(
+            f"{function}: format={format!r} cannot be written. Choose one of {get_args(Format)}."
+        )
     started = time.perf_counter()
     plans = plan_tensors({job.name: job for job in jobs})
     complete = {
         **identity,
         "versions": library_versions(),
         "tensors": [[job.name, list(job.shape), str(job.dtype)] for job in jobs],
-        "shards": max_shard_bytes,
+        "format": format,
     }
+    target_files: Files
+    if format == "orbax":
+        refuse_taken(function, files or {})
+        target_files = OrbaxFiles(plans, tree_of)
+    else:
+        target_files = SafetensorsFiles(plans, max_shard_bytes)
+        complete["shards"] = max_shard_bytes
     sources: dict[str, str] = {}
 
     def companions(target: Destination) -> dict[str, Any]:
@@ -100,10 +119,9 @@ def stream_jobs(
     with open_destination(
         function,
         destination,
-        plans,
+        target_files,
         identity=complete,
-        files=companions,
-        max_shard_bytes=max_shard_bytes,
+        companions=companions,
         overwrite=overwrite,
         resume=resume,
     ) as target:

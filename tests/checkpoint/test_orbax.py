@@ -383,7 +383,7 @@ TAMPERED = {
         "'w' is float64, which JAX holds only with jax_enable_x64",
     ),
     "hash": (
-        lambda m: items(m)["w"].update(sha256="0" * 64),
+        lambda m: items(m)["w"].update(checksum="xxh3:" + "0" * 32),
         r"the values of \['w'\] \(1 of \d arrays\) are not those that were saved",
     ),
     "kind": (lambda m: items(m)["w"].update(kind="pickle"), "'w' has the unknown kind 'pickle'"),
@@ -401,7 +401,7 @@ TAMPERED = {
         "has keys that are not distinct",
     ),
     "no pairs": (lambda m: m["tree"].update(items=[1]), "'' "),
-    "format": (lambda m: m.update(format=2), "has format 2 .* this library reads format 1"),
+    "format": (lambda m: m.update(format=3), "has format 3 .* this library reads format 2"),
     "no tree": (lambda m: m.update(more=1), "the keys .*'more'"),
 }
 
@@ -477,7 +477,7 @@ def test_other_folders_and_broken_side_files_are_refused(saved, tmp_path):
     (saved / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config.json: holds an array"):
         load_tree(saved)
-    (saved / MANIFEST).write_text('{"format": 1, "format": 1}')
+    (saved / MANIFEST).write_text('{"format": 2, "format": 2}')
     with pytest.raises(ValueError, match="the key 'format' appears more than once"):
         load_tree(saved)
 

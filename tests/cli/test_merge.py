@@ -51,6 +51,19 @@ def test_a_merge_is_written_and_told(capsys, folder):
     assert "Streaming: done" in err
 
 
+def test_a_merge_can_be_written_as_orbax(capsys, folder):
+    code, out, _ = _run(capsys, folder / "merge.yml", folder / "plain", "--json", "--quiet")
+    code, again, _ = _run(
+        capsys, folder / "merge.yml", folder / "out", "--to", "orbax", "--json", "--quiet"
+    )
+    assert code == 0
+    assert json.loads(again)["checksums"] == json.loads(out)["checksums"]
+    made = open_checkpoint(folder / "out")
+    assert made.format == "orbax" and made.config == {"num_hidden_layers": 2}
+    np.testing.assert_allclose(made.read("model.layers.1.up.weight"), 7.5)
+    assert "mergekit_config.yml" in made.files
+
+
 def test_explaining_resolves_every_parameter_and_writes_nothing(capsys, folder):
     code, out, _ = _run(capsys, folder / "merge.yml", "--explain", "--json")
     assert code == 0

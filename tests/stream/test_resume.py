@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxweights.stream import _destination
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._run import stream_jobs
 from tests.checkpoint._helpers import everything
@@ -27,7 +29,7 @@ PROGRAM = """\
         if written == int(sys.argv[2]):
             print("ready", flush=True)
             sys.stdin.readline()
-    run(Path(sys.argv[1]), progress=progress)
+    run(Path(sys.argv[1]), format=sys.argv[3], progress=progress)
 """
 
 
@@ -57,10 +59,10 @@ def run(destination, *, scale=2.0, **options):
     )
 
 
-def _killed(destination, after):
+def _killed(destination, after, form="safetensors"):
     """Starts a stream and kills it when it has made some progress."""
     child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(destination), str(after)],
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(destination), str(after), form],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         cwd=Path(__file__).resolve().parents[2],
@@ -84,12 +86,15 @@ def uninterrupted(tmp_path_factory):
     return everything(folder / "out")
 
 
-@pytest.mark.parametrize("after", [2, 7])
-def test_a_killed_run_is_gone_on_with_to_the_same_bytes(tmp_path, uninterrupted, after):
-    child = _killed(tmp_path / "out", after)
+@pytest.mark.parametrize("after, form", [(2, "safetensors"), (7, "safetensors"), (5, "orbax")])
+def test_a_killed_run_is_gone_on_with_to_the_same_bytes(tmp_path, after, form):
+    run(tmp_path / "whole", format=form)
+    uninterrupted = everything(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    child = _killed(tmp_path / "out", after, form)
     _end(child)
     assert not (tmp_path / "out").exists()
-    done = run(tmp_path / "out", resume=True)
+    done = run(tmp_path / "out", format=form, resume=True)
     assert 0 < done.resumed < 10
     found = everything(tmp_path)
     provenance = "out/jaxweights-provenance.json"
@@ -101,6 +106,27 @@ def test_a_killed_run_is_gone_on_with_to_the_same_bytes(tmp_path, uninterrupted,
         if name != "jaxweights-provenance.json":
             assert found[f"out/{name}"] == content
     assert len(found) == len(uninterrupted)
+
+
+def test_what_was_written_behind_the_last_tensor_is_written_again(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_destination, "flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", files={"config.json": "{}"})
+    assert run(tmp_path / "out", files={"config.json": "{}"}, resume=True).resumed == 10
+    made, whole = everything(tmp_path / "out"), everything(tmp_path / "whole")
+    assert made.pop("config.json") == b"{}"
+    assert made.keys() == whole.keys()
+
+
+def test_a_format_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="format='gguf' cannot be written"):
+        run(tmp_path / "out", format="gguf")
 
 
 def test_without_resuming_a_run_starts_anew(tmp_path, uninterrupted):

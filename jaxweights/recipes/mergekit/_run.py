@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxweights.checkpoint import Checkpoint
 from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, load_merge_config
@@ -20,7 +21,7 @@ from jaxweights.recipes.mergekit._plan import PlannedTensor, Planner
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._memory import resident_bytes
 from jaxweights.stream._pipeline import Progress
-from jaxweights.stream._run import Streamed, stream_jobs
+from jaxweights.stream._run import Format, Streamed, stream_jobs
 
 _NAME = "jaxweights merge"
 
@@ -67,6 +68,7 @@ def run_merge(
     compat: Compat = "fixed",
     missing: Literal["error", "take"] = "error",
     seed: int = 0,
+    format: Format = "safetensors",
     memory: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -78,13 +80,14 @@ def run_merge(
 
     Args:
       config: A YAML file as mergekit reads it.
-      destination: The folder to make, with safetensors, config and tokenizer.
+      destination: The folder to make, with tensors, config and tokenizer.
       compat: `"mergekit"` repeats its habits where they lose something; `explain_merge` names them.
       missing: `"take"` merges a tensor that some models lack from those that have it.
       seed: Randomness of DARE and DELLA.
+      format: `"safetensors"`, or `"orbax"`, which `load_tree` and `load_pretrained` read.
       memory: Most bytes that the process may hold. None lets a tensor that its method cannot cut
         have what it needs.
-      max_shard_bytes: Most bytes of tensors a file.
+      max_shard_bytes: Most bytes of tensors a file of safetensors.
       overwrite: Whether an existing checkpoint and report may be replaced, at the end.
       resume: Whether to go on where a killed run with the same configuration stopped.
       report: An HTML file to make, about how the models' deltas relate; the models are read once
@@ -107,6 +110,7 @@ def run_merge(
     prepared = _prepare(config, compat, missing, seed)
     text = Path(config).read_text(encoding="utf-8")
     limit = None if memory is None else memory - resident_bytes()
+    first = prepared.models[prepared.config.models[0]].tensors
     done = stream_jobs(
         _NAME,
         [tensor.job for tensor in prepared.tensors],
@@ -121,6 +125,8 @@ def run_merge(
             **prepared.files,
             "mergekit_config.yml": text,
         },
+        format=format,
+        tree_of=first if isinstance(first, Checkpoint) else None,
         max_shard_bytes=max_shard_bytes,
         memory=memory,
         overwrite=overwrite,
