@@ -16,7 +16,7 @@ from jaxweights.core._apply import LayoutLike
 from jaxweights.core._paths import check_pattern, matching
 from jaxweights.core._stats import GRADIENT_STATISTICS, INPUT_STATISTICS, STATISTICS
 from jaxweights.lift import Walk, evaluate_lifted, trace_model
-from jaxweights.weights import View
+from jaxweights.weights import InputChange, View
 
 Batch = Any
 Mask = Callable[[Batch], jax.Array]
@@ -158,7 +158,11 @@ def _assign(
         names = frozenset(names) & frozenset(INPUT_STATISTICS)
         if not names or path not in axes or path not in flat:
             continue
-        owner = holder.setdefault(owners.get(path, path), path)
+        source = owners.get(path, path)
+        # The base of a weight that changes its inputs reads what nobody else does.
+        owner = path
+        if not isinstance(flat[path], InputChange):
+            owner = holder.setdefault(source, path)
         if owner != path and _stack(flat[owner], axes[owner]) == _stack(flat[path], axes[path]):
             shared[path] = owner
         else:

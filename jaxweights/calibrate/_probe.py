@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxweights.core import Statistic
 from jaxweights.core._stats import combine
 from jaxweights.lift import Named, _compat
-from jaxweights.weights import View, Weight
+from jaxweights.weights import InputChange, View, Weight
 from jaxweights.weights._weight import (
     activations_as_rows,
     matrix_parts,
@@ -174,7 +174,10 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
     probe = named.weight
     if not isinstance(probe, Probe):
         return None
+    change = probe.base if isinstance(probe.base, InputChange) else None
     if kind == "ragged_dot":
+        if change is not None:
+            x = change.changed_ragged(x, params["group_sizes"])
         if mask is not None:
             raise ValueError(
                 f"calibrate: {named.path!r}: its tokens are sorted by expert, so the mask "
@@ -183,11 +186,14 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
         return place(probe, ragged_statistics(x, params["group_sizes"], probe))
     if kind == "conv":
         rows, windows = patches_as_rows(named.path, x, probe, params)
+        rows = rows if change is None else change.change(rows)
         weights = token_weights(named.path, windows, mask)
         return place(probe, statistics(rows, weights, probe.wanted))
     found = activations_as_rows(probe.view, probe.ndim, x, params["dimension_numbers"])
     if found is None or found.transposed:
         return None
+    if change is not None:
+        found = found._replace(x=change.change(found.x))
     stacked = found.x.ndim > 2
     weights = token_weights(named.path, found.free_shape, mask)
     if stacked:
@@ -227,6 +233,8 @@ def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statis
     record: Record = {"count": _compat.pvary(count, _compat.varying_axes(x))}
     if "sum" in wanted:
         record["sum"] = jnp.sum(x, axis=-2)
+    if "abs_sum" in wanted:
+        record["abs_sum"] = jnp.sum(jnp.abs(x), axis=-2)
     if "gram" in wanted:
         # The squares are its diagonal, so `second_moment` is read off it.
         record["gram"] = jnp.matmul(jnp.swapaxes(x, -1, -2), x, precision=HIGHEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, 
 from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Statistic
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.weights._axes import View
+from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._weight import Weight, is_weight, materialize
 
 MatrixFn = Callable[..., Any]
@@ -58,7 +60,8 @@ def leafwise(
       needs: Statistics that `fn` takes.
       wrap: `wrap(leaf, result, view)` builds the new leaf from the result, whose arrays have got
         the stack axes in front. None puts the new matrix in place of the old one.
-      accepts: Representations that may be transformed; `fn` sees their dense value.
+      accepts: Representations that may be transformed; `fn` sees their dense value. The base of a
+        weight that changes its inputs is transformed, and the change stays before it.
       refusal: What to do instead, for other representations.
       randomized: Whether `fn` draws random numbers.
       masked: Whether `fn` takes the mask of a weight that has one.
@@ -106,14 +109,15 @@ def leafwise(
         new, finite = dict(flat), {}
         problems: dict[Path, str] = {}
         for done, (path, view) in enumerate(targets.items(), start=1):
-            leaf = flat[path]
+            leaf = inner_weight(flat[path])
             inputs = _statistics(context, path, wanted, view)
             if randomized:
                 inputs["key"] = _stack_keys(path_key(key, path), leaf, view)
             if masked and (mask := getattr(leaf, "mask", None)) is not None:
                 inputs["mask"] = mask
             result, finite[path] = run(leaf, inputs, common, view)
-            new[path] = (_put_value if wrap is None else wrap)(leaf, result, view)
+            changed = (_put_value if wrap is None else wrap)(leaf, result, view)
+            new[path] = with_inner_weight(flat[path], changed)
             if verify is not None and not _is_abstract(result):
                 if problem := verify(path, result):
                     problems[path] = problem
@@ -137,6 +141,20 @@ def leafwise(
         moves_inputs=moves_inputs,
         scope="leaf",
     )
+
+
+def inner_weight(leaf: Any) -> Any:
+    """What a method acts on: behind a change of the inputs, which the statistics have seen too."""
+    while isinstance(leaf, InputChange):
+        leaf = leaf.base
+    return leaf
+
+
+def with_inner_weight(leaf: Any, inner: Any) -> Any:
+    """The leaf with another weight behind its changes of the inputs."""
+    if not isinstance(leaf, InputChange):
+        return inner
+    return dataclasses.replace(leaf, base=with_inner_weight(leaf.base, inner))  # type: ignore[type-var]
 
 
 def _may_be_target(path: Path, leaf: Any, named: bool) -> bool:
@@ -166,7 +184,7 @@ def _targets(
         problem = _unfit(path, leaf, axes, accepts, refusal, context)
         if problem is None and axes is not None:
             view = View.of(leaf.shape, axes)
-            problem = check(path, leaf, view) if check is not None else None
+            problem = check(path, inner_weight(leaf), view) if check is not None else None
             problem = problem or _unfit_statistics(path, leaf, view, context, wanted, name)
             targets[path] = view
         if problem is not None:
@@ -197,8 +215,9 @@ def _unfit(
     if not is_float(leaf):
         kind = getattr(leaf, "dtype", type(leaf).__name__)
         return f"{path!r}: is {kind}, not a floating array. Leave it out with `partition`."
-    if is_weight(leaf) and not isinstance(leaf, accepts):
-        return f"{path!r}: is already a {type(leaf).__name__}. {refusal}"
+    inner = inner_weight(leaf)
+    if is_weight(inner) and not isinstance(inner, accepts):
+        return f"{path!r}: is already a {type(inner).__name__}. {refusal}"
     if axes is None:
         shape = tuple(leaf.shape)
         if len(shape) < 2:

@@ -20,7 +20,13 @@ from jaxweights.weights._axes import View
 from jaxweights.weights._weight import is_weight
 
 _DENSE = "dense"
-_SETTINGS = ("bits", "group_size", "rank", "alpha")  # of a representation, where it has them
+_SETTINGS = (
+    "bits",
+    "group_size",
+    "rank",
+    "alpha",
+    "order",
+)  # of a representation, where it has them
 
 
 @dataclasses.dataclass(frozen=True)

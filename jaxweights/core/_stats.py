@@ -14,7 +14,15 @@ from jaxweights.core._paths import Path, fail, nearest
 
 Statistic = str
 
-INPUT_STATISTICS: tuple[Statistic, ...] = ("count", "sum", "second_moment", "gram", "min", "max")
+INPUT_STATISTICS: tuple[Statistic, ...] = (
+    "count",
+    "sum",
+    "abs_sum",
+    "second_moment",
+    "gram",
+    "min",
+    "max",
+)
 GRADIENT_STATISTICS: tuple[Statistic, ...] = ("grad_abs", "grad_sq")
 STATISTICS = INPUT_STATISTICS + GRADIENT_STATISTICS
 
@@ -29,11 +37,13 @@ class Stats:
     Per weight, with `stack` the sizes of its stack axes and `in` its flattened input axes:
 
     - `count` `(*stack,)`: tokens seen; `examples` `()`: examples whose gradients were taken.
-    - `sum`, `second_moment`, `min`, `max` `(*stack, in)`: of the inputs; sums, not means.
+    - `sum`, `abs_sum`, `second_moment`, `min`, `max` `(*stack, in)`: of the inputs, of their sizes
+      and their squares; sums, not means.
     - `gram` `(*stack, in, in)`: sum of the outer products of the inputs.
     - `grad_abs`, `grad_sq`, shaped like the weight: sums over examples of |g| and g².
 
-    Weights that read the same input share one entry.
+    Weights that read the same input share one entry. Of a weight that changes its inputs
+    (`Rescaled`, `Rotated`), the inputs are those of its base.
 
     Args:
       values: Arrays by path of the entry's owner, then by name of the statistic.

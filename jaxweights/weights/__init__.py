@@ -4,6 +4,12 @@ from jaxweights.weights._axes import CONV_HWIO as CONV_HWIO
 from jaxweights.weights._axes import EMBEDDING as EMBEDDING
 from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
+from jaxweights.weights._hadamard import hadamard_matrix as hadamard_matrix
+from jaxweights.weights._hadamard import hadamard_order as hadamard_order
+from jaxweights.weights._hadamard import hadamard_transform as hadamard_transform
+from jaxweights.weights._input_changes import InputChange as InputChange
+from jaxweights.weights._input_changes import Rescaled as Rescaled
+from jaxweights.weights._input_changes import Rotated as Rotated
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
 from jaxweights.weights._outliers import Outliers as Outliers

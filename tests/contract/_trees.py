@@ -55,6 +55,7 @@ def make_stats():
     one = {
         "count": jnp.asarray(64, jnp.int32),
         "sum": x.sum(0),
+        "abs_sum": jnp.abs(x).sum(0),
         "gram": x.T @ x,
         "min": x.min(0),
         "max": x.max(0),
