@@ -187,7 +187,7 @@ class InputChange(Weight):
         shape = rows.shape
         rows = rows.reshape(*(x.shape[a] for a in front), size(free), size(back))
         rows = self.change(rows, transposed=transposed)
-        return jnp.transpose(rows.reshape(shape), np.argsort(order))
+        return jnp.transpose(rows.reshape(shape), tuple(np.argsort(order)))
 
 
 @weight_dataclass

@@ -18,7 +18,7 @@ from jaxweights.checkpoint import load_tree, save_tree
 from jaxweights.weights import Axes
 from tests.calibrate._models import MODELS, draw
 
-ALL = frozenset({"sum", "gram", "second_moment", "min", "max"})
+ALL = frozenset({"sum", "abs_sum", "gram", "second_moment", "min", "max"})
 
 
 def numpy_statistics(rows):
@@ -27,6 +27,7 @@ def numpy_statistics(rows):
     return {
         "count": np.asarray(len(rows)),
         "sum": rows.sum(0),
+        "abs_sum": np.abs(rows).sum(0),
         "second_moment": (rows**2).sum(0),
         "gram": rows.T @ rows,
         "min": rows.min(0, initial=np.inf) if len(rows) else np.full(width, np.inf),
