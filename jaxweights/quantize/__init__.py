@@ -13,3 +13,10 @@ from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
+from jaxweights.quantize.training import binary as binary
+from jaxweights.quantize.training import fake_quant as fake_quant
+from jaxweights.quantize.training import shrink_embedding_gradients as shrink_embedding_gradients
+from jaxweights.quantize.training import shrink_gradient as shrink_gradient
+from jaxweights.quantize.training import stochastic_rounding as stochastic_rounding
+from jaxweights.quantize.training import straight_through as straight_through
+from jaxweights.quantize.training import ternary as ternary

@@ -1,0 +1,11 @@
+"""Quantization inside a training loop."""
+
+from jaxweights.quantize.training._bitnet import binary as binary
+from jaxweights.quantize.training._bitnet import ternary as ternary
+from jaxweights.quantize.training._shrink_gradient import (
+    shrink_embedding_gradients as shrink_embedding_gradients,
+)
+from jaxweights.quantize.training._shrink_gradient import shrink_gradient as shrink_gradient
+from jaxweights.quantize.training._stochastic import stochastic_rounding as stochastic_rounding
+from jaxweights.quantize.training._straight_through import fake_quant as fake_quant
+from jaxweights.quantize.training._straight_through import straight_through as straight_through
