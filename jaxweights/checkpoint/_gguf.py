@@ -92,14 +92,31 @@ class GGUFReader(TensorTable[GGUFTensorInfo]):
         Raises:
           KeyError: If there is no such tensor.
         """
+        return _numbers(self[name], self.raw(name)).reshape(self[name].shape)
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills a contiguous array with a tensor's numbers from `start` on, in flat order."""
         info = self[name]
-        raw = self.raw(name)
-        if info.block_type.dtype is None:
-            return dequantize(info.block_type, raw).reshape(info.shape)
-        dtype = info.block_type.dtype
-        aligned = raw.ctypes.data % dtype.alignment == 0
-        plain = (raw if aligned else raw.copy()).reshape(-1).view(dtype)
-        return plain.astype(info.dtype, copy=False).reshape(info.shape)
+        values, nbytes = info.block_type.values, info.block_type.nbytes
+        first, last = start // values, -(-(start + out.size) // values)
+        blocks = np.empty((last - first, nbytes), np.uint8)
+        self._file.read_into(info.start + first * nbytes, blocks)
+        skip = start - first * values
+        np.copyto(out, _numbers(info, blocks)[skip : skip + out.size].reshape(out.shape))
+
+
+def _numbers(info: GGUFTensorInfo, blocks: np.ndarray) -> np.ndarray:
+    """What blocks stand for, flat."""
+    dtype = info.block_type.dtype
+    if dtype is None:
+        return dequantize(info.block_type, blocks).reshape(-1)
+    aligned = blocks.ctypes.data % dtype.alignment == 0
+    return (
+        (blocks if aligned else blocks.copy())
+        .reshape(-1)
+        .view(dtype)
+        .astype(info.dtype, copy=False)
+    )
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFReader:

@@ -13,11 +13,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxweights.checkpoint._array_store import save_arrays, storage_key, stored_dtype
-from jaxweights.checkpoint._manifest import Parts
+from jaxweights.checkpoint._json import read_json_object
+from jaxweights.checkpoint._manifest import ArrayRecord, Parts
 
 # Readers hold a chunk at a time; a model of 10 GB is a few hundred files.
 CHUNK_BYTES = 1 << 26
@@ -67,6 +69,30 @@ class RawArray:
         room = min(block, whole - number * block) - offset
         return self.folder / ".".join(map(str, indices)), offset, room
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What zarr is told of it."""
+        return {
+            "shape": list(self.shape),
+            "chunks": list(self.chunk),
+            "compressor": None,
+            "dimension_separator": ".",
+        }
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills a contiguous array with entries from `start` on, in flat order."""
+        target = out.reshape(-1).view(np.uint8)
+        done, position = 0, start * self.dtype.itemsize
+        while done < target.size:
+            file, where, room = self.locate(position + done)
+            count = min(room, target.size - done)
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(where)
+                read = opened.readinto(target[done : done + count].data)
+            if not read:
+                raise OSError(f"'{file}' is shorter than its array says.")
+            done += read
+
     def make(self) -> None:
         """Makes the folder, with every chunk at its full length."""
         import tensorstore as ts
@@ -74,12 +100,7 @@ class RawArray:
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": str(self.folder.resolve())},
-            "metadata": {
-                "shape": list(self.shape),
-                "chunks": list(self.chunk),
-                "compressor": None,
-                "dimension_separator": ".",
-            },
+            "metadata": self.metadata,
         }
         ts.open(spec, dtype=ts.dtype(self.dtype.name), create=True, delete_existing=True).result()
         length, position = math.prod(self.chunk) * self.dtype.itemsize, 0
@@ -100,6 +121,48 @@ class RawArray:
     def _row(self, axis: int) -> int:
         """Bytes of one entry of an axis."""
         return math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
+
+
+def find_raw_array(folder: Path, record: ArrayRecord) -> RawArray | None:
+    """An array of a checkpoint that a stream made; None where it is stored in another way."""
+    array = RawArray(folder / ".".join(storage_key(record.parts)), record.shape, record.dtype)
+    about = array.folder / ".zarray"
+    if not about.is_file():
+        return None
+    said = read_json_object(about, where=f"'{about}'")
+    wanted = array.metadata | {"order": "C", "filters": None}
+    return array if all(said.get(key) == value for key, value in wanted.items()) else None
+
+
+class CheckedSlices:
+    """An array that is read in slices, and refused at its end if it is not what was saved.
+
+    Args:
+      array: The array.
+      checksum: What the manifest says of its bytes, if it does.
+      where: Start of the error message.
+    """
+
+    def __init__(self, array: RawArray, checksum: str | None, where: str):
+        """Begins before the first entry."""
+        import xxhash
+
+        self._array, self._checksum, self._where = array, checksum, where
+        self._digest, self._next = xxhash.xxh3_128(), 0
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fills a contiguous array; slices that follow each other from the first are summed up."""
+        self._array.read_into(start, out)
+        if start != self._next or self._checksum is None:
+            return
+        self._next = start + out.size
+        self._digest.update(out.reshape(-1).view(np.uint8).data)
+        done = self._next * out.itemsize == self._array.nbytes
+        if done and f"xxh3:{self._digest.hexdigest()}" != self._checksum:
+            raise ValueError(
+                f"{self._where}: the values are not those that were saved. The files are damaged; "
+                "copy them again."
+            )
 
 
 def raw_arrays(

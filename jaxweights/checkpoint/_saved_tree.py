@@ -25,6 +25,7 @@ from jaxweights.checkpoint._manifest import (
     digest_of,
 )
 from jaxweights.checkpoint._provenance import Provenance, library_versions
+from jaxweights.checkpoint._raw_arrays import RawArray, find_raw_array
 from jaxweights.checkpoint._untrusted import contained
 
 MANIFEST = "jaxweights.json"
@@ -127,6 +128,12 @@ class SavedTree:
         if verify:
             self._refuse_damage(records, arrays)
         return arrays
+
+    def raw(self, record: ArrayRecord) -> RawArray | None:
+        """An array that can be read in slices; None where it is stored in another way."""
+        if stored_dtype(record.dtype) != record.dtype or 0 in record.shape:
+            return None
+        return find_raw_array(self.path / ARRAYS, record)
 
     def structs(self, shardings: Shardings | None = None) -> dict[Parts, Any]:
         """Shapes and dtypes of all arrays, by place; with shardings, if any are given."""

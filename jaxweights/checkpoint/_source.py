@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
 from jaxweights.checkpoint._json import read_json_object
-from jaxweights.checkpoint._manifest import Parts, build_tree, leaf_parts, object_at
+from jaxweights.checkpoint._manifest import Parts, build_tree, digest_of, leaf_parts, object_at
+from jaxweights.checkpoint._raw_arrays import CheckedSlices
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
@@ -262,6 +263,9 @@ class _GGUFCheckpoint(Checkpoint):
     def read(self, name: str) -> np.ndarray:
         return self._reader.read(name)
 
+    def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
+        return functools.partial(self._reader.read_into, name)
+
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
         return self._reader[name].block_type.name, self._reader.raw(name).reshape(-1)
 
@@ -299,6 +303,18 @@ class _OrbaxCheckpoint(Checkpoint):
         parts = self._parts(name)
         leaf = build_tree(object_at(self._saved.node, parts), self._arrays(parts), parts)
         return np.asarray(leaf.materialize() if hasattr(leaf, "materialize") else leaf)
+
+    def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
+        record = next((r for r in self._saved.records if r.parts == self._parts(name)), None)
+        raw = None if record is None else self._saved.raw(record)
+        if record is None or raw is None:
+            return super().reader(name)
+        return CheckedSlices(raw, record.checksum, f"'{self.path}': {name!r}").read_into
+
+    def fingerprint(self, *, sampled: bool = False) -> str:
+        if sampled and all(record.checksum for record in self._saved.records):
+            return f"sampled-sha256:{digest_of(self._saved.node)}"  # it has the checksums
+        return super().fingerprint(sampled=sampled)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
         arrays = self._arrays(self._parts(name))

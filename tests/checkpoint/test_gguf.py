@@ -251,6 +251,12 @@ def test_what_the_reference_writes_is_read_bit_for_bit(tmp_path, alignment):
         # float32 could not hold these integers, nor float64: they keep their dtype.
         assert file.read(name).dtype == value.dtype == file[name].dtype
         np.testing.assert_array_equal(file.read(name), value)
+    for name in (*quantized, *plain):  # slices that begin and end inside blocks
+        whole = file.read(name).reshape(-1)
+        start, count = len(whole) // 3, len(whole) // 2
+        part = np.empty(count, whole.dtype)
+        file.read_into(name, start, part)
+        np.testing.assert_array_equal(part, whole[start : start + count])
     with pytest.raises(KeyError, match="holds no tensor 'x'"):
         file.read("x")
 

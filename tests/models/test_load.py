@@ -64,6 +64,21 @@ def test_an_orbax_checkpoint_gives_back_represented_weights(tmp_path):
     np.testing.assert_array_equal(apply(loaded.params), apply(params))
 
 
+def test_an_orbax_checkpoint_that_a_stream_made_is_the_same_model(tmp_path):
+    from jaxweights.merge import task_arithmetic
+    from jaxweights.stream import transform_checkpoint
+
+    tensors = checkpoint("bert") | {"pooler.dense.bias": np.ones(24, np.float32)}
+    model = tmp_path / "model"
+    write_safetensors(model, tensors, files={"config.json": json.dumps(CASES["bert"])})
+    copy = task_arithmetic(weights=[0.0])
+    transform_checkpoint(copy, model, tmp_path / "out", models=[model], format="orbax")
+    loaded = load_pretrained(tmp_path / "out")
+    assert loaded.source.format == "orbax"
+    same_bits(as_numpy(loaded.params), as_numpy(case("bert")[1]))
+    assert list(loaded.carried) == ["pooler.dense.bias"]
+
+
 def test_an_orbax_checkpoint_of_another_model_is_refused(tmp_path):
     _, params = case("llama2")
     config = config_from_dict(CASES["llama_biases"])

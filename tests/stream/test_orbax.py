@@ -65,6 +65,19 @@ def test_the_tensors_are_those_of_safetensors(folder, monkeypatch, limit):
     assert said["outputs"] == plain.checksums
 
 
+def test_slices_of_what_was_written_are_read_without_the_rest(folder, monkeypatch):
+    monkeypatch.setattr(RawArray.__init__, "__defaults__", (64,))
+    transform_checkpoint(HALF, folder / "base", folder / "out", models=[folder / "tuned"],
+                         format="orbax")  # fmt: skip
+    got = open_checkpoint(folder / "out")
+    whole = {name: got.read(name) for name in got.names}
+    monkeypatch.setattr(got._saved, "read", None)
+    for name, start in [("model.embed.weight", 1000), ("model.layers.0.up.weight", 34)]:
+        out = np.empty(7, ml_dtypes.bfloat16)
+        got.reader(name)(start, out)
+        np.testing.assert_array_equal(out, whole[name].reshape(-1)[start : start + 7])
+
+
 def test_orbax_itself_reads_the_arrays(folder):
     transform_checkpoint(HALF, folder / "base", folder / "out", models=[folder / "tuned"],
                          format="orbax")  # fmt: skip
@@ -115,6 +128,9 @@ def test_damage_is_noticed(folder):
     content = bytearray(chunk.read_bytes())
     content[7] ^= 1
     chunk.write_bytes(content)
+    with pytest.raises(ValueError, match=r"'model.embed.weight': the values are not those that"):
+        transform_checkpoint(HALF, folder / "out", folder / "again", models=[folder / "tuned"])
+    assert not (folder / "again").exists()
     with pytest.raises(ValueError, match=r"values of \['model.embed.weight'\] .* are not those"):
         load_tree(folder / "out")
 
