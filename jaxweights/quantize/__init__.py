@@ -15,6 +15,11 @@ from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
 from jaxweights.quantize.training import binary as binary
 from jaxweights.quantize.training import fake_quant as fake_quant
+from jaxweights.quantize.training import lsq as lsq
+from jaxweights.quantize.training import lsq_round as lsq_round
+from jaxweights.quantize.training import lsq_step as lsq_step
+from jaxweights.quantize.training import pact as pact
+from jaxweights.quantize.training import settle as settle
 from jaxweights.quantize.training import shrink_embedding_gradients as shrink_embedding_gradients
 from jaxweights.quantize.training import shrink_gradient as shrink_gradient
 from jaxweights.quantize.training import stochastic_rounding as stochastic_rounding

@@ -10,6 +10,7 @@ from jaxweights.weights._hadamard import hadamard_transform as hadamard_transfor
 from jaxweights.weights._input_changes import InputChange as InputChange
 from jaxweights.weights._input_changes import Rescaled as Rescaled
 from jaxweights.weights._input_changes import Rotated as Rotated
+from jaxweights.weights._learned_step import LearnedStep as LearnedStep
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
 from jaxweights.weights._outliers import Outliers as Outliers

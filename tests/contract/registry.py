@@ -92,6 +92,8 @@ CASES = [
         keyed=True,
         per_slice=False,
     ),
+    Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
+    Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
     Case("sparsify.magnitude", lambda: _S.magnitude(sparsity=0.5)),
     Case("sparsify.magnitude output", lambda: _S.magnitude(sparsity=0.5, group="output")),
     Case("sparsify.magnitude 2:4", lambda: _S.magnitude(keep=2, of=4), elementwise=True),

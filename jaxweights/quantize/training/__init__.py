@@ -2,6 +2,11 @@
 
 from jaxweights.quantize.training._bitnet import binary as binary
 from jaxweights.quantize.training._bitnet import ternary as ternary
+from jaxweights.quantize.training._lsq import lsq as lsq
+from jaxweights.quantize.training._lsq import lsq_round as lsq_round
+from jaxweights.quantize.training._lsq import lsq_step as lsq_step
+from jaxweights.quantize.training._lsq import settle as settle
+from jaxweights.quantize.training._pact import pact as pact
 from jaxweights.quantize.training._shrink_gradient import (
     shrink_embedding_gradients as shrink_embedding_gradients,
 )
