@@ -103,7 +103,7 @@ def leafwise(
 
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
-        targets = _targets(flat, context, name, accepts, refusal, check, wanted)
+        targets = targets_of(flat, context, name, accepts, refusal, check, wanted)
         key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context) if shared is not None and targets else {}
         new, finite = dict(flat), {}
@@ -131,7 +131,7 @@ def leafwise(
         if not wanted:
             return {}
         flat = flatten(params)[0]
-        return {path: wanted for path, leaf in flat.items() if _may_be_target(path, leaf, named)}
+        return {path: wanted for path, leaf in flat.items() if may_be_target(path, leaf, named)}
 
     return stateless(
         update,
@@ -157,13 +157,14 @@ def with_inner_weight(leaf: Any, inner: Any) -> Any:
     return dataclasses.replace(leaf, base=with_inner_weight(leaf.base, inner))  # type: ignore[type-var]
 
 
-def _may_be_target(path: Path, leaf: Any, named: bool) -> bool:
+def may_be_target(path: Path, leaf: Any, named: bool) -> bool:
+    """Whether a leaf is a matrix that a method acts on, as far as its name and rank say."""
     if not is_float(leaf) or len(leaf.shape) < 2:
         return False
     return named or is_default_target(path)
 
 
-def _targets(
+def targets_of(
     flat: Flat,
     context: Context,
     name: str,
@@ -194,7 +195,7 @@ def _targets(
 
 
 def _is_target(path: Path, leaf: Any, context: Context) -> bool:
-    if not _may_be_target(path, leaf, named=False):
+    if not may_be_target(path, leaf, named=False):
         return False
     axes = context.layout.get(path)
     if context.layout.traced:  # the trace proves what is a matrix, whatever it is called

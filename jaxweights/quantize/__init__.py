@@ -2,6 +2,7 @@
 
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
+from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._gptq import GptqMatrix as GptqMatrix
 from jaxweights.quantize._gptq import gptq as gptq
 from jaxweights.quantize._gptq import gptq_matrix as gptq_matrix
@@ -9,10 +10,15 @@ from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._model_folds import bert_folds as bert_folds
+from jaxweights.quantize._model_folds import llama_folds as llama_folds
 from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
+from jaxweights.quantize._same_function import check_same_function as check_same_function
+from jaxweights.quantize._smooth import smooth as smooth
+from jaxweights.quantize._smooth import smooth_scale as smooth_scale
 from jaxweights.quantize.training import binary as binary
 from jaxweights.quantize.training import fake_quant as fake_quant
 from jaxweights.quantize.training import lsq as lsq

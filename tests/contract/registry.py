@@ -94,6 +94,7 @@ CASES = [
     ),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
+    Case("quantize.smooth", _Q.smooth),
     Case("sparsify.magnitude", lambda: _S.magnitude(sparsity=0.5)),
     Case("sparsify.magnitude output", lambda: _S.magnitude(sparsity=0.5, group="output")),
     Case("sparsify.magnitude 2:4", lambda: _S.magnitude(keep=2, of=4), elementwise=True),
