@@ -10,6 +10,10 @@ from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._joint import joint as joint
+from jaxweights.quantize._joint import loftq as loftq
+from jaxweights.quantize._joint import low_rank_residual as low_rank_residual
+from jaxweights.quantize._low_rank_of import low_rank_of as low_rank_of
 from jaxweights.quantize._model_folds import bert_folds as bert_folds
 from jaxweights.quantize._model_folds import llama_folds as llama_folds
 from jaxweights.quantize._output_error import output_error as output_error

@@ -95,6 +95,18 @@ CASES = [
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
     Case("quantize.smooth", _Q.smooth),
+    Case("quantize.loftq", lambda: _Q.loftq(_Q.round_to_nearest(bits=4), rank=2, iterations=2)),
+    Case(
+        "quantize.low_rank_residual",
+        lambda: _Q.low_rank_residual(_Q.gptq(bits=3, group_size=8), rank=2),
+    ),
+    Case(
+        "quantize.joint",
+        lambda: _Q.joint(
+            _Q.round_to_nearest(bits=3), rank=2, outliers=0.02, sweeps=2, dtype=jnp.float32
+        ),
+        noise=5,
+    ),
     Case("sparsify.magnitude", lambda: _S.magnitude(sparsity=0.5)),
     Case("sparsify.magnitude output", lambda: _S.magnitude(sparsity=0.5, group="output")),
     Case("sparsify.magnitude 2:4", lambda: _S.magnitude(keep=2, of=4), elementwise=True),

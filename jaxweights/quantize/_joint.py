@@ -1,0 +1,439 @@
+"""joint: a weight as the sum of a quantized, a sparse and a low-rank part, fitted together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxweights.core._context import Context
+from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
+from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._transform import Transform, stateless
+from jaxweights.quantize._low_rank_of import low_rank_of
+from jaxweights.weights._axes import View
+from jaxweights.weights._low_rank import LowRank
+from jaxweights.weights._outliers import Outliers
+from jaxweights.weights._weight import is_weight, materialize
+
+_GRAM = frozenset({"gram", "count"})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What is fitted, static under `jit`."""
+
+    rank: int
+    outliers: float
+    sweeps: int
+    weighted: bool
+    scaling: float
+    dtype: Any
+
+    def count(self, view: View) -> int:
+        """Outliers of one matrix."""
+        return round(self.outliers * view.in_dim * view.out_dim)
+
+
+class _Parts(NamedTuple):
+    """The parts of a leaf; arrays have the stack axes in front."""
+
+    base: Any
+    values: jax.Array
+    index: jax.Array
+    down: jax.Array
+    up: jax.Array
+
+
+def joint(
+    quantizer: Transform,
+    *,
+    rank: int = 0,
+    outliers: float = 0.0,
+    sweeps: int = 3,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> Transform:
+    r"""Splits weights into quantized, sparse and low-rank parts that share one objective.
+
+    Minimises :math:`\operatorname{tr}(D^\top H D)`, :math:`D = W - Q - S - A B`, with H the Gram
+    matrix of the layer's inputs, by turns: the outliers S are the entries of :math:`W - AB` with
+    the largest :math:`w_{ij}^2 H_{ii}`; Q is what the quantizer makes of :math:`W - S - AB`; and
+    AB is the best low-rank matrix for :math:`W - S - Q` (`low_rank_of`). No sweep makes a matrix
+    worse, because the best parts so far are kept.
+
+    Args:
+      quantizer: Any transform that treats each leaf by itself, such as `round_to_nearest` or
+        `gptq`. Leaves that it does not change stay as they are.
+      rank: Columns of A, 0 for no low-rank part. It takes `rank * (in + out)` values.
+      outliers: Share of the entries that are stored apart, in [0, 1); 0 for no sparse part. 0.005
+        takes 0.24 bits a weight in bfloat16.
+      sweeps: Turns, at least 1.
+      dtype: Dtype of A, B and the outliers' values.
+
+    Returns:
+      A transform from dense matrices to `LowRank` over `Outliers` over what the quantizer makes,
+      without the parts that are not asked for. It needs the statistics "gram" and "count".
+
+    Raises:
+      TypeError: If the quantizer is no transform.
+      ValueError: If a setting is out of range; on a tree, if the rank exceeds a side of a matrix,
+        a leaf is represented already, or as the quantizer.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> x = jax.random.normal(jax.random.key(1), (256, 64))
+      >>> tx = jw.quantize.joint(jw.quantize.gptq(bits=3), rank=4, outliers=0.01)
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> stats = jw.calibrate(fn, params, [x], needs=tx.needs(params))
+      >>> weight = jw.apply(tx, params, stats=stats)["kernel"]
+      >>> type(weight).__name__, weight.base.describe()
+      ('LowRank', 'Outliers(Quantized(bits=3), count=20)')
+
+    Source: Q + AB by turns: Saha et al. 2024, arXiv:2405.18886 (CALDERA), Algorithm 1; outliers
+      beside a quantized weight: Dettmers et al. 2023, arXiv:2306.03078 (SpQR).
+    Differs: (1) The factors stay floating. (2) Outliers are chosen by :math:`w^2 H_{ii}` of the
+      whole matrix, not by the error of rounding within a group, and are added to the base, not put
+      in place of it.
+    """
+    settings = _check("quantize.joint", quantizer, rank, outliers, sweeps, dtype)
+    return _transform("quantize.joint", quantizer, settings)
+
+
+def low_rank_residual(
+    quantizer: Transform, *, rank: int, dtype: DTypeLike = jnp.bfloat16
+) -> Transform:
+    r"""Adds to a quantized weight the low-rank matrix that best undoes the error of its outputs.
+
+    One turn of `joint`: :math:`W \approx Q + AB` with the AB of the least
+    :math:`\operatorname{tr}(D^\top H D)`. At the same rank, an unweighted decomposition of the
+    residual leaves several times as much of the outputs' error where inputs are correlated.
+
+    Args:
+      quantizer: As in `joint`.
+      rank: Columns of A, at least 1.
+      dtype: Dtype of the factors.
+
+    Returns:
+      A transform from dense matrices to `LowRank` over what the quantizer makes. It needs the
+      statistics "gram" and "count".
+
+    Raises:
+      TypeError: As `joint`.
+      ValueError: As `joint`.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> x = jax.random.normal(jax.random.key(1), (256, 64))
+      >>> tx = jw.quantize.low_rank_residual(jw.quantize.round_to_nearest(bits=3), rank=4)
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> stats = jw.calibrate(fn, params, [x], needs=tx.needs(params))
+      >>> jw.apply(tx, params, stats=stats)["kernel"].rank
+      4
+
+    Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA).
+    Differs: (1) The inverse root of the Gram matrix is not formed, so that none is needed.
+    """
+    name = "quantize.low_rank_residual"
+    settings = _check(name, quantizer, rank, 0.0, 1, dtype, least_rank=1)
+    return _transform(name, quantizer, settings)
+
+
+def loftq(
+    quantizer: Transform,
+    *,
+    rank: int,
+    iterations: int = 1,
+    alpha: float | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Transform:
+    r"""Starts low-rank adapters where they undo what quantizing their base did to the weight.
+
+    By turns :math:`Q = q(W - s A B)` and :math:`s A B` the truncated singular value decomposition
+    of :math:`W - Q`, both sides with the root of the singular values. Then train only the factors:
+    `split(params, adapt.factors)`. Needs no data; with data, `low_rank_residual` fits outputs.
+
+    Args:
+      quantizer: As in `joint`.
+      rank: Columns of A, at least 1.
+      iterations: Turns, at least 1; those that make a matrix worse are not kept.
+      alpha: :math:`s` is `alpha / rank`; None means `rank`. The product does not depend on it.
+      dtype: Dtype of the factors.
+
+    Returns:
+      A transform from dense matrices to `LowRank` over what the quantizer makes.
+
+    Raises:
+      TypeError: As `joint`.
+      ValueError: As `joint`.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> rounded = jw.quantize.round_to_nearest(bits=4, group_size=32)
+      >>> start = jw.apply(jw.quantize.loftq(rounded, rank=8), params)["kernel"]
+      >>> error = lambda weight: float(jnp.linalg.norm(weight.materialize() - params["kernel"]))
+      >>> error(start) < 0.9 * error(start.base)
+      True
+
+    Source: Li et al. 2023, arXiv:2310.08659, Algorithm 1.
+    Differs: (1) The best turn is kept; absmax scales may make a later one worse.
+    """
+    name = "quantize.loftq"
+    settings = _check(name, quantizer, rank, 0.0, iterations, dtype, least_rank=1)
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"{name}: alpha={alpha} must be positive.")
+    scaling = 1.0 if alpha is None else alpha / rank
+    settings = dataclasses.replace(settings, weighted=False, scaling=scaling)
+    return _transform(name, quantizer, settings)
+
+
+def _check(
+    name: str,
+    quantizer: Any,
+    rank: int,
+    outliers: float,
+    sweeps: int,
+    dtype: DTypeLike,
+    *,
+    least_rank: int = 0,
+) -> _Settings:
+    if not isinstance(quantizer, Transform):
+        raise TypeError(
+            f"{name}: quantizer={quantizer!r} is no transform. Pass one such as "
+            "quantize.gptq(bits=3, group_size=64)."
+        )
+    if quantizer.moves_inputs:
+        raise ValueError(
+            f"{name}: {quantizer.name} moves or rescales inputs, so that what it makes is no "
+            "approximation of the weight itself. Apply it before."
+        )
+    if not isinstance(rank, int) or rank < least_rank:
+        raise ValueError(f"{name}: rank={rank!r} must be an integer of at least {least_rank}.")
+    if not 0 <= outliers < 1:
+        raise ValueError(f"{name}: outliers={outliers} must lie in [0, 1): a share of the entries.")
+    if not isinstance(sweeps, int) or sweeps < 1:
+        word = "iterations" if name.endswith("loftq") else "sweeps"
+        raise ValueError(f"{name}: {word}={sweeps!r} must be a positive integer.")
+    if rank == 0 and outliers == 0:
+        raise ValueError(
+            f"{name}: rank=0 and outliers=0 leave nothing beside the quantized part. Ask for one "
+            "of them, or apply the quantizer alone."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}: dtype={dtype!r} must be a floating dtype.")
+    return _Settings(rank, float(outliers), sweeps, True, 1.0, np.dtype(dtype))
+
+
+def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transform:
+    def update(params: Params, context: Context) -> Params:
+        flat, treedef = flatten(params)
+        if settings.weighted and any(is_float(x) and len(x.shape) > 1 for x in flat.values()):
+            context.require("stats", name)
+        changed = _changed(quantizer, flat, context)
+        views = _views(name, changed, flat, context, settings)
+        new = dict(flat)
+        for done, (path, view) in enumerate(views.items(), start=1):
+            quantize = functools.partial(_quantize, quantizer, flat, context, path)
+            new[path] = _fit_leaf(
+                flat[path], quantize, _gram(context, path, settings), view, settings
+            )
+            if context.progress is not None:
+                context.progress(path, done, len(views))
+        return unflatten(treedef, new)
+
+    def needs(params: Params, *, named: bool = False) -> Needs:
+        own: Needs = {}
+        if settings.weighted:
+            own = {
+                path: _GRAM
+                for path, leaf in flatten(params)[0].items()
+                if is_float(leaf) and len(leaf.shape) > 1 and (named or is_default_target(path))
+            }
+        return union_needs([quantizer.needs(params, named=named), own])
+
+    return stateless(
+        update,
+        name=f"{name}({quantizer.name})",
+        needs=needs,
+        reads_statistics=settings.weighted or quantizer.reads_statistics,
+        scope="leaf",
+    )
+
+
+def _changed(quantizer: Transform, flat: Flat, context: Context) -> list[Path]:
+    """Leaves that the quantizer represents; what it refuses for its shape, it refuses here."""
+    silent = dataclasses.replace(context, progress=None)
+    changed: list[Path] = []
+
+    def run(arrays: Flat) -> Flat:
+        given = flat | arrays
+        new, _ = quantizer.update(given, quantizer.init(given), silent)
+        changed.extend(path for path in arrays if new[path] is not given[path])
+        return {path: new[path] for path in arrays}
+
+    jax.eval_shape(run, {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")})
+    return changed
+
+
+def _views(
+    name: str, changed: list[Path], flat: Flat, context: Context, settings: _Settings
+) -> dict[Path, View]:
+    """Views of the leaves to fit; every leaf that cannot be is one error."""
+    views: dict[Path, View] = {}
+    problems = []
+    for path in changed:
+        leaf = flat[path]
+        if is_weight(leaf):
+            problems.append(
+                f"{path!r}: is already a {type(leaf).__name__}, whose structure the sum would "
+                "break. Apply it to the dense weight, or leave this one out with `partition`."
+            )
+            continue
+        view = views[path] = View.of(leaf.shape, context.layout[path])
+        most = min(view.in_dim, view.out_dim)
+        if settings.rank > most:
+            problems.append(
+                f"{path!r}: rank={settings.rank} exceeds what a matrix ({view.in_dim}, "
+                f"{view.out_dim}) can have. Choose at most {most}, or leave it out with "
+                "`partition`."
+            )
+        if settings.weighted:
+            stats: Any = context.stats
+            if stats.get(path, "gram") is None:
+                problems.append(stats.why_missing(path, "gram"))
+    fail(name, problems)
+    return views
+
+
+def _gram(context: Context, path: Path, settings: _Settings) -> jax.Array | None:
+    return context.stats.get(path, "gram") if settings.weighted and context.stats else None
+
+
+def _quantize(
+    quantizer: Transform, flat: Flat, context: Context, path: Path, value: jax.Array
+) -> Any:
+    """What the quantizer makes of another value of one leaf."""
+    given = {**flat, path: value}
+    one = dataclasses.replace(context, only=frozenset({path}), progress=None)
+    return quantizer.update(given, quantizer.init(given), one)[0][path]
+
+
+def _fit_leaf(
+    leaf: jax.Array, quantize: Any, gram: jax.Array | None, view: View, settings: _Settings
+) -> Any:
+    def turn(parts: _Parts) -> tuple[_Parts, jax.Array]:
+        parts, target = _split_off(leaf, parts, gram, view=view, settings=settings)
+        parts = parts._replace(base=_cast(quantize(target), np.dtype(jnp.float32)))
+        return _correct(leaf, parts, gram, view=view, settings=settings)
+
+    parts, error = best, least = turn(_empty(leaf, view, settings))
+    for _ in range(settings.sweeps - 1):
+        parts, error = turn(parts)
+        best, least = _better(parts, error, best, least)
+    weight = _cast(best.base, leaf.dtype)
+    if settings.count(view):
+        weight = Outliers.over(weight, best.values, best.index, view=view)
+    if settings.rank:
+        up = (best.up.astype(jnp.float32) / settings.scaling).astype(settings.dtype)
+        weight = LowRank.over(weight, best.down, up, scaling=settings.scaling, view=view)
+    return weight
+
+
+def _empty(leaf: jax.Array, view: View, settings: _Settings) -> _Parts:
+    stack = tuple(leaf.shape[a] for a in view.stack_axes(leaf.ndim))
+    count, rank, dtype = settings.count(view), settings.rank, settings.dtype
+    return _Parts(
+        base=None,
+        values=jnp.zeros((*stack, count), dtype),
+        index=jnp.full((*stack, count), view.in_dim * view.out_dim, jnp.int32),
+        down=jnp.zeros((*stack, view.in_dim, rank), dtype),
+        up=jnp.zeros((*stack, rank, view.out_dim), dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("view", "settings"))
+def _split_off(
+    leaf: jax.Array, parts: _Parts, gram: jax.Array | None, *, view: View, settings: _Settings
+) -> tuple[_Parts, jax.Array]:
+    """Chooses the outliers, and gives what is left for the quantizer, of the leaf's shape."""
+    rest = view.to_matrix(leaf).astype(jnp.float32) - _product(parts)
+    count = settings.count(view)
+    if not count:
+        return parts, view.from_matrix(rest)
+    importance = None if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)
+    score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
+    stack = rest.shape[:-2]
+    flat_rest, flat_score = (x.reshape(-1, view.in_dim * view.out_dim) for x in (rest, score))
+
+    def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index = jnp.sort(jax.lax.top_k(one[1], count)[1]).astype(jnp.int32)
+        return one[0][index].astype(settings.dtype), index
+
+    values, index = jax.lax.map(pick, (flat_rest, flat_score))
+    values, index = (x.reshape(*stack, count) for x in (values, index))
+    parts = parts._replace(values=values, index=index)
+    return parts, view.from_matrix(rest - _sparse(parts, view))
+
+
+@functools.partial(jax.jit, static_argnames=("view", "settings"))
+def _correct(
+    leaf: jax.Array, parts: _Parts, gram: jax.Array | None, *, view: View, settings: _Settings
+) -> tuple[_Parts, jax.Array]:
+    """Finds the low-rank part for the residual, and each matrix's error, of the stack's shape."""
+    base = view.to_matrix(materialize(parts.base)).astype(jnp.float32)
+    residual = view.to_matrix(leaf).astype(jnp.float32) - base - _sparse(parts, view)
+    stack = residual.shape[:-2]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), (residual, gram))
+
+    def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
+        residual, gram = given
+        down, up = low_rank_of(residual, gram, rank=settings.rank)
+        down, up = down.astype(settings.dtype), up.astype(settings.dtype)
+        left = residual - jnp.matmul(
+            down.astype(jnp.float32), up.astype(jnp.float32), precision="highest"
+        )
+        weighted = left if gram is None else jnp.matmul(gram, left, precision="highest")
+        return down, up, jnp.sum(left * weighted)
+
+    down, up, error = (x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(one, flat))
+    return parts._replace(down=down, up=up), error
+
+
+def _product(parts: _Parts) -> jax.Array:
+    down, up = parts.down.astype(jnp.float32), parts.up.astype(jnp.float32)
+    return jnp.matmul(down, up, precision="highest")
+
+
+def _sparse(parts: _Parts, view: View) -> jax.Array:
+    """The outliers, `(*stack, in, out)`."""
+    plain = View.of((view.in_dim, view.out_dim))
+    shape = (*parts.values.shape[:-1], view.in_dim, view.out_dim)
+    if not math.prod(parts.values.shape):
+        return jnp.zeros(shape)
+    return Outliers(jnp.zeros(shape), parts.values, parts.index, plain).sparse_part()
+
+
+def _better(
+    parts: _Parts, error: jax.Array, best: _Parts, least: jax.Array
+) -> tuple[_Parts, jax.Array]:
+    """Of each matrix the parts that err less."""
+    better = error < least
+    pick = lambda new, old: jnp.where(  # noqa: E731
+        better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old
+    )
+    return jax.tree.map(pick, parts, best), jnp.where(better, error, least)
+
+
+def _cast(base: Any, dtype: Any) -> Any:
+    """The same parts, materialising to another dtype."""
+    cast = base.astype(dtype)
+    return base if cast is None else cast

@@ -1,0 +1,70 @@
+"""The low-rank matrix that leaves least of a residual in a layer's outputs; arrays only."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_matmul = functools.partial(jnp.matmul, precision="highest")
+
+
+def low_rank_of(
+    residual: Float[Array, "in out"],
+    gram: Float[Array, "in in"] | None,
+    *,
+    rank: int,
+) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+    r"""Factors of the rank-r matrix L with the least :math:`\operatorname{tr}(D^\top H D)`.
+
+    With :math:`D = R - L`, :math:`H = C^\top C`, the best L has :math:`C L` the truncated singular
+    value decomposition of :math:`C R`; that is :math:`L = R V V^\top` with V its first right
+    singular vectors. So C is never inverted, and dead inputs and singular H are no trouble. V comes
+    from the eigenvectors of a symmetric matrix as wide as the narrower side of R.
+
+    Args:
+      residual: R, `(in, out)`, floating.
+      gram: H, `(in, in)`; its scale does not matter. None stands for the identity.
+      rank: Rank, at most min(in, out).
+
+    Returns:
+      Factors in float32, balanced: column i of the first and row i of the second have one norm.
+
+    Example:
+      >>> residual = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> down, up = low_rank_of(residual, jnp.diag(jnp.array([9.0, 1.0])), rank=1)
+      >>> (down @ up).round(4).tolist()  # the input with the large activations, not the large entry
+      [[1.0, 0.0], [0.0, 0.0]]
+
+    Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA),
+      theorem 1.
+    """
+    residual = residual.astype(jnp.float32)
+    in_dim, out_dim = residual.shape
+    gram = None if gram is None else gram.astype(jnp.float32)
+    if out_dim <= in_dim:
+        weighted = residual if gram is None else _matmul(gram, residual)
+        directions = _first_eigenvectors(_matmul(residual.T, weighted), rank)  # (out, rank)
+    else:
+        seen = residual if gram is None else _matmul(_root(gram), residual)  # C R
+        left = _first_eigenvectors(_matmul(seen, seen.T), rank)
+        # Orthonormal also where singular values are zero or close to each other.
+        directions, _ = jnp.linalg.qr(_matmul(seen.T, left))
+    down = _matmul(residual, directions)
+    norm = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(down), axis=0)))  # root of each column's norm
+    return down / jnp.where(norm > 0, norm, 1)[None], norm[:, None] * directions.T
+
+
+def _first_eigenvectors(matrix: jax.Array, rank: int) -> jax.Array:
+    """Eigenvectors of the largest eigenvalues, the largest first, `(n, rank)`."""
+    scale = jnp.max(jnp.abs(matrix))
+    _, vectors = jnp.linalg.eigh(matrix / jnp.where(scale > 0, scale, 1))
+    return vectors[:, ::-1][:, :rank]
+
+
+def _root(gram: jax.Array) -> jax.Array:
+    """C with `gram = C.T @ C`, also where it is singular."""
+    values, vectors = jnp.linalg.eigh(gram)
+    return jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
