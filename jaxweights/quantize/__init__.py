@@ -3,6 +3,8 @@
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
 from jaxweights.quantize._folds import Fold as Fold
+from jaxweights.quantize._fp8 import fp8 as fp8
+from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix
 from jaxweights.quantize._gptq import GptqMatrix as GptqMatrix
 from jaxweights.quantize._gptq import gptq as gptq
 from jaxweights.quantize._gptq import gptq_matrix as gptq_matrix
@@ -16,6 +18,15 @@ from jaxweights.quantize._joint import low_rank_residual as low_rank_residual
 from jaxweights.quantize._low_rank_of import low_rank_of as low_rank_of
 from jaxweights.quantize._model_folds import bert_folds as bert_folds
 from jaxweights.quantize._model_folds import llama_folds as llama_folds
+from jaxweights.quantize._mx import mx as mx
+from jaxweights.quantize._mx import mx_matrix as mx_matrix
+from jaxweights.quantize._mx import nvfp4 as nvfp4
+from jaxweights.quantize._mx import nvfp4_matrix as nvfp4_matrix
+from jaxweights.quantize._nf4 import FP4_LEVELS as FP4_LEVELS
+from jaxweights.quantize._nf4 import NF4_LEVELS as NF4_LEVELS
+from jaxweights.quantize._nf4 import four_bit_matrix as four_bit_matrix
+from jaxweights.quantize._nf4 import fp4 as fp4
+from jaxweights.quantize._nf4 import nf4 as nf4
 from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize

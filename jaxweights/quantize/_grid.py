@@ -211,7 +211,7 @@ def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | No
     elif grid.kind == "affine":
         low, high = _fold(groups, jnp.minimum), _fold(groups, jnp.maximum)
     else:
-        low = high = _fold(groups, _larger)
+        low = high = largest_magnitude(groups)
     # 0 lies on every grid: pruned weights and padding stay exact zeros.
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     if grid.search == "mse":
@@ -280,6 +280,15 @@ def decode(
     if zero_point is not None:
         steps = steps - zero_point.astype(jnp.float32)
     return steps * scale.astype(jnp.float32)
+
+
+def largest_magnitude(groups: jax.Array) -> jax.Array:
+    """The entry of largest magnitude, with its sign, of each `(rows, group, out)` group.
+
+    Returns:
+      `(rows, 1, out)`, float32; NaN where a group holds one.
+    """
+    return _fold(groups, _larger)
 
 
 def _fold(groups: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

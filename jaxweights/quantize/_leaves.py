@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
+from jaxweights.core._transform import Transform
+from jaxweights.quantize._blocks import Block, unfit_block
 from jaxweights.quantize._grid import Codes, Grid, unfit_group
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized, codes_per_byte, pack_codes
+from jaxweights.weights._scaled import Scaled
 from jaxweights.weights._weight import is_weight
 
 REFUSAL = (
@@ -21,9 +29,67 @@ REFUSAL = (
 
 def unfit_leaf(leaf: Any, view: View, grid: Grid) -> str | None:
     """What is wrong with a leaf, from its representation and shape; None if nothing is."""
+    return unfit_values(leaf) or unfit_group(grid, view.in_dim)
+
+
+def unfit_values(leaf: Any) -> str | None:
+    """Why a leaf is not to be quantized whatever its shape, if so."""
     if isinstance(leaf, Masked) and is_weight(leaf.base):
         return f"is already a Masked {type(leaf.base).__name__}. {REFUSAL}"
-    return unfit_group(grid, view.in_dim)
+    if jnp.finfo(leaf.dtype).bits <= 8:
+        return (
+            f"is {jnp.dtype(leaf.dtype)}, codes of a quantized weight. Put it together with its "
+            "scale as `weights.NarrowFloat` and dequantize that with `materialize`, or leave it "
+            "out with `partition`."
+        )
+    return None
+
+
+def check_scale_dtype(asker: str, scale_dtype: Any) -> None:
+    """Refuses what is no floating dtype of 16 bits or more."""
+    if not jnp.issubdtype(scale_dtype, jnp.floating) or jnp.finfo(scale_dtype).bits < 16:
+        raise TypeError(f"{asker}: scale_dtype={scale_dtype!r} must be float32, bfloat16 or such.")
+
+
+def represented(
+    matrix: Callable[[jax.Array], Scaled],
+    *,
+    name: str,
+    group_size: Block = None,
+    word: str | None = None,
+) -> Transform:
+    """A transform from the representation of one matrix, for methods that need no data.
+
+    Args:
+      matrix: From an `(in, out)` array to its representation.
+      name: What errors call the transform.
+      group_size: Blocks that must tile every leaf.
+      word: What errors call these blocks; `group_size=...` by default.
+    """
+
+    def wrap(leaf: Any, weight: Scaled, view: View) -> Any:
+        weight = dataclasses.replace(weight, view=view, dtype=np.dtype(leaf.dtype))  # type: ignore
+        return Masked(weight, leaf.mask) if isinstance(leaf, Masked) else weight
+
+    def check(path: Path, leaf: Any, view: View) -> str | None:
+        problem = unfit_values(leaf) or unfit_block(
+            group_size, view.in_dim, view.out_dim, word=word
+        )
+        return problem and f"{path!r}: {problem}"
+
+    def verify(path: Path, weight: Scaled) -> str | None:
+        return describe_bad_blocks(path, weight)
+
+    return leafwise(
+        matrix,
+        name=name,
+        wrap=wrap,
+        accepts=(Masked,),
+        refusal=REFUSAL,
+        check=check,
+        verify=verify,
+        checks_finite=False,
+    )
 
 
 def pack(codes: Codes, grid: Grid) -> Codes:
@@ -66,4 +132,24 @@ def describe_bad_scales(path: Path, codes: Codes) -> str | None:
         f"{path!r}: {len(bad)} of {scale.size} groups hold values that are not finite, or too "
         f"large for scales in {codes.scale.dtype}, the first being {where}. Repair the checkpoint, "
         "choose a wider scale_dtype, or leave this weight out with `partition`."
+    )
+
+
+def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
+    """As `describe_bad_scales`, for any blocks."""
+    scale = np.asarray(weight.scale_matrix())
+    bad = np.argwhere(~np.isfinite(scale))
+    if not len(bad):
+        return None
+    *stack, row, column = (int(i) for i in bad[0])
+    height, width = weight.in_dim // scale.shape[-2], weight.out_dim // scale.shape[-1]
+    rows = f"inputs {row * height} to {(row + 1) * height - 1}"
+    columns = f"outputs {column * width} to {(column + 1) * width - 1}"
+    if width == 1:
+        columns = f"output {column}"
+    where = f"{rows} of {columns}" + (f" of matrix {stack} in the stack" if stack else "")
+    return (
+        f"{path!r}: {len(bad)} of {scale.size} blocks hold values that are not finite, or too "
+        f"large for their scales, the first being {where}. Repair the checkpoint, choose a wider "
+        "dtype for scales where there is a choice, or leave this weight out with `partition`."
     )

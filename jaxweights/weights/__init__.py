@@ -4,6 +4,7 @@ from jaxweights.weights._axes import CONV_HWIO as CONV_HWIO
 from jaxweights.weights._axes import EMBEDDING as EMBEDDING
 from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
+from jaxweights.weights._codebook import Codebook as Codebook
 from jaxweights.weights._hadamard import hadamard_matrix as hadamard_matrix
 from jaxweights.weights._hadamard import hadamard_order as hadamard_order
 from jaxweights.weights._hadamard import hadamard_transform as hadamard_transform
@@ -13,11 +14,13 @@ from jaxweights.weights._input_changes import Rotated as Rotated
 from jaxweights.weights._learned_step import LearnedStep as LearnedStep
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
+from jaxweights.weights._narrow_float import NarrowFloat as NarrowFloat
 from jaxweights.weights._outliers import Outliers as Outliers
 from jaxweights.weights._packed_sparse import BitmaskSparse as BitmaskSparse
 from jaxweights.weights._packed_sparse import PackedNM as PackedNM
 from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse
 from jaxweights.weights._quantized import Quantized as Quantized
+from jaxweights.weights._scaled import Scaled as Scaled
 from jaxweights.weights._weight import MatrixWeight as MatrixWeight
 from jaxweights.weights._weight import Weight as Weight
 from jaxweights.weights._weight import is_weight as is_weight

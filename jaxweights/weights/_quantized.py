@@ -363,8 +363,10 @@ def _accumulator(dtype: Any) -> Any:
 
 
 def codes_per_byte(bits: int, in_dim: int) -> int:
-    """How many codes of consecutive rows share a byte: 4, 2 or 1."""
-    if bits == 2 and in_dim % 4 == 0:
+    """How many codes of consecutive rows share a byte: 8, 4, 2 or 1."""
+    if bits == 1 and in_dim % 8 == 0:
+        return 8
+    if bits <= 2 and in_dim % 4 == 0:
         return 4
     return 2 if bits <= 4 and in_dim % 2 == 0 else 1
 
@@ -374,7 +376,7 @@ def pack_codes(codes: jax.Array, per_byte: int, *, signed: bool) -> jax.Array:
 
     Args:
       codes: Integers that fit into `8 / per_byte` bits.
-      per_byte: 1, 2 or 4; divides `in`.
+      per_byte: 1, 2, 4 or 8; divides `in`.
       signed: Whether codes may be negative.
 
     Returns:

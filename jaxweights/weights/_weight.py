@@ -254,13 +254,9 @@ class MatrixWeight(Weight):
                 continue
             if value.ndim < len(stack) + 2 and (rows or columns):
                 return None  # whether it follows the inputs or the outputs, only its class knows
-            fitted = []
-            for length, part in zip(value.shape[len(stack) :], (rows, columns), strict=False):
-                # A single row or column serves all parts.
-                part = None if length == 1 else part
-                if length % _devices(part, mesh):
-                    return None
-                fitted.append(part)
+            fitted = split_evenly(value.shape[len(stack) :], (rows, columns), mesh)
+            if fitted is None:
+                return None
             follows = self.rows_follow_inputs or value.shape[-2] in (1, self.view.in_dim)
             if rows is not None and not follows:
                 return None
@@ -315,6 +311,20 @@ def matrix_parts(view: View, ndim: int, spec: Any) -> tuple[Any, ...] | None:
     if any(part is not None for part in (*other_in, *other_out)):
         return None
     return (*pick(view.stack_axes(ndim)), first_in, first_out)
+
+
+def split_evenly(lengths: Sequence[int], parts: Sequence[Any], mesh: Any) -> tuple[Any, ...] | None:
+    """Mesh axes that split the rows and columns of a field; None where one does not come out even.
+
+    Args:
+      lengths: Rows and columns of the field.
+      parts: Mesh axes that split the inputs and the outputs.
+      mesh: The mesh.
+    """
+    # A single row or column serves all parts.
+    fitted = tuple(None if n == 1 else part for n, part in zip(lengths, parts, strict=False))
+    even = all(n % _devices(part, mesh) == 0 for n, part in zip(lengths, fitted, strict=False))
+    return fitted if even else None
 
 
 def _devices(part: Any, mesh: Any) -> int:

@@ -1,0 +1,108 @@
+"""Blocks: which entries of a matrix share a scale, and the largest magnitude of each block."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxweights.quantize._grid import divide, largest_magnitude
+from jaxweights.weights._scaled import combine
+
+# Input rows of one output, all rows of an output, the whole matrix, or a tile (rows, columns).
+Block = int | Literal["tensor"] | tuple[int, int] | None
+
+
+def check_block(asker: str, block: Any) -> None:
+    """Refuses what is no block size.
+
+    Raises:
+      TypeError: If it is of the wrong kind.
+      ValueError: If a length is below 1.
+    """
+    if block is None or block == "tensor":
+        return
+    sizes = block if isinstance(block, tuple) else (block,)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
+    if not whole or (isinstance(block, tuple) and len(block) != 2):
+        raise TypeError(
+            f"{asker}: group_size={block!r} must be an integer, None (one scale per output), "
+            "'tensor' (one scale per matrix) or a pair (rows, columns) of a tile."
+        )
+    if min(sizes) < 1:
+        raise ValueError(
+            f"{asker}: group_size={block} must be at least 1. None gives one scale per output."
+        )
+
+
+def unfit_block(block: Block, in_dim: int, out_dim: int, *, word: str | None = None) -> str | None:
+    """What is wrong with a block size for a matrix, if anything; `word` is what errors call it."""
+    if block is None or block == "tensor":
+        return None
+    rows, columns = block if isinstance(block, tuple) else (block, 1)
+    for size, length, axis in ((rows, in_dim, "input"), (columns, out_dim, "output")):
+        if length % size:
+            remedy = "L" if word else _smaller(length, size)
+            return (
+                f"{word or f'group_size={block}'} does not divide the {axis} axis, which has "
+                f"length {length}. {remedy}eave this weight out with `partition`."
+            )
+    return None
+
+
+def _smaller(length: int, size: int) -> str:
+    divisors = [d for d in range(1, min(length, size) + 1) if length % d == 0]
+    return f"Choose one of {', '.join(map(str, divisors))}, or l"
+
+
+def block_counts(block: Block, in_dim: int, out_dim: int) -> tuple[int, int]:
+    """Rows and columns of the scales of an `(in_dim, out_dim)` matrix."""
+    if block is None:
+        return 1, out_dim
+    if block == "tensor":
+        return 1, 1
+    rows, columns = block if isinstance(block, tuple) else (block, 1)
+    return in_dim // rows, out_dim // columns
+
+
+def block_max(weight: jax.Array, counts: tuple[int, int]) -> jax.Array:
+    """Largest magnitude of each block of a float32 `(in, out)` matrix, NaN where one is NaN.
+
+    Args:
+      weight: The matrix.
+      counts: Rows and columns of blocks.
+
+    Returns:
+      The magnitudes, of the shape `counts`.
+    """
+    (rows, cols), (in_dim, out_dim) = counts, weight.shape
+    if weight.size == 0:
+        return jnp.zeros(counts)
+    folded = largest_magnitude(weight.reshape(rows, in_dim // rows, out_dim))
+    if cols < out_dim:
+        folded = largest_magnitude(folded.reshape(rows * cols, out_dim // cols, 1))
+    return jnp.abs(folded.reshape(counts))
+
+
+def block_mean(values: jax.Array, counts: tuple[int, int]) -> jax.Array:
+    """Mean of each block of a float32 `(in, out)` matrix, of the shape `counts`; 0 of none."""
+    (rows, cols), (in_dim, out_dim) = counts, values.shape
+    blocks = values.reshape(rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
+    count = max(values.size // max(rows * cols, 1), 1)
+    return divide(jnp.sum(blocks, axis=(1, 3)), count)
+
+
+def stored_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Scales in the dtype they are stored in; 1 where they underflow, so that nothing divides by 0.
+
+    Codes are chosen for the scale that is stored, so it is rounded first.
+    """
+    stored = scale.astype(dtype)
+    return jnp.where(stored == 0, jnp.ones_like(stored), stored)
+
+
+def in_units(weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """Every entry of a float32 `(in, out)` matrix, divided by the scale of its block."""
+    return combine(weight, scale.astype(jnp.float32), divide)
