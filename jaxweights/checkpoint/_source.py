@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import hashlib
 import os
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
-from jaxweights.checkpoint._json import read_json_object
+from jaxweights.checkpoint._json import dump_json, read_json_object
 from jaxweights.checkpoint._manifest import Parts, build_tree, digest_of, leaf_parts, object_at
 from jaxweights.checkpoint._raw_arrays import CheckedSlices
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
@@ -22,6 +23,9 @@ from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
+from jaxweights.checkpoint.exchange._module import Part
+from jaxweights.checkpoint.exchange._settings import Module, UnknownFormat, quantized_modules
+from jaxweights.weights._quantized import Quantized
 
 # What travels along with the weights of a Hugging Face checkpoint.
 _COMPANIONS = (
@@ -57,22 +61,28 @@ class Checkpoint(abc.ABC):
       path: The file or folder.
       format: `safetensors`, `gguf` or `orbax`.
       config: The model's configuration: `config.json`, or the metadata of a GGUF file without
-        its tokenizer; empty where there is none.
+        its tokenizer; empty where there is none. `quantization_config` is taken out where the
+        tensors that it speaks of are read.
       metadata: What else the files say of themselves.
-      files: Files to travel along, by name: configuration, tokenizer, licence.
+      files: Files to travel along, by name: configuration, tokenizer, licence. They fit what
+        `read` gives: a config of quantized weights is replaced by its text without them.
+      quantization: `quantization_config` where `represented` understands it; empty elsewhere.
     """
 
     format: str
     tree: dict[str, Any] | None = None  # what the manifest says of an Orbax checkpoint's tree
+    quantization: dict[str, Any]
+    unread: str | None = None  # why a `quantization_config` is not understood
 
     def __init__(
         self,
         path: Path,
         config: dict[str, Any],
         metadata: dict[str, Any],
-        files: dict[str, Path],
+        files: dict[str, Any],
     ):
         """Made by `open_checkpoint`."""
+        self.quantization = {}
         self.path = path
         self.config = config
         self.metadata = metadata
@@ -105,6 +115,10 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
         """A tensor; quantized ones as the numbers they stand for."""
+
+    def represented(self, name: str) -> np.ndarray | Quantized:
+        """A tensor as it is stored: quantized ones as represented weights of NumPy arrays."""
+        return self.read(name)
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
         """A function that fills an array with a tensor's entries from a flat index on.
@@ -206,37 +220,105 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 class _SafetensorsCheckpoint(Checkpoint):
-    """Safetensors, with the files that Hugging Face puts beside them."""
+    """Safetensors, with the files that Hugging Face puts beside them.
+
+    The tensors of a quantized module appear as the one weight that they stand for.
+    """
 
     format = "safetensors"
 
     def __init__(self, path: Path, folder: Path):
         self._reader: SafetensorsReader = open_safetensors(path)
-        files = _companions(folder)
-        super().__init__(path, _config(files), dict(self._reader.metadata), files)
+        files: dict[str, Any] = _companions(folder)
+        config = _config(files)
+        super().__init__(path, config, dict(self._reader.metadata), files)
+        self.modules: dict[str, Module] = {}
+        given = config.get("quantization_config")
+        if isinstance(given, dict):
+            try:
+                self.modules = quantized_modules(given, self._reader)
+            except UnknownFormat as error:
+                self.unread = str(error)
+                return
+            self.quantization = given
+            self.config = {k: v for k, v in config.items() if k != "quantization_config"}
+            self.files = {**files, CONFIG: dump_json(self.config)}
+        self._refuse_twice()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._reader)
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        owner = {t: name for name, m in self.modules.items() for t in m.tensors.values()}
+        return tuple(dict.fromkeys(owner.get(name, name) for name in self._reader))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader[name].shape
+        if name not in self.modules:
+            return self._reader[name].shape
+        with self._blaming(name):
+            return self.modules[name].shape(self._parts(name))
 
     def dtype(self, name: str) -> np.dtype:
+        if name in self.modules:
+            tensors = self.modules[name].tensors
+            name = next((t for part, t in tensors.items() if "scale" in part), name)
         stored = self._reader[name].dtype
         # A packed dtype has no NumPy equal; reading it says so in full.
         return DTYPES[stored] if stored in DTYPES else self._reader.read(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        return self._reader.read(name)
+        if name not in self.modules:
+            return self._reader.read(name)
+        weight = self.represented(name)
+        assert isinstance(weight, Quantized)
+        return np.asarray(weight.materialize())
+
+    def represented(self, name: str) -> np.ndarray | Quantized:
+        if name not in self.modules:
+            return self._reader.read(name)
+        with self._blaming(name):
+            return self.modules[name].unpack(self._parts(name))
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
-        if self._reader[name].dtype == "BOOL":  # its bytes are checked when read as a whole
+        # The bytes of booleans are checked when they are read as a whole.
+        if name in self.modules or self._reader[name].dtype == "BOOL":
             return super().reader(name)
         return functools.partial(self._reader.read_into, name)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
-        return self._reader[name].dtype, self._reader.raw(name)
+        if name not in self.modules:
+            return self._reader[name].dtype, self._reader.raw(name)
+        tensors = sorted(self.modules[name].tensors.items())
+        kinds = [f"{part} {self._reader[t].dtype} {self._reader[t].shape}" for part, t in tensors]
+        return "; ".join(kinds), np.concatenate([self._reader.raw(t) for _, t in tensors])
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes in the files."""
+        module = self.modules.get(name)
+        tensors = (name,) if module is None else tuple(module.tensors.values())
+        return sum(self._reader[tensor].nbytes for tensor in tensors)
+
+    def _parts(self, name: str) -> dict[str, Part]:
+        def part(tensor: str) -> Part:
+            info = self._reader[tensor]
+            dtype = DTYPES.get(info.dtype, np.dtype(np.void))
+            return Part(info.shape, dtype, functools.partial(self._reader.read, tensor))
+
+        return {suffix: part(tensor) for suffix, tensor in self.modules[name].tensors.items()}
+
+    @contextlib.contextmanager
+    def _blaming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"open_checkpoint: '{self.path}': {name!r}: {error}.") from None
+
+    def _refuse_twice(self) -> None:
+        parts = {t for module in self.modules.values() for t in module.tensors.values()}
+        twice = [name for name in self.modules if name in self._reader and name not in parts]
+        if twice:
+            raise ValueError(
+                f"open_checkpoint: '{self.path}': {twice[:5]} are there both quantized and dense. "
+                "Remove one of the two."
+            )
 
 
 class _GGUFCheckpoint(Checkpoint):

@@ -6,25 +6,35 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+# As `recipes._write.Format` has them, which is imported only when there is something to write.
+FORMATS = ("safetensors", "orbax", "gptq", "gptq_v2", "awq", "compressed-tensors")
 SUMMARY = "write a checkpoint in another format"
 DESCRIPTION = """\
-Writes a checkpoint of any format that can be read (safetensors, GGUF, a result of
-`jaxweights run`) as safetensors under the names that other tools read, or as Orbax. Config and
-tokenizer travel along. Represented weights become dense in safetensors, and stay as they are in
-Orbax.
+Writes a checkpoint of any format that can be read (safetensors, GPTQ, AWQ, compressed-tensors,
+GGUF, a result of `jaxweights run`) as safetensors under the names that other tools read, as Orbax,
+or as a quantized checkpoint that transformers and vLLM load. Config and tokenizer travel along.
+
+Represented weights become dense in safetensors and stay as they are in Orbax. The quantized formats
+hold the integers of quantized weights as they are: nothing is rounded again, and a checkpoint that
+has none, or some that the format cannot hold, is refused with a list of them. Quantize with
+`jaxweights run`.
 
 Nothing appears at the destination before all of it is written."""
 EXAMPLES = """\
 examples:
   jaxweights convert model.gguf model --to safetensors
-  jaxweights convert runs/smollm2 small --to safetensors --dtype bfloat16"""
+  jaxweights convert runs/smollm2 small --to safetensors --dtype bfloat16
+  jaxweights convert Qwen2.5-0.5B-Instruct-GPTQ-Int4 out --to compressed-tensors --target vllm"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint: a file or a folder")
     parser.add_argument("destination", metavar="DESTINATION", help="a folder to make")
-    parser.add_argument("--to", required=True, choices=("safetensors", "orbax"), help="the format")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
+    parser.add_argument(
+        "--target", choices=("vllm",), help="also demand what the kernels of this reader need"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -69,6 +79,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             pretrained.params,
             provenance=provenance,
             overwrite=options.overwrite,
+            target=options.target,
         )
         progress("Writing", 1, 1)
     result = {

@@ -47,6 +47,8 @@ def describe_tensors(checkpoint: Any) -> list[dict[str, Any]]:
 
 def _plain(checkpoint: Any) -> Any:
     def stored(name: str) -> tuple[str, int]:
+        if checkpoint.quantization and name in checkpoint.modules:
+            return str(checkpoint.quantization["quant_method"]), checkpoint.stored_bytes(name)
         dtype = np.dtype(checkpoint.dtype(name))
         return dtype.name, math.prod(checkpoint.shape(name)) * dtype.itemsize
 

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 
 from jaxweights.core._paths import fail, flatten
+from jaxweights.models._alike import in_one_form
 from jaxweights.models._differences import checkpoint_differences, tree_differences
 from jaxweights.models._names import NameMap
+from jaxweights.weights._weight import is_weight
 
 
 def read_tree(tensors: Mapping[str, Any], names: NameMap, *, asker: str) -> dict[str, Any]:
-    """Stacks a checkpoint's tensors into a nested dict of NumPy arrays.
+    """Stacks a checkpoint's tensors into a nested dict of NumPy arrays and represented weights.
 
     Args:
       tensors: By name; arrays, or anything with `shape` and `read()`. Read one at a time.
@@ -22,17 +24,19 @@ def read_tree(tensors: Mapping[str, Any], names: NameMap, *, asker: str) -> dict
       asker: Named in errors.
 
     Returns:
-      The tree. A stacked leaf whose layers differ in dtype gets the narrowest that holds all.
+      The tree, with the represented weights that tensors were read as. A stacked leaf whose layers
+      differ in dtype gets the narrowest that holds all.
 
     Raises:
       ValueError: If a tensor is missing, unexpected or has the wrong shape; all are listed.
     """
     stored = _by_canonical_name(tensors, names, asker)
     fail(asker, checkpoint_differences(lambda name: _shape(tensors[name]), stored, names))
-    flat: dict[str, np.ndarray] = {}
+    flat: dict[str, Any] = {}
     for rule in names.rules:
         if not rule.stacked:
-            flat[rule.path] = np.array(rule.from_checkpoint(_read(tensors[stored[rule.name]])))
+            tensor = rule.from_checkpoint(_read(tensors[stored[rule.name]]))
+            flat[rule.path] = tensor if is_weight(tensor) else np.array(tensor)
             continue
         parts = (rule.name.format(layer=layer) for layer in range(names.num_layers))
         read = (rule.from_checkpoint(_read(tensors[stored[part]])) for part in parts)
@@ -42,13 +46,16 @@ def read_tree(tensors: Mapping[str, Any], names: NameMap, *, asker: str) -> dict
     return _nest(flat)
 
 
-def write_tree(params: Any, names: NameMap, *, asker: str) -> dict[str, np.ndarray]:
+def write_tree(
+    params: Any, names: NameMap, *, asker: str, represented: bool = False
+) -> dict[str, Any]:
     """Takes the tree apart into a checkpoint's tensors: the inverse of `read_tree`, bit for bit.
 
     Args:
       params: The tree, of arrays.
       names: The map.
       asker: Named in errors.
+      represented: Whether represented weights are taken apart too, into one for each layer.
 
     Returns:
       Tensors by name, contiguous, in the leaves' dtypes.
@@ -62,19 +69,21 @@ def write_tree(params: Any, names: NameMap, *, asker: str) -> dict[str, np.ndarr
         f"{path!r} is a {type(leaf).__name__}, not an array. Give `materialize(params)`, or write "
         "represented weights with the Orbax format."
         for path, leaf in flat.items()
-        if not isinstance(leaf, jax.Array | np.ndarray)
+        if not (isinstance(leaf, jax.Array | np.ndarray) or (represented and is_weight(leaf)))
     ]
     fail(asker, strange, TypeError)
     fail(asker, tree_differences(flat, names))
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for rule in names.rules:
-        leaf = np.asarray(flat[rule.path])
+        leaf = flat[rule.path]
+        leaf = jax.tree.map(np.asarray, leaf) if is_weight(leaf) else np.asarray(leaf)
         if not rule.stacked:
             tensors[names.written_name(rule.name)] = rule.to_checkpoint(leaf)
             continue
         for layer in range(names.num_layers):
             name = names.written_name(rule.name.format(layer=layer))
-            tensors[name] = rule.to_checkpoint(leaf[layer])
+            one = jax.tree.map(lambda field, layer=layer: field[layer], leaf)
+            tensors[name] = rule.to_checkpoint(one)
     return tensors
 
 
@@ -103,20 +112,34 @@ def _shape(tensor: Any) -> tuple[int, ...]:
     return tensor.shape if hasattr(tensor, "shape") else _read(tensor).shape
 
 
-def _read(tensor: Any) -> np.ndarray:
-    return np.asarray(tensor.read() if hasattr(tensor, "read") else tensor)
+def _read(tensor: Any) -> Any:
+    tensor = tensor.read() if hasattr(tensor, "read") else tensor
+    return tensor if is_weight(tensor) else np.asarray(tensor)
 
 
-def _stack(layers: Iterator[np.ndarray], count: int) -> np.ndarray:
+def _stack(layers: Iterator[Any], count: int) -> Any:
     """Copies layers into one array, allocated once; widens it if a later layer needs that."""
     first = next(layers)
+    if is_weight(first):
+        return _stack_weights([first, *layers])
     stacked = np.empty((count, *first.shape), first.dtype)
     stacked[0] = first
     for index, layer in enumerate(layers, start=1):
+        if is_weight(layer):
+            layer = np.asarray(layer.materialize())
         if layer.dtype != stacked.dtype:
             stacked = stacked.astype(_holding_both(stacked.dtype, layer.dtype))
         stacked[index] = layer
     return stacked
+
+
+def _stack_weights(layers: list[Any]) -> Any:
+    """One weight of all layers, or a dense array where no one representation holds them."""
+    alike = in_one_form(layers)
+    if alike is not None:
+        return jax.tree.map(lambda *fields: np.stack(fields), *alike)
+    dense = (np.asarray(layer.materialize() if is_weight(layer) else layer) for layer in layers)
+    return _stack(dense, len(layers))
 
 
 def _holding_both(a: np.dtype, b: np.dtype) -> np.dtype:
@@ -127,9 +150,9 @@ def _holding_both(a: np.dtype, b: np.dtype) -> np.dtype:
     return np.dtype(np.float64)
 
 
-def _check_tied(head: Any, table: np.ndarray, names: NameMap, asker: str) -> None:
+def _check_tied(head: Any, table: Any, names: NameMap, asker: str) -> None:
     assert names.tied_head is not None
-    head = _read(head)
+    head, table = (np.asarray(x.materialize()) if is_weight(x) else x for x in (_read(head), table))
     if head.shape != table.shape or not np.array_equal(head, table, equal_nan=True):
         fail(
             asker,
@@ -140,7 +163,7 @@ def _check_tied(head: Any, table: np.ndarray, names: NameMap, asker: str) -> Non
         )
 
 
-def _nest(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from jaxweights.models._arrange import check_tree
 from jaxweights.models._bert import Bert
 from jaxweights.models._convert import name_map, params_from_checkpoint
 from jaxweights.models._llama import Llama
+from jaxweights.models._names import NameMap
 from jaxweights.models._registry import ModelConfig, build, config_from_dict, config_from_gguf
+from jaxweights.weights._weight import is_weight, materialize
 
 if TYPE_CHECKING:
     from jaxweights.checkpoint import Checkpoint
@@ -37,7 +39,7 @@ class Pretrained:
       tokenizer_path: File from which `load_tokenizer` makes the tokenizer, or None.
       source: The checkpoint that was read.
       carried: Tensors under torch's names that the model does not use (a pooler, position
-        ids), so that a copy of the checkpoint need not lose them.
+        ids, biases of zero that AutoGPTQ adds), so that a copy need not lose them.
     """
 
     model: Llama | Bert
@@ -49,16 +51,25 @@ class Pretrained:
 
 
 def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: DTypeLike | None = None, remat: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    remat: bool = False,
+    dequantize: bool | None = None,
 ) -> Pretrained:
     """Loads a checkpoint of any known format and architecture.
 
     Args:
       path: A folder with safetensors and `config.json`, a GGUF file, or an Orbax checkpoint with
         its config: of a parameter tree, or of tensors under the names that safetensors have.
-      dtype: Dtype to which dense float parameters are cast; None keeps the checkpoint's, which is
-        float32 for quantized GGUF blocks. Represented weights stay as they are.
+      dtype: Dtype to which dense float parameters are cast, and in which represented weights
+        materialise, whose integers and scales stay as they are. None keeps the checkpoint's, which
+        is float32 for quantized GGUF blocks.
       remat: Whether the model computes activations again in the backward pass.
+      dequantize: Whether quantized tensors become the dense weights that they stand for; False
+        keeps their integers as represented weights, on which a lifted model runs. None keeps
+        those of GPTQ, AWQ, compressed-tensors and Orbax and makes GGUF's blocks dense. A stacked
+        leaf whose layers no single representation holds becomes dense.
 
     Returns:
       Model, parameters on the default device, config, and where they came from.
@@ -73,17 +84,16 @@ def load_pretrained(
     source = open_checkpoint(path)
     config = _config(source)
     carried: dict[str, np.ndarray] = {}
+    if source.is_torch and source.format != "gguf":  # what GGUF has beyond it is in the config
+        carried = _carried(source, name_map(config, "huggingface"))
     if not source.is_torch:
         params = load_tree(path).tree
+        params = materialize(params) if dequantize else params
         check_tree(flatten(params)[0], name_map(config, "huggingface"), asker=_ASKER)
     else:
-        params = params_from_checkpoint(_Tensors(source), config)
-    if (
-        source.is_torch and source.format != "gguf"
-    ):  # what GGUF has beyond the model is in the config
-        names = name_map(config, "huggingface")
-        unused = [name for name in source.names if names.is_carried(names.canonical(name))]
-        carried = {name: source.read(name) for name in unused}
+        keep = source.format != "gguf" if dequantize is None else not dequantize
+        tensors = _Tensors(source, represented=keep, without=carried)
+        params = params_from_checkpoint(tensors, config)
     return Pretrained(
         model=build(config, remat=remat),
         params=_on_device(params, dtype),
@@ -97,27 +107,46 @@ def load_pretrained(
 class _Lazy:
     """A tensor whose shape is known and whose values are read when asked for."""
 
-    def __init__(self, source: Checkpoint, name: str):
+    def __init__(self, source: Checkpoint, name: str, represented: bool):
         self.shape = source.shape(name)
-        self.read = lambda: source.read(name)
+        self.read = lambda: source.represented(name) if represented else source.read(name)
 
 
 class _Tensors(Mapping[str, _Lazy]):
     """A checkpoint as a mapping, read one tensor at a time."""
 
-    def __init__(self, source: Checkpoint):
+    def __init__(
+        self, source: Checkpoint, *, represented: bool = False, without: Collection[str] = ()
+    ):
         self._source = source
+        self._represented = represented
+        self._names = dict.fromkeys(name for name in source.names if name not in without)
 
     def __getitem__(self, name: str) -> _Lazy:
-        if name not in self._source.names:
+        if name not in self._names:
             raise KeyError(name)
-        return _Lazy(self._source, name)
+        return _Lazy(self._source, name, self._represented)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._source.names)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._source.names)
+        return len(self._names)
+
+
+def _carried(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:
+    """Tensors that the model has no use for; among them biases of zero, which AutoGPTQ adds."""
+    expected = names.expected()
+    found = {}
+    for name in source.names:
+        canonical = names.canonical(name)
+        if names.is_carried(canonical):
+            found[name] = source.read(name)
+        elif canonical.endswith(".bias") and canonical not in expected:
+            values = source.read(name)
+            if values.ndim == 1 and not np.any(values):
+                found[name] = values
+    return found
 
 
 def _config(source: Checkpoint) -> ModelConfig:
@@ -128,14 +157,22 @@ def _config(source: Checkpoint) -> ModelConfig:
             f"{_ASKER}: '{source.path}' has no config.json. Put the model's beside the weights; "
             "for parameters saved with save_tree, pass config=config_to_dict(config)."
         )
+    if source.unread is not None:
+        raise ValueError(
+            f"{_ASKER}: '{source.path}': the quantization_config of its config.json: "
+            f"{source.unread}."
+        )
     return config_from_dict(source.config)
 
 
 def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
-    """Dense leaves as JAX arrays; parts of represented weights keep their dtypes."""
+    """Leaves as JAX arrays, in `dtype`; parts of represented weights keep their dtypes."""
     flat, treedef = flatten(params)
 
     def place(leaf: Any) -> Any:
+        if is_weight(leaf):
+            leaf = jax.tree.map(jnp.asarray, leaf)
+            return leaf if dtype is None else leaf.astype(dtype) or leaf
         if not isinstance(leaf, np.ndarray | jax.Array):
             return jax.tree.map(jnp.asarray, leaf)
         if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):

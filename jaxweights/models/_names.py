@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from jaxweights.weights._axes import EMBEDDING, View
+from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._weight import is_weight
 
 Convention = Literal["huggingface", "gguf"]
 
@@ -40,21 +44,57 @@ class TensorRule:
         """Shape in the checkpoint."""
         return self.shape[::-1] if self.transpose else self.shape
 
-    def from_checkpoint(self, tensor: np.ndarray) -> np.ndarray:
+    def from_checkpoint(self, tensor: Any) -> Any:
         """The tree's orientation and order of a checkpoint tensor; a view where possible."""
+        if isinstance(tensor, Quantized):
+            return self._from_quantized(tensor)
         if self.interleaved_heads:
             # (out, ...) -> (heads, pairs, 2, ...) -> halves behind each other
             split = tensor.reshape(self.interleaved_heads, -1, 2, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
         return tensor.T if self.transpose else tensor
 
-    def to_checkpoint(self, leaf: np.ndarray) -> np.ndarray:
+    def to_checkpoint(self, leaf: Any) -> Any:
         """The inverse of `from_checkpoint`, contiguous."""
+        if isinstance(leaf, Quantized):
+            return self._to_quantized(leaf)
+        if is_weight(leaf):  # whoever writes it says what it cannot hold
+            return leaf
         tensor = leaf.T if self.transpose else leaf
         if self.interleaved_heads:
             split = tensor.reshape(self.interleaved_heads, 2, -1, *tensor.shape[1:])
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
         return np.ascontiguousarray(tensor)
+
+    def _from_quantized(self, tensor: Quantized) -> Quantized:
+        if self.interleaved_heads:
+            # Output i of the checkpoint belongs at this place of the tree.
+            halves = np.arange(tensor.out_dim).reshape(self.interleaved_heads, -1, 2)
+            tensor = reorder_outputs(tensor, halves.swapaxes(1, 2).reshape(-1))
+        if self.transpose:
+            return dataclasses.replace(tensor, view=View.of(self.shape))
+        return dataclasses.replace(tensor, view=View.of(self.shape, EMBEDDING))
+
+    def _to_quantized(self, leaf: Quantized) -> Quantized:
+        kind = leaf.view.axes.kind
+        axes = dataclasses.replace(EMBEDDING, kind="linear") if kind == "linear" else EMBEDDING
+        tensor = dataclasses.replace(leaf, view=View.of(self.checkpoint_shape, axes))
+        if self.interleaved_heads:
+            pairs = np.arange(tensor.out_dim).reshape(self.interleaved_heads, 2, -1)
+            tensor = reorder_outputs(tensor, pairs.swapaxes(1, 2).reshape(-1))
+        return tensor
+
+
+def reorder_outputs(weight: Quantized, order: np.ndarray) -> Quantized:
+    """A weight with its outputs in another order: its matrix's columns `order`."""
+    spread = lambda x: x if x is None or x.shape[-1] == 1 else x[..., order]  # noqa: E731
+    return dataclasses.replace(
+        weight,
+        codes=weight.codes[..., order],
+        scale=spread(weight.scale),
+        zero_point=spread(weight.zero_point),
+        offset=spread(weight.offset),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxweights.recipes._check import (
 )
 from jaxweights.recipes._methods import find_method
 from jaxweights.recipes._packages import MODELS, TEXTS
+from jaxweights.recipes._write import Format
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml
 
 Faults = list[tuple[str, str]]
@@ -186,12 +187,13 @@ class Output:
     Attributes:
       directory: A directory that the run makes; relative to where the command is started.
       formats: `orbax` keeps represented weights bit for bit; `safetensors` holds dense weights
-        under the names that other tools read.
+        under the names that other tools read; `gptq`, `gptq_v2`, `awq` and `compressed-tensors`
+        hold the integers of quantized weights as those tools do.
       report: Whether `report.html` is written too.
     """
 
     directory: str
-    formats: tuple[Literal["orbax", "safetensors"], ...] = ("orbax", "safetensors")
+    formats: tuple[Format, ...] = ("orbax", "safetensors")
     report: bool = True
 
     def faults(self) -> Faults:

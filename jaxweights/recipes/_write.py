@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-Format = Literal["orbax", "safetensors"]
+Format = Literal["orbax", "safetensors", "gptq", "gptq_v2", "awq", "compressed-tensors"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def write_checkpoint(
@@ -21,6 +22,7 @@ def write_checkpoint(
     *,
     provenance: Any = None,
     overwrite: bool = False,
+    target: Literal["vllm"] | None = None,
 ) -> None:
     """Writes parameters so that they can be loaded again, here or by other tools.
 
@@ -28,14 +30,15 @@ def write_checkpoint(
       destination: A folder to make.
       form: `orbax` keeps represented weights bit for bit; `safetensors` holds the dense weights
         under the names that other tools read, with those tensors of the source that the model
-        does not use.
+        does not use; the others hold the integers of `Quantized` weights as those tools do.
       pretrained: The model whose parameters they are.
       params: The parameters, perhaps with represented weights.
       provenance: How they came about.
       overwrite: Whether an existing destination may be replaced.
+      target: "vllm" also demands what its kernels need, of a quantized format.
     """
     from jaxweights.checkpoint import save_tree, write_safetensors
-    from jaxweights.models import checkpoint_from_params, config_to_dict
+    from jaxweights.models import checkpoint_from_params, config_to_dict, export_checkpoint
     from jaxweights.weights import materialize
 
     files = companion_files(pretrained)
@@ -51,9 +54,24 @@ def write_checkpoint(
             overwrite=overwrite,
         )
         return
+    metadata = {} if provenance is None else {"jaxweights": provenance.to_json()}
+    if form != "safetensors":
+        given = pretrained.source.quantization
+        export_checkpoint(
+            destination,
+            params,
+            pretrained.config,
+            form=form,
+            target=target,
+            settings=given if form.startswith(str(given.get("quant_method"))) else None,
+            files=files,
+            carried=pretrained.carried,
+            metadata=metadata,
+            overwrite=overwrite,
+        )
+        return
     dense = jax.tree.map(np.asarray, materialize(params))
     tensors = checkpoint_from_params(dense, pretrained.config) | dict(pretrained.carried)
-    metadata = {} if provenance is None else {"jaxweights": provenance.to_json()}
     write_safetensors(destination, tensors, metadata=metadata, files=files, overwrite=overwrite)
 
 

@@ -12,7 +12,7 @@ from jaxweights.core import apply
 from jaxweights.models import load_pretrained
 from jaxweights.quantize import round_to_nearest
 from jaxweights.recipes._write import write_checkpoint
-from jaxweights.weights import Axes
+from jaxweights.weights import Axes, Quantized, is_weight
 from tests._tiny_models import LLAMA, write_tiny
 
 
@@ -183,3 +183,32 @@ def test_progress_goes_to_standard_error_and_can_be_silenced(capsys, llama, tmp_
     json.loads(out)
     _, err = run(capsys, "convert", llama, tmp_path / "b", "--to", "orbax", "--quiet")
     assert err == ""
+
+
+def test_convert_offers_every_format_that_can_be_written():
+    from jaxweights.cli._convert import FORMATS
+    from jaxweights.recipes import _write
+
+    assert set(FORMATS) == set(_write.FORMATS)
+
+
+def test_converting_quantized_weights_keeps_their_integers(capsys, quantized, tmp_path):
+    run(capsys, "convert", quantized, tmp_path / "ct", "--to", "compressed-tensors", "--quiet")
+    found = run_json(capsys, "convert", tmp_path / "ct", tmp_path / "back", "--to", "orbax")
+    assert "jaxweights.json" in found["files"]
+    first, again = (load_pretrained(p).params for p in (quantized, tmp_path / "back"))
+    for one, other in zip(*map(jax.tree.leaves, (first, again)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    leaves = jax.tree.leaves(again, is_leaf=is_weight)
+    assert any(isinstance(leaf, Quantized) for leaf in leaves)
+    tensors = run_json(capsys, "inspect", tmp_path / "ct")["tensors"]
+    q = next(t for t in tensors if t["name"] == "model.layers.0.self_attn.q_proj.weight")
+    assert (q["shape"], q["stored"]) == ([32, 32], "compressed-tensors")
+    assert q["bytes"] == 32 * 32 // 2 + 32 * 2 * 4 + 16  # codes, float32 scales, two int64
+
+
+def test_converting_dense_weights_to_a_quantized_format_is_refused(capsys, llama, tmp_path):
+    arguments = ["convert", str(llama), str(tmp_path / "out"), "--to", "awq", "--quiet"]
+    assert main(arguments) == 1
+    assert "no tensor is quantized" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

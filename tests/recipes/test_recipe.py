@@ -192,7 +192,7 @@ def test_an_integer_serves_where_a_number_is_wanted():
             "formats: [safetensors]",
             "formats: [safetensor]",
             "r.yaml:19: output.formats: is the list ['safetensor']. It must be a list of "
-            "one of 'orbax', 'safetensors' each",
+            "one of 'orbax', 'safetensors', 'gptq', ",
         ),
         (
             "formats: [safetensors]",

@@ -1,0 +1,229 @@
+"""What the formats share: a module's tensors in a file, and its codes on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxweights.checkpoint._write_safetensors import LazyTensor
+from jaxweights.weights._axes import Axes, View
+from jaxweights.weights._masked import Masked
+from jaxweights.weights._quantized import Quantized, codes_per_byte
+
+TORCH_LINEAR = Axes(inputs=(-1,), outputs=(-2,))  # torch keeps (out, in)
+_FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
+FLOAT: tuple[np.dtype, ...] = _FLOATS
+INT32 = (np.dtype(np.int32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of a module in a file.
+
+    Args:
+      shape: Its shape.
+      dtype: Its dtype.
+      read: Reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, array: Any) -> Part:
+        """A part that is at hand already."""
+        array = np.asarray(array)
+        return cls(array.shape, array.dtype, lambda: array)
+
+
+Parts = Mapping[str, Part]
+
+
+class HostCodes(NamedTuple):
+    """A quantized matrix as the integer formats describe it, in NumPy."""
+
+    codes: np.ndarray  # (in, out) uint8, from 0 to 2**bits - 1
+    scale: np.ndarray  # (groups, out)
+    zero_point: np.ndarray | None  # (groups, out) integers; None for 2**(bits - 1)
+    group_index: np.ndarray | None  # (in,) int32
+
+
+def host_codes(weight: Quantized) -> HostCodes:
+    """Reads an unstacked weight without offsets whose groups lie within one output.
+
+    Signed codes become unsigned ones with the zero point `2**(bits - 1)`.
+    """
+    codes = np.asarray(weight.codes_matrix())
+    if weight.signed:
+        codes = (codes.astype(np.int16) + 2 ** (weight.bits - 1)).astype(np.uint8)
+    spread = lambda x: None if x is None else _per_output(np.asarray(x), weight.out_dim)  # noqa: E731
+    scale = spread(weight.scale)
+    assert scale is not None
+    index = None if weight.group_index is None else np.asarray(weight.group_index)
+    return HostCodes(codes, scale, spread(weight.zero_point), index)
+
+
+def _per_output(field: np.ndarray, out_dim: int) -> np.ndarray:
+    return np.repeat(field, out_dim // field.shape[1], axis=1)
+
+
+def host_weight(
+    codes: np.ndarray,
+    scale: np.ndarray,
+    *,
+    bits: int,
+    dtype: Any,
+    zero_point: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
+    group_index: np.ndarray | None = None,
+    axes: Axes = TORCH_LINEAR,
+) -> Quantized:
+    """A `Quantized` of NumPy arrays for an `(out, in)` tensor, from its `(in, out)` codes.
+
+    Args:
+      codes: `(in, out)`; unsigned where there are zero points or offsets, else signed.
+      scale: As in `Quantized`, as are the others.
+      bits: Bits per code.
+      dtype: Dtype that it materialises to.
+      zero_point: Zero points, or None.
+      offset: Offsets, or None.
+      group_index: Row of `scale` of every input, or None.
+      axes: How the tensor relates to its matrix.
+    """
+    in_dim, out_dim = codes.shape
+    per_byte = codes_per_byte(bits, in_dim)
+    signed = zero_point is None and offset is None
+    weight = Quantized(
+        codes=_share_bytes(codes, per_byte, signed=signed),  # type: ignore[arg-type]
+        scale=np.ascontiguousarray(scale),  # type: ignore[arg-type]
+        zero_point=None if zero_point is None else zero_point.astype(np.uint8),  # type: ignore
+        group_index=group_index,  # type: ignore[arg-type]
+        offset=offset,  # type: ignore[arg-type]
+        bits=bits,
+        codes_per_byte=per_byte,
+        dtype=np.dtype(dtype),
+        view=View.of((out_dim, in_dim), axes),
+    )
+    return weight
+
+
+def _share_bytes(codes: np.ndarray, per_byte: int, *, signed: bool) -> np.ndarray:
+    """`weights._quantized.pack_codes`, on the host."""
+    if per_byte == 1:
+        return np.ascontiguousarray(codes, np.int8 if signed else np.uint8)
+    share = 8 // per_byte
+    mask = np.uint8(2**share - 1)
+    rows = codes.astype(np.uint8).reshape(-1, per_byte, codes.shape[1]) & mask
+    packed = rows[:, 0]
+    for i in range(1, per_byte):
+        packed = packed | rows[:, i] << np.uint8(share * i)
+    return packed
+
+
+def consecutive(group_index: np.ndarray, in_dim: int, rows: int) -> bool:
+    """Whether every group is the next `in / rows` inputs, so that no index is needed."""
+    return in_dim % rows == 0 and np.array_equal(
+        group_index, np.arange(in_dim, dtype=group_index.dtype) // (in_dim // rows)
+    )
+
+
+def largest_group(weight: Quantized) -> int:
+    """Inputs of a group: of the fullest one where the last is not full."""
+    if weight.group_index is None:
+        return weight.in_dim // weight.scale.shape[-2]
+    return int(np.bincount(np.asarray(weight.group_index)).max())
+
+
+def written_group_index(weight: Quantized) -> np.ndarray:
+    """Row of the scales of every input, int32, also where groups are consecutive."""
+    if weight.group_index is not None:
+        return np.asarray(weight.group_index, np.int32)
+    return np.arange(weight.in_dim, dtype=np.int32) // np.int32(largest_group(weight))
+
+
+def check_parts(parts: Parts, expected: Mapping[str, tuple[tuple[np.dtype, ...], Any]]) -> None:
+    """Refuses parts that are missing or of another dtype or shape, before any is read.
+
+    Args:
+      parts: What the file holds.
+      expected: Allowed dtypes and the shape of every part; None in a shape stands for any length.
+    """
+    wrong = []
+    for suffix, (dtypes, shape) in expected.items():
+        part = parts.get(suffix)
+        if part is None:
+            wrong.append(f"{suffix!r} is missing")
+            continue
+        fits = len(part.shape) == len(shape) and all(
+            want is None or have == want for have, want in zip(part.shape, shape, strict=True)
+        )
+        if part.dtype not in dtypes or not fits:
+            names = " or ".join(dtype.name for dtype in dtypes)
+            lengths = ", ".join("any" if n is None else str(n) for n in shape)
+            wrong.append(
+                f"{suffix!r} is {part.dtype.name} {part.shape}, expected {names} ({lengths})"
+            )
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}. The file is damaged, or its config is another's")
+
+
+def float16_scale(scale: np.ndarray) -> np.ndarray:
+    """Scales rounded to float16, in which GPTQ and AWQ files hold them."""
+    with np.errstate(over="ignore"):
+        return scale.astype(np.float32).astype(np.float16)
+
+
+def unfit_float16(scale: Any) -> str | None:
+    """Why scales cannot be float16, if they cannot."""
+    scale = np.asarray(scale, np.float32)
+    narrow = float16_scale(scale)
+    lost = ~np.isfinite(narrow) | ((narrow == 0) & (scale != 0))
+    if not lost.any():
+        return None
+    return (
+        f"{int(lost.sum())} of {scale.size} scales, such as {float(scale[lost][0]):g}, lie beyond "
+        "float16, in which this format keeps scales. Write compressed-tensors, which keeps float32"
+    )
+
+
+def without_mask(weight: Any) -> Any:
+    """A quantized weight whose masked entries have the code of 0, if there is such a code."""
+    if not (isinstance(weight, Masked) and isinstance(weight.base, Quantized)):
+        return weight
+    base = weight.base
+    if base.offset is not None:
+        return weight
+    mask = base.view.to_matrix(jnp.asarray(weight.mask))
+    zero = jnp.zeros_like(base.codes_matrix())
+    if base.zero_point is not None:
+        if np.max(np.asarray(base.zero_point)) >= 2**base.bits:
+            return weight
+        centred = dataclasses.replace(base, scale=jnp.ones_like(base.scale), dtype=np.float32)
+        zero = (base.codes_matrix().astype(jnp.float32) - centred.matrix()).astype(zero.dtype)
+    codes = jnp.where(mask, base.codes_matrix(), zero)
+    return Quantized.from_codes(
+        codes,
+        base.scale,
+        base.zero_point,
+        base.group_index,
+        bits=base.bits,
+        dtype=base.dtype,
+        view=base.view,
+    )
+
+
+def first_matrix(weight: Any, layer: int) -> Any:
+    """One matrix of a stack."""
+    return jax.tree.map(lambda field: field[layer], weight)
+
+
+def lazy(shape: tuple[int, ...], dtype: Any, make: Callable[[], np.ndarray]) -> LazyTensor:
+    """A tensor to be written, made when it is written."""
+    return LazyTensor(shape, np.dtype(dtype), make)

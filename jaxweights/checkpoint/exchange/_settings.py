@@ -1,0 +1,220 @@
+"""A folder's `quantization_config`: which tensors belong to which quantized module, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxweights.checkpoint.exchange._awq import unpack_awq
+from jaxweights.checkpoint.exchange._compressed_tensors import (
+    unpack_int_quantized,
+    unpack_pack_quantized,
+)
+from jaxweights.checkpoint.exchange._gptq import BITS, unpack_gptq
+from jaxweights.checkpoint.exchange._module import Parts
+from jaxweights.weights._quantized import Quantized
+
+METHODS = ("gptq", "awq", "compressed-tensors")
+_GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
+
+
+class UnknownFormat(ValueError):
+    """A `quantization_config` that this library cannot read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A quantized module of a checkpoint.
+
+    Args:
+      tensors: Names of its tensors in the files, by what they are in the module.
+      unpack: Reads it as a weight of shape `(out, in)`.
+      shape: Its dense shape `(out, in)`, from the shapes of its tensors alone.
+    """
+
+    tensors: Mapping[str, str]
+    unpack: Callable[[Parts], Quantized]
+    shape: Callable[[Parts], tuple[int, int]]
+
+
+def quantized_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    """Finds the quantized modules of a checkpoint.
+
+    Args:
+      config: `quantization_config`, from an untrusted file.
+      names: Names of all tensors.
+
+    Returns:
+      Modules by the name that their dense weight would have, such as `...q_proj.weight`.
+
+    Raises:
+      UnknownFormat: If the config names a method or a variant that cannot be read.
+    """
+    method = config.get("quant_method")
+    if method == "gptq":
+        return _gptq_modules(config, names)
+    if method == "awq":
+        return _awq_modules(config, names)
+    if method == "compressed-tensors":
+        return _compressed_modules(config, names)
+    raise UnknownFormat(
+        f"quant_method={method!r:.80} cannot be read. Known are {', '.join(METHODS)}"
+    )
+
+
+def _gptq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    bits = _number(config, "bits", BITS)
+    variant = config.get("checkpoint_format", "gptq") or "gptq"
+    if variant not in _GPTQ_FORMATS:
+        raise UnknownFormat(
+            f"checkpoint_format={variant!r:.80} of GPTQ cannot be read. Known are "
+            f"{', '.join(_GPTQ_FORMATS)}; convert others with the program that wrote them"
+        )
+    if config.get("dynamic"):
+        raise UnknownFormat("'dynamic' bits of GPTQ, which differ between modules, cannot be read")
+    unpack = functools.partial(
+        unpack_gptq,
+        bits=bits,
+        version=_GPTQ_FORMATS[variant],
+        symmetric=config.get("sym", True) is True,
+    )
+
+    def shape(parts: Parts) -> tuple[int, int]:
+        words, out_dim = _two(parts, "qweight")
+        return out_dim, words * 32 // bits
+
+    return _by_suffix(names, ("qweight", "qzeros", "scales", "g_idx"), unpack, shape)
+
+
+def _awq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    _number({"bits": config.get("bits", config.get("w_bit"))}, "bits", (4,))
+    version = config.get("version", "gemm")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise UnknownFormat(
+            f"version={version!r:.80} of AWQ cannot be read, only 'gemm'. Convert it with AutoAWQ"
+        )
+
+    def shape(parts: Parts) -> tuple[int, int]:
+        in_dim, words = _two(parts, "qweight")
+        return words * 8, in_dim
+
+    return _by_suffix(names, ("qweight", "qzeros", "scales"), unpack_awq, shape)
+
+
+def _by_suffix(
+    names: Iterable[str],
+    suffixes: tuple[str, ...],
+    unpack: Callable[[Parts], Quantized],
+    shape: Callable[[Parts], tuple[int, int]],
+) -> dict[str, Module]:
+    """Modules that have a tensor of the first suffix."""
+    known = set(names)
+    stems = (name.removesuffix(f".{suffixes[0]}") for name in names)
+    found = {}
+    for stem in stems:
+        if f"{stem}.{suffixes[0]}" in known:
+            tensors = {s: f"{stem}.{s}" for s in suffixes if f"{stem}.{s}" in known}
+            found[f"{stem}.weight"] = Module(tensors, unpack, shape)
+    return found
+
+
+def _compressed_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise UnknownFormat("'config_groups' of compressed-tensors must be a dict of dicts")
+    names = list(names)
+    known = set(names)
+    found = {}
+    for stem in (name.removesuffix(".weight_scale") for name in names):
+        if f"{stem}.weight_scale" not in known:
+            continue
+        group = _group_of(stem, groups)
+        unpack, suffixes, shape = _compressed_scheme(group, config)
+        tensors = {s: f"{stem}.{s}" for s in suffixes if f"{stem}.{s}" in known}
+        found[f"{stem}.weight"] = Module(tensors, unpack, shape)
+    return found
+
+
+def _group_of(stem: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The group whose targets name a module: by its name, by a pattern, or as a Linear."""
+    best: tuple[int, Any] = (3, None)
+    for group in groups.values():
+        for target in group.get("targets") or ():
+            if not isinstance(target, str):
+                continue
+            if target == stem:
+                rank = 0
+            elif target.startswith("re:"):
+                if re.match(target[3:], stem) is None:
+                    continue
+                rank = 1
+            elif target == "Linear":
+                rank = 2
+            else:
+                continue
+            if rank < best[0]:
+                best = rank, group
+    if best[1] is None:
+        raise UnknownFormat(f"no target of 'config_groups' names the quantized module {stem!r}")
+    return best[1]
+
+
+def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    form = group.get("format") or config.get("format")
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise UnknownFormat("'weights' of a config group must be a dict")
+    if weights.get("type", "int") != "int":
+        raise UnknownFormat(
+            f"the format {form!r:.80} holds {weights.get('type')!r:.80} weights; only 'int' is read"
+        )
+    symmetric = weights.get("symmetric", True) is True
+    if form == "pack-quantized":
+        bits = _number(weights, "num_bits", range(2, 9))
+        if weights.get("strategy") == "tensor" and not symmetric:
+            raise UnknownFormat("the strategy 'tensor' with zero points cannot be read")
+        unpack = functools.partial(unpack_pack_quantized, bits=bits, symmetric=symmetric)
+        suffixes = (
+            "weight_packed",
+            "weight_scale",
+            "weight_shape",
+            "weight_zero_point",
+            "weight_g_idx",
+        )
+        return unpack, suffixes, _packed_shape
+    if form == "int-quantized":
+        _number(weights, "num_bits", (8,))
+        unpack = functools.partial(unpack_int_quantized, symmetric=symmetric)
+        suffixes = ("weight", "weight_scale", "weight_zero_point")
+        return unpack, suffixes, lambda parts: _two(parts, "weight")
+    raise UnknownFormat(
+        f"the format {form!r:.80} of compressed-tensors cannot be read. Known are pack-quantized "
+        "and int-quantized"
+    )
+
+
+def _packed_shape(parts: Parts) -> tuple[int, int]:
+    part = parts.get("weight_shape")
+    if part is None or part.shape != (2,) or part.dtype.kind not in "iu":
+        raise ValueError("'weight_shape' is missing or not two integers. The file is damaged")
+    out_dim, in_dim = (int(n) for n in part.read())
+    return out_dim, in_dim
+
+
+def _two(parts: Parts, suffix: str) -> tuple[int, int]:
+    part = parts[suffix]
+    if len(part.shape) != 2:
+        raise ValueError(f"{suffix!r} has shape {part.shape}, expected a matrix")
+    return part.shape  # type: ignore[return-value]
+
+
+def _number(config: Mapping[str, Any], key: str, allowed: Iterable[int]) -> int:
+    value = config.get(key)
+    if type(value) is not int or value not in allowed:
+        raise UnknownFormat(
+            f"{key}={value!r:.80} cannot be read. Known are {', '.join(map(str, allowed))}"
+        )
+    return value

@@ -1,0 +1,311 @@
+"""Writes represented weights as the quantized checkpoints of other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxweights.checkpoint._json import dump_json
+from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
+from jaxweights.checkpoint.exchange._awq import pack_awq, unfit_awq
+from jaxweights.checkpoint.exchange._compressed_tensors import (
+    pack_int_quantized,
+    pack_pack_quantized,
+    scales_tensor,
+    unfit_compressed_tensors,
+)
+from jaxweights.checkpoint.exchange._gptq import group_setting, pack_gptq, unfit_gptq
+from jaxweights.core._paths import fail
+from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._weight import is_weight
+
+Form = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
+Weights = Mapping[str, Quantized]  # by module
+_ASKER = "checkpoint.write_quantized"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Writer:
+    """How one format is written.
+
+    Args:
+      unfit: Why a weight cannot be written, if it cannot.
+      pack: The tensors of a weight.
+      settings: `quantization_config` of all weights and the names of the modules left dense.
+      uniform: Whether bits and group size must be the same for all.
+    """
+
+    unfit: Callable[[Quantized], list[str]]
+    pack: Callable[[Quantized], Mapping[str, LazyTensor]]
+    settings: Callable[[Weights, list[str]], dict[str, Any]]
+    uniform: bool
+
+
+def write_quantized(
+    destination: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    form: Form,
+    config: Mapping[str, Any],
+    target: Literal["vllm"] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int | None = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that GPTQ, AWQ or compressed-tensors readers load.
+
+    Everything is checked first, and all that does not fit is listed; nothing is written then.
+    One tensor at a time is in memory.
+
+    Args:
+      destination: The folder to make.
+      tensors: By name, as torch calls and orients them: `Quantized` weights of shape `(out, in)`
+        under `<module>.weight`, and arrays for the rest.
+      form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM) or `compressed-tensors`
+        (pack-quantized, or int-quantized where all codes have 8 bits and none moves its groups).
+      config: The model's `config.json`; `quantization_config` is put into it.
+      target: "vllm" also demands what its Marlin kernels need.
+      settings: Further entries of `quantization_config`, such as those that a checkpoint had.
+      files: As in `write_safetensors`.
+      metadata: As in `write_safetensors`.
+      max_shard_bytes: As in `write_safetensors`.
+      overwrite: As in `write_safetensors`.
+
+    Raises:
+      FileExistsError: If the destination exists and `overwrite` is False.
+      ValueError: If a weight does not fit the format, or no weight is quantized.
+
+    Differs: (1) GPTQ and AWQ files hold scales in float16: wider ones are rounded to it, once.
+    """
+    if form not in WRITERS:
+        raise ValueError(f"{_ASKER}: form={form!r} must be one of {', '.join(WRITERS)}.")
+    if target not in (None, "vllm"):
+        raise ValueError(f"{_ASKER}: target={target!r} must be 'vllm' or None.")
+    writer = WRITERS[form]
+    quantized = {n: t for n, t in tensors.items() if isinstance(t, Quantized)}
+    fail(_ASKER, _misfits(tensors, quantized, writer, form, target))
+    written: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name in quantized:
+            stem = name.removesuffix(".weight")
+            parts = writer.pack(quantized[name])
+            written |= {f"{stem}.{suffix}": part for suffix, part in parts.items()}
+        else:
+            written[name] = tensor
+    weights = {name.removesuffix(".weight"): w for name, w in quantized.items()}
+    described = {**(settings or {}), **writer.settings(weights, _dense_linears(tensors, quantized))}
+    content = {**config, "quantization_config": described}
+    write_safetensors(
+        destination,
+        written,
+        metadata=metadata,
+        files={**(files or {}), "config.json": dump_json(content)},
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+
+
+def _misfits(
+    tensors: Mapping[str, Any],
+    quantized: Weights,
+    writer: _Writer,
+    form: str,
+    target: str | None,
+) -> list[str]:
+    problems = []
+    for name, tensor in tensors.items():
+        if is_weight(tensor) and name not in quantized:
+            problems.append(
+                f"{name!r} is a {type(tensor).__name__}, and {form} holds only integers with "
+                "scales. Merge factors and masks into the weight, or save with Orbax."
+            )
+    for name, weight in quantized.items():
+        faults = list(writer.unfit(weight))
+        if not name.endswith(".weight") or weight.view.axes.kind != "linear":
+            faults.append(
+                f"is an {weight.view.axes.kind}, and readers of {form} know only linear modules. "
+                "Leave it out with `partition`, or dequantize it with `materialize`"
+            )
+        if target == "vllm":
+            faults += _unfit_marlin(weight)
+        problems += [f"{name!r} {fault}." for fault in faults]
+    if not quantized:
+        problems.append(
+            f"no tensor is quantized, so there is nothing that {form} could hold. Quantize "
+            "first (quantize.round_to_nearest, quantize.gptq), or write safetensors."
+        )
+    all_bits = {weight.bits for weight in quantized.values()}
+    if writer.uniform and (len(all_bits) > 1 or common_group(quantized) is None):
+        kinds: dict[Any, list[str]] = {}
+        for name, weight in quantized.items():
+            kinds.setdefault((weight.bits, group_setting(weight)), []).append(name)
+        listed = "; ".join(
+            f"bits={bits}, group_size={group}: {len(names)} such as {names[0]!r}"
+            for (bits, group), names in kinds.items()
+        )
+        problems.append(
+            f"{form} has one grid for all modules, but these differ ({listed}). Quantize all "
+            "alike, or write compressed-tensors, which has a grid a module."
+        )
+    return problems
+
+
+def common_group(weights: Weights) -> int | None:
+    """`group_size` of all weights, None if there is none.
+
+    An output that has one group serves any size that is not smaller than its inputs.
+    """
+    sizes = {group_setting(weight) for weight in weights.values()} - {-1}
+    if not sizes:
+        return -1
+    size = max(sizes)
+    single = (w.in_dim for w in weights.values() if group_setting(w) == -1)
+    return size if len(sizes) == 1 and all(n <= size for n in single) else None
+
+
+def _unfit_marlin(weight: Quantized) -> list[str]:
+    """What vLLM's Marlin kernels refuse, of each weight on its own.
+
+    Source: vLLM, `model_executor/layers/quantization/utils/marlin_utils.py`
+    (`check_marlin_supports_shape`, `MARLIN_SUPPORTED_GROUP_SIZES`).
+    """
+    faults = []
+    group = group_setting(weight)
+    if weight.bits not in (4, 8):
+        faults.append(f"has {weight.bits} bits, but Marlin kernels take 4 or 8")
+    if group not in (-1, 32, 64, 128):
+        faults.append(f"has group_size={group}, but Marlin kernels take 32, 64, 128 or -1")
+    if weight.in_dim % 128:
+        faults.append(f"has {weight.in_dim} inputs, which Marlin's 128 does not divide")
+    if weight.out_dim % 64:
+        faults.append(f"has {weight.out_dim} outputs, which Marlin's 64 does not divide")
+    if weight.zero_point is not None and weight.bits != 4:
+        faults.append("has zero points, which Marlin kernels take only with 4 bits")
+    if weight.zero_point is not None and weight.group_index is not None:
+        faults.append("has zero points with moved groups, which Marlin kernels do not take")
+    return faults
+
+
+def _dense_linears(tensors: Mapping[str, Any], quantized: Weights) -> list[str]:
+    """Modules with a dense matrix that readers would otherwise take for quantized ones."""
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight")
+        and name not in quantized
+        and len(tensor.shape) == 2
+        and "embed" not in name
+    ]
+
+
+def _gptq_settings(version: int, weights: Weights, dense: list[str]) -> dict[str, Any]:
+    first = next(iter(weights.values()))
+    settings = {
+        "quant_method": "gptq",
+        "bits": first.bits,
+        "group_size": common_group(weights),
+        "desc_act": any(w.group_index is not None for w in weights.values()),
+        "sym": all(w.zero_point is None for w in weights.values()),
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "lm_head": "lm_head" in weights,
+    }
+    if set(dense) - {"lm_head"}:
+        inner = {_within_block(name): None for name in weights}  # a set that keeps its order
+        settings["modules_in_block_to_quantize"] = [[name] for name in inner]
+    return settings
+
+
+def _within_block(module: str) -> str:
+    """A module's name behind its layer's number: `self_attn.q_proj`."""
+    parts = module.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else module
+
+
+def _awq_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": common_group(weights),
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": dense or None,
+    }
+
+
+def _compressed_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
+    schemes: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    for name, weight in weights.items():
+        schemes.setdefault(_scheme(weight), []).append(name)
+    groups = {}
+    for i, (scheme, names) in enumerate(schemes.items()):
+        values = dict(scheme)
+        form = values.pop("format")
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(schemes) == 1 else names,
+            "format": form,
+            "weights": {**values, "type": "int", "dynamic": False},
+            "input_activations": None,
+            "output_activations": None,
+        }
+    forms = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": dense,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _is_plain_int8(weight: Quantized) -> bool:
+    return weight.bits == 8 and weight.group_index is None
+
+
+def _scheme(weight: Quantized) -> tuple[tuple[str, Any], ...]:
+    group = group_setting(weight)
+    strategy = "group" if group != -1 else "tensor" if scales_tensor(weight) else "channel"
+    return (
+        ("format", "int-quantized" if _is_plain_int8(weight) else "pack-quantized"),
+        ("num_bits", weight.bits),
+        ("symmetric", weight.zero_point is None),
+        ("strategy", strategy),
+        ("group_size", group if strategy == "group" else None),
+        ("actorder", "group" if weight.group_index is not None else None),
+    )
+
+
+def _pack_compressed(weight: Quantized) -> Mapping[str, LazyTensor]:
+    return pack_int_quantized(weight) if _is_plain_int8(weight) else pack_pack_quantized(weight)
+
+
+def _gptq_writer(version: int) -> _Writer:
+    return _Writer(
+        unfit=lambda weight: unfit_gptq(weight, version=version),
+        pack=lambda weight: pack_gptq(weight, version=version),
+        settings=lambda weights, dense: _gptq_settings(version, weights, dense),
+        uniform=True,
+    )
+
+
+WRITERS: dict[str, _Writer] = {
+    "gptq": _gptq_writer(1),
+    "gptq_v2": _gptq_writer(2),
+    "awq": _Writer(unfit_awq, pack_awq, _awq_settings, uniform=True),
+    "compressed-tensors": _Writer(
+        unfit_compressed_tensors, _pack_compressed, _compressed_settings, uniform=False
+    ),
+}
+
+
+def dense_of(weight: Quantized) -> np.ndarray:
+    """The numbers that a weight stands for, on the host."""
+    return np.asarray(weight.materialize())

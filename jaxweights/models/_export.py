@@ -1,0 +1,104 @@
+"""Writes parameters with represented weights as the quantized checkpoints of other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from jaxweights.core._paths import flatten
+from jaxweights.models._arrange import write_tree
+from jaxweights.models._bert import BertConfig
+from jaxweights.models._convert import name_map
+from jaxweights.models._hf_json import config_to_dict
+from jaxweights.models._llama_config import LlamaConfig
+from jaxweights.weights._weight import is_weight
+
+if TYPE_CHECKING:
+    from jaxweights.checkpoint.exchange._write import Form
+
+_ASKER = "models.export_checkpoint"
+
+
+def export_checkpoint(
+    destination: str | os.PathLike[str],
+    params: Any,
+    config: LlamaConfig | BertConfig,
+    *,
+    form: Form,
+    target: Literal["vllm"] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+    carried: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model whose kernels are `Quantized` so that transformers and vLLM load it.
+
+    Stacked leaves are written layer by layer, and dense leaves as they are: `lm_head` and
+    embeddings usually. Where a `Masked` is over a `Quantized`, removed weights get the code of 0.
+
+    Args:
+      destination: A folder to make.
+      params: The model's parameters, some of them `Quantized`.
+      config: Of the model.
+      form: `gptq`, `gptq_v2`, `awq` or `compressed-tensors`.
+      target: "vllm" also demands what its Marlin kernels need.
+      settings: Further entries of `quantization_config`, such as those that a checkpoint had.
+      files: More files of the folder by name: tokenizer, licence. A `config.json` among them is
+        kept and gets the `quantization_config`; else it is made.
+      carried: Further tensors by name, that the model does not use.
+      metadata: Text by key for the file's own metadata.
+      overwrite: Whether an existing destination may be replaced.
+
+    Raises:
+      FileExistsError: If the destination exists and `overwrite` is False.
+      ValueError: If a weight does not fit the format; all are listed and nothing is written.
+
+    Example:
+      >>> import tempfile, pathlib, jax, jax.numpy as jnp, jaxweights as jw
+      >>> config = LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> model = jw.models.build(config)
+      >>> params = model.init(jax.random.key(0), tokens)["params"]
+      >>> run = lambda params, tokens: model.apply({"params": params}, tokens)
+      >>> rounding = jw.quantize.round_to_nearest(bits=4, group_size=32)
+      >>> tx = jw.partition(("layers/.*/kernel", rounding), (".*", jw.identity()))
+      >>> params = jw.apply(tx, params, layout=jw.infer_layout(run, params, tokens))
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> export_checkpoint(folder, params, config, form="compressed-tensors")
+      >>> jw.models.load_pretrained(folder).params["layers"]["mlp"]["up"]["kernel"].bits
+      4
+    """
+    from jaxweights.checkpoint.exchange import write_quantized
+    from jaxweights.checkpoint.exchange._module import without_mask
+
+    flat, treedef = flatten(params)
+    plain = [without_mask(leaf) if is_weight(leaf) else leaf for leaf in flat.values()]
+    params = treedef.unflatten(plain)
+    names = name_map(config, "huggingface")
+    tensors = write_tree(params, names, asker=_ASKER, represented=True) | dict(carried or {})
+    rest = dict(files or {})
+    write_quantized(
+        destination,
+        tensors,
+        form=form,
+        config=_config_json(rest.pop("config.json", None), config),
+        target=target,
+        settings=settings,
+        files=rest,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
+
+
+def _config_json(given: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:
+    if given is None:
+        return config_to_dict(config)
+    if isinstance(given, os.PathLike):
+        with open(given, "rb") as file:
+            given = file.read()
+    return json.loads(given)
