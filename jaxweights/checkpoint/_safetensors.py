@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxweights.checkpoint._json import read_json_object
-from jaxweights.checkpoint._mapped import MappedFile
+from jaxweights.checkpoint._mapped import MappedFile, MappedTensor
 from jaxweights.checkpoint._safetensors_header import DTYPES, TensorInfo, read_header
 from jaxweights.checkpoint._tensor_table import TensorTable
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
@@ -71,6 +71,13 @@ class SafetensorsReader(TensorTable[TensorInfo]):
         dtype = DTYPES[info.dtype]
         aligned = raw.ctypes.data % dtype.alignment == 0
         return (raw if aligned else raw.copy()).view(dtype).reshape(info.shape)
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """Where a tensor lies; None where its bytes are no entries or have to be checked."""
+        info = self[name]
+        if info.dtype not in DTYPES or info.dtype == "BOOL":
+            return None
+        return MappedTensor(self._maps[info.file], info.start, DTYPES[info.dtype].itemsize)
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills a contiguous array with a tensor's entries from `start` on, in flat order."""

@@ -17,6 +17,7 @@ import numpy as np
 from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
 from jaxweights.checkpoint._json import dump_json, read_json_object
 from jaxweights.checkpoint._manifest import Parts, build_tree, digest_of, leaf_parts, object_at
+from jaxweights.checkpoint._mapped import MappedTensor
 from jaxweights.checkpoint._raw_arrays import CheckedSlices
 from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._safetensors_header import DTYPES
@@ -126,6 +127,11 @@ class Checkpoint(abc.ABC):
         Where the format has no slices, the tensor is read as a whole once and held.
         """
         return fill_from(self.read(name))
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """Where a tensor's entries lie in a file as they are; None where they do not."""
+        del name
+        return None
 
     @abc.abstractmethod
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
@@ -282,6 +288,9 @@ class _SafetensorsCheckpoint(Checkpoint):
         if name in self.modules or self._reader[name].dtype == "BOOL":
             return super().reader(name)
         return functools.partial(self._reader.read_into, name)
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        return self._reader.mapped(name)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
         if name not in self.modules:

@@ -125,7 +125,7 @@ def mean_of(
             return _mean_of_leaves(
                 averaged[pivot],
                 averaged[:pivot] + averaged[pivot + 1 :],
-                jnp.asarray(_with_first(shares, pivot), dtype),
+                jnp.asarray(with_first(shares, pivot), dtype),
                 key,
                 normalize=normalize,
                 output=output,
@@ -138,7 +138,7 @@ def mean_of(
     return stateless(update, name=name, scope="entry" if output.rounding == "nearest" else "leaf")
 
 
-def _with_first(shares: Any, i: int) -> Any:
+def with_first(shares: Any, i: int) -> Any:
     """The weights with the `i`-th in front."""
     if i == 0:
         return shares
@@ -157,10 +157,27 @@ def _mean_of_leaves(
     output: Output,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    merged = weighted_mean(pivot, others, weights, normalize=normalize)
+    stored = output.store(merged, dtype, key)
+    return stored, all_finite(stored)
+
+
+def weighted_mean(
+    pivot: Any, others: Sequence[Any], weights: jax.Array, *, normalize: bool
+) -> jax.Array:
     """Weighted mean as the pivot plus the weighted mean of the differences to it.
 
     Equal models differ by exactly zero, so their mean is exact; and differences of fine-tuned
     models are small, so their rounding errors are too.
+
+    Args:
+      pivot: The array of the heaviest model.
+      others: Those of the others.
+      weights: `(models,)` in the dtype of the computation, that of the pivot first.
+      normalize: Whether to divide by the sum of the weights.
+
+    Returns:
+      The mean, in the dtype of the computation.
     """
     total = jnp.sum(weights)
     shares = weights / total if normalize else weights
@@ -168,6 +185,4 @@ def _mean_of_leaves(
     shift = jnp.zeros_like(first)
     for i, other in enumerate(others, start=1):
         shift = shift + shares[i] * (other.astype(weights.dtype) - first)
-    merged = (first if normalize else total * first) + shift
-    stored = output.store(merged, dtype, key)
-    return stored, all_finite(stored)
+    return (first if normalize else total * first) + shift

@@ -15,12 +15,10 @@ import numpy as np
 from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._delta_leaf import LeafPlan, Row, _combine, _delta, _divisor, _takes_part
 from jaxweights.merge._models import compute_dtype, per_model
-from jaxweights.stream._draws import draw
+from jaxweights.stream._draws import drawn_mask
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._ranks import RankSurvey, Target, among
-from jaxweights.stream._sums import partial_sums, refuse_nonfinite
-
-_EVERY = 1 << 16  # draws below it are all there are
+from jaxweights.stream._sums import PartialSums, partial_sums, refuse_nonfinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +110,7 @@ def delta_job(
         wide = compute_dtype(base)
         count = base.size
         bounds = np.zeros((n, 2, 2), np.uint32)
-        draws: list[Any] = [None] * n
+        masks: list[Any] = [None] * n
         factors, sign = np.ones(n), None
         if isinstance(survey, DeltaRanks):
             bounds, sign = survey.bounds(job, start), survey.sign
@@ -120,18 +118,17 @@ def delta_job(
             factors = survey.factors()
         if row.sparsifier == "bernoulli":
             drawn = survey.drawn(start) if isinstance(survey, _DeltaNorms) else None
-            draws = drawn or [_draws(settings, name, i, start, count) for i in range(n)]
+            masks = drawn or [_mask(settings, name, i, start, count) for i in range(n)]
             if row.rescale == "inverse_density":
-                factors = np.array([_EVERY / _kept(density) for density in settings.density])
+                factors = np.array([1 / chance if chance else 0 for chance in settings.density])
         numbers = _Numbers(
             np.asarray(settings.weights, wide),
             np.asarray(factors, wide),
             np.asarray(settings.scale, wide),
             bounds,
-            np.asarray([_kept(density) for density in settings.density], np.uint32),
         )
         merged, finite = _merge_slice(
-            base, tuple(models), numbers, tuple(draws), sign, row=row, dtype=dtype
+            base, tuple(models), numbers, tuple(masks), sign, row=row, dtype=dtype
         )
         if not np.asarray(finite).all():
             refuse_nonfinite(name, operands, arrays)
@@ -150,15 +147,12 @@ def delta_job(
     return job
 
 
-def _kept(density: float) -> int:
-    """How many of 65536 draws keep an entry."""
-    return round(density * _EVERY)
-
-
-def _draws(settings: DeltaSettings, name: str, i: int, start: int, count: int) -> np.ndarray | None:
-    if settings.density[i] >= 1:
+def _mask(settings: DeltaSettings, name: str, i: int, start: int, count: int) -> np.ndarray | None:
+    """What chance keeps of a model's slice; None where that is all."""
+    density = settings.density[i]
+    if density >= 1:
         return None
-    return draw(settings.seed, name, settings.models[i], start, count)
+    return drawn_mask(density, settings.seed, name, settings.models[i], start, count)
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +163,6 @@ class _Numbers:
     factors: Any  # (models,), rescaling what was kept
     scale: Any
     bounds: Any  # (models, 2, 2): of what is kept or dropped from the top, and of the latter
-    kept: Any  # (models,): draws below it keep an entry
 
 
 @functools.partial(jax.jit, static_argnames=("row", "dtype"))
@@ -177,14 +170,14 @@ def _merge_slice(
     base: Any,
     models: tuple[Any, ...],
     numbers: _Numbers,
-    draws: tuple[Any, ...],
+    masks: tuple[Any, ...],
     sign: jax.Array | None,
     *,
     row: Row,
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     deltas = [_delta(base, model) for model in models]
-    sparse = [_thinned(delta, i, numbers, draws[i], row) for i, delta in enumerate(deltas)]
+    sparse = [_thinned(delta, i, numbers, masks[i], row) for i, delta in enumerate(deltas)]
     weighted = [numbers.weights[i] * delta for i, delta in enumerate(sparse)]
     takes_part = _takes_part(weighted, row, LeafPlan((), ()), sign)
     merged = _combine([jnp.where(m, d, 0) for m, d in zip(takes_part, weighted, strict=True)], row)
@@ -198,9 +191,9 @@ def _merge_slice(
     return stored, functools.reduce(jnp.logical_and, map(jnp.isfinite, looked_at))
 
 
-def _thinned(delta: jax.Array, i: int, numbers: _Numbers, draws: Any, row: Row) -> jax.Array:
-    if draws is not None:
-        keep = draws.astype(jnp.uint32) < numbers.kept[i]
+def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
+    if mask is not None:
+        keep = mask
     elif row.sparsifier in ("magnitude", "outliers"):
         through, top = numbers.bounds[i]
         keep = among(delta, through)
@@ -255,7 +248,6 @@ class DeltaRanks(RankSurvey):
             np.ones(len(models), wide),
             np.asarray(1, wide),
             self.bounds(job, start),
-            np.zeros(len(models), np.uint32),
         )
         elected = np.asarray(_elected(base, tuple(models), numbers, row=row))
         return int(np.count_nonzero(elected > 0)) - int(np.count_nonzero(elected < 0))
@@ -306,44 +298,35 @@ class _DeltaNorms(Survey):
     def __init__(self, settings: DeltaSettings, name: str):
         self._settings = settings
         self._name = name
-        self._sums = np.zeros((2, len(settings.weights)))
+        self._sums = PartialSums()
         self._drawn: dict[int, list[np.ndarray | None]] = {}
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
         base, *models = arrays
-        sums = np.zeros_like(self._sums)
-        drawn = [
-            _draws(self._settings, self._name, i, start, base.size) for i in range(len(models))
-        ]
+        masks = [_mask(self._settings, self._name, i, start, base.size) for i in range(len(models))]
         if count >= job.entries:  # the same worker makes the slice next
-            self._drawn[start] = drawn
-        for i, (model, draws) in enumerate(zip(models, drawn, strict=True)):
-            kept = jnp.uint32(_kept(self._settings.density[i]))
-            parts = _partial_norms(base, model, draws, kept)
-            sums[:, i] = [np.asarray(part).sum(dtype=np.float64) for part in parts]
-        return sums
+            self._drawn[start] = masks
+        return np.stack([np.asarray(x) for x in _partial_norms(base, tuple(models), tuple(masks))])
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
-        self._sums += seen
+        self._sums.add(start, job.entries, seen)
 
     def decide(self) -> bool:
         return False
 
     def drawn(self, start: int) -> list[np.ndarray | None] | None:
-        """The draws of a tensor that is one slice, once."""
+        """The masks of a tensor that is one slice, once."""
         return self._drawn.pop(start, None)
 
     def factors(self) -> np.ndarray:
         """What restores each norm."""
-        whole, left = self._sums
+        whole, left = self._sums.total().reshape(2, -1)
         return np.where(left > 0, whole / np.where(left > 0, left, 1), 1)
 
 
 @jax.jit
-def _partial_norms(
-    base: Any, model: Any, draws: Any, kept: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Sums of |delta| and of what is kept of it, in parts."""
-    size = jnp.abs(_delta(base, model))
-    left = size if draws is None else jnp.where(draws.astype(jnp.uint32) < kept, size, 0)
-    return partial_sums(size), partial_sums(left)
+def _partial_norms(base: Any, models: tuple[Any, ...], masks: tuple[Any, ...]) -> list[jax.Array]:
+    """Sums of |delta| of each model in parts, then those of what is kept."""
+    sizes = [jnp.abs(_delta(base, model)) for model in models]
+    left = [x if m is None else jnp.where(m, x, 0) for x, m in zip(sizes, masks, strict=True)]
+    return [partial_sums(x) for x in (*sizes, *left)]

@@ -133,11 +133,11 @@ def delta_stats(
     jobs = [survey.job for survey in surveys]
     report = None if progress is None else lambda _, done, total: progress(_TASK, done, total)
     with _Flow(budget, _Meter(jobs, jobs, report)) as flow:
-        flow.run(once, _look_once, lambda piece, seen: None if seen is None else _add(piece, seen))
+        flow.run_pieces(once, _look_once, _add_once)
         for survey, pieces in again:
             is_open = True
             while is_open:
-                flow.run(pieces, _look, _add)
+                flow.run_pieces(pieces, _look, _add)
                 is_open = survey.decide()
     return [survey.found() for survey in surveys]
 
@@ -153,6 +153,11 @@ def _look_once(piece: Piece, arrays: list[Any]) -> Any:
         _add(piece, _look(piece, arrays))
         is_open = survey.decide()
     return None
+
+
+def _add_once(piece: Piece, seen: Any) -> None:
+    if seen is not None:
+        _add(piece, seen)
 
 
 def _never(arrays: Sequence[Any], start: int) -> Any:
@@ -188,6 +193,11 @@ class _Survey(RankSurvey):
     def ranks(self) -> bool:
         """Whether largest entries have yet to be found."""
         return bool(self._open)
+
+    @property
+    def samples(self) -> bool:
+        """Never: the pass that samples sums up all entries, too."""
+        return False
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
         sums = None if self._counted else self._sums(arrays)

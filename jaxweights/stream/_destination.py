@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,10 +96,14 @@ class Destination:
         self._places = places
         self._files: dict[Path, int] = {}
         self._open: dict[str, list[Any]] = {}  # bytes written and running checksum
+        self._opening = threading.Lock()
         self._journal = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
 
     def append(self, name: str, data: np.ndarray) -> None:
-        """Writes the next bytes of a tensor, `(n,)` uint8; the last ones finish it."""
+        """Writes the next bytes of a tensor, `(n,)` uint8; the last ones finish it.
+
+        Different tensors may be written by different threads at the same time.
+        """
         import xxhash
 
         place = self._places[name]

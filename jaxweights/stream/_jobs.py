@@ -13,7 +13,7 @@ import numpy as np
 # bandwidth times the memory that pieces in flight may hold.
 PIECE_ENTRIES = 1 << 20
 # Ends of tensors are padded to one of these, so that a handful of programs serves all shapes.
-_PADDED = (1 << 10, 1 << 14, 1 << 18)
+_PADDED = (1 << 10, 1 << 18)
 
 
 class Tensors(Protocol):
@@ -67,8 +67,16 @@ class Survey(Protocol):
     returned in the order of the entries.
     """
 
+    @property
+    def samples(self) -> bool:
+        """Whether the next pass looks at few of the entries, so that slices are not padded."""
+        return False
+
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
-        """Looks at a slice of the operands, padded behind `count` entries."""
+        """Looks at a slice of the operands, padded behind `count` entries.
+
+        The arrays are NumPy's, and valid until it returns.
+        """
         ...
 
     def add(self, job: Job, start: int, seen: Any) -> None:
@@ -89,9 +97,9 @@ class Job:
       shape: Its shape.
       dtype: Its dtype.
       operands: What it is made of, all of the job's shape where entries are merged.
-      compute: `compute(arrays, start)` makes it from the operands' arrays: from flat slices of them
-        that begin at entry `start` where `entrywise`, else from all of them. None copies the only
-        operand's bytes.
+      compute: `compute(arrays, start)` makes it from the operands' NumPy arrays, valid until it
+        returns: from flat slices of them that begin at entry `start` where `entrywise`, else from
+        all of them. None copies the only operand's bytes.
       entrywise: Whether flat slices of the result depend on the same slices of the operands only.
       temporaries: Bytes for each entry that `compute` needs at most, besides operands and result.
       survey: What must be known before `compute` is called; jobs may share one, and then stand

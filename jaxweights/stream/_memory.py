@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 # XLA reads an array in place where it lies on such a boundary, and copies it elsewhere.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _DEFAULT = 512 << 20
 
 
@@ -107,8 +107,8 @@ class Buffers:
             buffer = free.pop() if free else None
             self._kept -= size if buffer is not None else 0
         if buffer is None:
-            block = np.empty(size + _ALIGNMENT, np.uint8)
-            skip = -block.ctypes.data % _ALIGNMENT
+            block = np.empty(size + ALIGNMENT, np.uint8)
+            skip = -block.ctypes.data % ALIGNMENT
             buffer = block[skip : skip + size]
         return buffer[:nbytes].view(dtype).reshape(shape), buffer
 

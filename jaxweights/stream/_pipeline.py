@@ -1,26 +1,34 @@
-"""Reads, computes and writes at the same time, holding no more than a budget."""
+"""Reads, computes and writes with every core, holding no more than a budget.
+
+Each worker takes a piece from its first byte read to its last byte written, so that it stays in the
+core's cache and no worker waits for another. What depends on the order of the pieces of a tensor,
+checksums and sums, takes turns.
+"""
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import queue
+import contextlib
+import functools
+import math
+import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxweights.checkpoint._mapped import mapped_tensor
 from jaxweights.core._paths import fail
 from jaxweights.stream._destination import Destination
 from jaxweights.stream._jobs import Job, Operand, Piece, Survey, cut
-from jaxweights.stream._memory import Budget, Buffers, resident_bytes
+from jaxweights.stream._memory import ALIGNMENT, Budget, Buffers, resident_bytes
+from jaxweights.stream._turns import Stopped, Turns
 
 Progress = Callable[[str, int, int], None]
-_WORKERS = 2  # one computes while the other hands over
+_MOST_WORKERS = 8
 _SMALLEST_LIMIT = 64 << 20  # what the smallest stream needs beside what the process holds already
+_PIECES_AHEAD = 4  # how far ahead of the workers a disk reads
 _TASK = "Streaming"
 
 
@@ -57,9 +65,9 @@ def run_jobs(
         )
     budget = Budget(limit)
     todo = [job for job in jobs if job.name not in destination.done]
-    # Several pieces in flight, so that reading, computing and writing overlap.
-    cuts = {job.name: list(cut(job, budget.limit // 4)) for job in jobs}
-    direct, surveyed = _split(jobs, todo, cuts)
+    # Several pieces in flight, one for each worker.
+    share = budget.limit // 4
+    cuts = {job.name: list(cut(job, share)) for job in jobs}
     if limit is not None:
         every = [piece for job in todo for piece in cuts[job.name]]
         fail(function, [_too_large(p, limit, memory) for p in every if p.cost > limit])
@@ -70,14 +78,28 @@ def run_jobs(
     def pieces(group: Sequence[Job]) -> list[Piece]:
         return [piece for job in group for piece in cuts[job.name]]
 
+    users = collections.Counter(id(job.survey) for job in jobs if job.survey is not None)
     with _Flow(budget, _Meter(jobs, todo, progress)) as flow:
-        flow.run(pieces(direct), _look_and_make, append)
-        for survey, looked_at, made in surveyed:
+        tasks: list[Callable[[], None]] = []
+        surveyed: dict[int, Survey] = {}
+        for job in todo:
+            own = cuts[job.name]
+            alone = job.survey is None or users[id(job.survey)] == 1
+            if alone and (len(own) == 1 or _held(job, own) <= share):
+                tasks.append(functools.partial(flow.make_whole, job, own, append))
+            elif job.survey is None:
+                tasks += [functools.partial(flow.take, piece, _make, append) for piece in own]
+            else:
+                surveyed[id(job.survey)] = job.survey
+        flow.run(tasks)
+        for survey in surveyed.values():
+            about = [job for job in jobs if job.survey is survey]
             again = True
             while again:
-                flow.run(pieces(looked_at), _look, _add)
+                flow.run_pieces(pieces(about), _look, _add)
                 again = survey.decide()
-            flow.run(pieces(made), _make, append)
+            made = [job for job in about if job.name not in destination.done]
+            flow.run_pieces(pieces(made), _make, append)
     return flow.checksums
 
 
@@ -90,34 +112,16 @@ def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
     )
 
 
-def _split(
-    jobs: Sequence[Job], todo: Sequence[Job], cuts: dict[str, list[Piece]]
-) -> tuple[list[Job], list[tuple[Survey, list[Job], list[Job]]]]:
-    """Jobs that go through the pipeline at once, and those whose surveys need passes of their own.
-
-    Returns:
-      The former; and every survey of the latter with the jobs that it is about (those that are done
-      too) and those of them that are made.
-    """
-    users = collections.Counter(id(job.survey) for job in jobs if job.survey is not None)
-    direct: list[Job] = []
-    waiting: dict[int, tuple[Survey, list[Job], list[Job]]] = {}
-    for job in todo:
-        survey = job.survey
-        if survey is None or (users[id(survey)] == 1 and len(cuts[job.name]) == 1):
-            direct.append(job)
-        elif id(survey) in waiting:
-            waiting[id(survey)][2].append(job)
-        else:
-            about = [other for other in jobs if other.survey is survey]
-            waiting[id(survey)] = (survey, about, [job])
-    return direct, list(waiting.values())
+def _held(job: Job, pieces: Sequence[Piece]) -> int:
+    """Bytes that are held while one worker makes a tensor, reading its operands more than once."""
+    largest = max(piece.cost for piece in pieces)
+    return largest if len(pieces) == 1 else largest + job.bytes_read
 
 
-# What is done with the arrays of a piece, in a worker.
+# What is done with the arrays of a piece.
 
 
-def _look(piece: Piece, arrays: list[Any]) -> Any:
+def _look(piece: Piece, arrays: list[np.ndarray]) -> Any:
     survey = piece.job.survey
     assert survey is not None
     return survey.look(piece.job, piece.start, piece.count, arrays)
@@ -129,20 +133,12 @@ def _add(piece: Piece, seen: Any) -> None:
     survey.add(piece.job, piece.start, seen)
 
 
-def _look_and_make(piece: Piece, arrays: list[Any]) -> np.ndarray:
-    survey = piece.job.survey
-    again = survey is not None
-    while again and survey is not None:
-        _add(piece, _look(piece, arrays))
-        again = survey.decide()
-    return _make(piece, arrays)
-
-
-def _make(piece: Piece, arrays: list[Any]) -> np.ndarray:
+def _make(piece: Piece, arrays: list[np.ndarray]) -> np.ndarray:
     """The piece's entries, flat, as bytes."""
     job = piece.job
-    result = arrays[0] if job.compute is None else job.compute(arrays, piece.start)
-    result = np.asarray(result)
+    if job.compute is None:
+        return arrays[0].reshape(-1)[: piece.count].view(np.uint8)
+    result = np.asarray(job.compute(arrays, piece.start))
     if result.dtype != job.dtype:
         wide = " JAX holds float64 with jax_enable_x64 only." if job.dtype == np.float64 else ""
         raise ValueError(
@@ -151,118 +147,211 @@ def _make(piece: Piece, arrays: list[Any]) -> np.ndarray:
     return result.reshape(-1)[: piece.count].view(np.uint8)
 
 
-@dataclasses.dataclass
-class _Read:
-    """A piece whose operands were read, and the buffers that hold them."""
-
-    piece: Piece
-    arrays: list[np.ndarray]
-    buffers: list[np.ndarray]
-
-
-Work = Callable[[Piece, list[Any]], Any]
+Work = Callable[[Piece, list[np.ndarray]], Any]
 Sink = Callable[[Piece, Any], None]
 
 
 class _Flow:
-    """Three stages at once: a thread reads ahead, workers compute, the caller's thread takes in."""
+    """Workers that take pieces from reading to writing.
+
+    Args:
+      budget: Bytes that they may hold together.
+      meter: Is told what was done.
+    """
 
     def __init__(self, budget: Budget, meter: _Meter) -> None:
         self.checksums: dict[str, str] = {}
         self._budget = budget
         self._meter = meter
         self._buffers = Buffers(budget.limit // 2)
-        self._digests: dict[Operand, Any] = {}
-        self._pool = ThreadPoolExecutor(_WORKERS, "jaxweights-compute")
+        self._digests: dict[tuple[str, Operand], Any] = {}
+        self._readers = _Readers()
+        self._turns = Turns()
+        self._workers = min(_cores(), _MOST_WORKERS)
 
     def __enter__(self) -> _Flow:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._turns.stop()
 
-    def run(self, pieces: Sequence[Piece], work: Work, sink: Sink) -> None:
-        """Sends pieces through the stages; `sink` gets the results in order."""
-        ready: queue.Queue[_Read | BaseException | None] = queue.Queue()
-        stop = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(pieces, ready, stop), daemon=True)
-        waiting: collections.deque[tuple[_Read, Future[Any]]] = collections.deque()
-        thread.start()
-        try:
-            while (read := ready.get()) is not None:
-                if isinstance(read, BaseException):
-                    raise read
-                waiting.append((read, self._pool.submit(_on_device, work, read)))
-                while waiting and (len(waiting) > _WORKERS or waiting[0][1].done()):
-                    self._take_in(*waiting.popleft(), sink)
-            while waiting:
-                self._take_in(*waiting.popleft(), sink)
-        finally:
-            stop.set()
-            for read, future in waiting:
-                future.cancel()
-                self._budget.give(read.piece.cost)
-            self._budget.wake()
-            thread.join()
+    def run_pieces(self, pieces: Sequence[Piece], work: Work, sink: Sink) -> None:
+        """Does work on pieces; `sink` gets the results in the order of each tensor's entries."""
+        self.run([functools.partial(self.take, piece, work, sink) for piece in pieces])
 
-    def _take_in(self, read: _Read, future: Future[Any], sink: Sink) -> None:
-        try:
-            result = future.result()
-            sink(read.piece, result)
-            written = result.nbytes if isinstance(result, np.ndarray) else 0
-        finally:
-            for buffer in read.buffers:
-                self._buffers.give(buffer)
-            self._budget.give(read.piece.cost)
-        self._meter.add(written + sum(array.nbytes for array in read.arrays))
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Runs tasks, begun in their order; the first error ends all of them."""
+        left = iter(tasks)
+        lock = threading.Lock()
+        errors: list[BaseException] = []
 
-    def _read_ahead(
-        self, pieces: Sequence[Piece], ready: queue.Queue[Any], stop: threading.Event
-    ) -> None:
-        readers: dict[Operand, Callable[[int, np.ndarray], None]] = {}
+        def work() -> None:
+            try:
+                while not self._turns.stopped.is_set():
+                    with lock:
+                        task = next(left, None)
+                    if task is None:
+                        return
+                    task()
+            except Stopped:
+                pass
+            except BaseException as error:  # it is raised where the tasks are waited for
+                errors.append(error)
+                self._stop()
+
+        count = min(self._workers, len(tasks))
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
         try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:  # such as an interrupt from the keyboard
+            self._stop()
+            for thread in threads:
+                thread.join()
+            raise
+        if errors:
+            raise errors[0]
+
+    def take(self, piece: Piece, work: Work, sink: Sink) -> None:
+        """Takes a piece from reading to writing."""
+        with self._room(piece.cost), self._arrays(piece, work) as arrays:
+            result = work(piece, arrays)
+            with self._turns.turn(("taken", piece.job.name), piece):
+                sink(piece, result)
+            self._count(result, arrays)
+
+    def make_whole(self, job: Job, pieces: Sequence[Piece], append: Sink) -> None:
+        """Takes a tensor through all its passes."""
+        survey = job.survey
+        if len(pieces) == 1:
+            with self._room(pieces[0].cost), self._arrays(pieces[0], _make) as arrays:
+                again = survey is not None
+                while again and survey is not None:
+                    _add(pieces[0], _look(pieces[0], arrays))
+                    again = survey.decide()
+                result = _make(pieces[0], arrays)
+                append(pieces[0], result)
+                self._count(result, arrays)
+            return
+        with self._room(_held(job, pieces)):
+            # What is read again stays in reach.
+            again = survey is not None
+            while again and survey is not None:
+                for piece in pieces:
+                    with self._arrays(piece, _look, stays=True) as arrays:
+                        _add(piece, _look(piece, arrays))
+                again = survey.decide()
             for piece in pieces:
-                if not self._budget.take(piece.cost, unless=stop):
-                    return
-                if piece.start == 0:
-                    readers = {o: o.source.reader(o.name) for o in piece.job.operands}
-                ready.put(self._read(piece, readers))
-            ready.put(None)
-        except BaseException as error:  # it is raised where the results are waited for
-            ready.put(error)
+                with self._arrays(piece, _make) as arrays:
+                    result = _make(piece, arrays)
+                    append(piece, result)
+                    self._count(result, arrays)
 
-    def _read(self, piece: Piece, readers: dict[Operand, Any]) -> _Read:
-        arrays, held = [], []
-        for operand in piece.job.operands:
-            shape = operand.shape if piece.padded is None else (piece.padded,)
-            array, buffer = self._buffers.take(shape, operand.dtype)
-            flat = array.reshape(-1)
-            part = flat[: piece.count] if piece.padded is not None else flat
-            readers[operand](piece.start, part)
-            self._digest(operand, part, piece)
-            flat[part.size :] = np.zeros((), operand.dtype)
-            arrays.append(array)
-            held.append(buffer)
-        return _Read(piece, arrays, held)
+    def _stop(self) -> None:
+        self._turns.stop()
+        self._budget.wake()
 
-    def _digest(self, operand: Operand, part: np.ndarray, piece: Piece) -> None:
+    @contextlib.contextmanager
+    def _room(self, cost: int) -> Iterator[None]:
+        if not self._budget.take(cost, unless=self._turns.stopped):
+            raise Stopped
+        try:
+            yield
+        finally:
+            self._budget.give(cost)
+
+    def _count(self, result: Any, arrays: Sequence[np.ndarray]) -> None:
+        written = result.nbytes if isinstance(result, np.ndarray) else 0
+        self._meter.add(written + sum(array.nbytes for array in arrays))
+
+    @contextlib.contextmanager
+    def _arrays(
+        self, piece: Piece, work: Work, *, stays: bool = False
+    ) -> Iterator[list[np.ndarray]]:
+        """The operands' arrays of a piece, until the end of the block; `stays` is read again."""
+        survey = piece.job.survey
+        samples = work is _look and survey is not None and survey.samples
+        with contextlib.ExitStack() as stack:
+            read = [self._read(piece, o, stack, samples, stays) for o in piece.job.operands]
+            if not samples:
+                self._digest(piece, [part for _, part in read])
+            yield [array for array, _ in read]
+
+    def _read(
+        self,
+        piece: Piece,
+        operand: Operand,
+        stack: contextlib.ExitStack,
+        samples: bool,
+        stays: bool,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """An operand's array, and those of its bytes that come from the file.
+
+        It is the file's own memory where that lies on a boundary on which XLA reads in place.
+        """
+        dtype = operand.dtype
+        shape = operand.shape if piece.padded is None else (piece.padded,)
+        size = math.prod(shape)
+        count = size if piece.padded is None else piece.count
+        tensor = mapped_tensor(operand.source, operand.name) if count else None
+        raw = None
+        if tensor is not None:
+            raw = tensor.view(piece.start, count)
+            tensor.expect(piece.start + _PIECES_AHEAD * count, count)
+            if not stays:
+                stack.callback(tensor.forget, piece.start, count)
+            if samples or piece.job.compute is None:  # as it lies
+                return raw.view(dtype), raw
+            if count == size and raw.ctypes.data % ALIGNMENT == 0:
+                return raw.view(dtype).reshape(shape), raw
+        array, buffer = self._buffers.take(shape, dtype)
+        stack.callback(self._buffers.give, buffer)
+        flat = array.reshape(-1)
+        part = flat[:count].view(np.uint8)
+        if raw is not None:
+            np.copyto(part, raw)
+        elif count:
+            self._readers.of(piece, operand)(piece.start, flat[:count])
+        flat[count:] = np.zeros((), dtype)
+        return array, part
+
+    def _digest(self, piece: Piece, parts: Sequence[np.ndarray]) -> None:
+        """Adds bytes to the checksums of operands that are read for the first time."""
         import xxhash
 
-        place = f"{operand.label}/{operand.name}"
-        if place in self.checksums:
-            return
-        if piece.start == 0:
-            self._digests[operand] = xxhash.xxh3_128()
-        self._digests[operand].update(part.view(np.uint8))
-        if piece.is_last:
-            self.checksums[place] = f"xxh3:{self._digests.pop(operand).hexdigest()}"
+        job = piece.job
+        with self._turns.turn(("read", job.name), piece):
+            for operand, part in dict(zip(job.operands, parts, strict=True)).items():
+                key, place = (job.name, operand), f"{operand.label}/{operand.name}"
+                if piece.start == 0 and place not in self.checksums:
+                    self._digests[key] = xxhash.xxh3_128()
+                if key not in self._digests:
+                    continue
+                self._digests[key].update(part)
+                if piece.is_last:
+                    self.checksums[place] = f"xxh3:{self._digests.pop(key).hexdigest()}"
 
 
-def _on_device(work: Work, read: _Read) -> Any:
-    # XLA's CPU arrays share memory with aligned buffers; nobody writes those meanwhile.
-    if read.piece.job.compute is None:
-        return work(read.piece, list(read.arrays))
-    return work(read.piece, [jax.device_put(array, may_alias=True) for array in read.arrays])
+class _Readers:
+    """Functions that read operands of which no file holds the entries as they are."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[tuple[str, Operand], list[Any]] = {}  # the function, and entries read
+
+    def of(self, piece: Piece, operand: Operand) -> Callable[[int, np.ndarray], None]:
+        """The function; it is forgotten when all pieces have asked, as it may hold the tensor."""
+        key = (piece.job.name, operand)
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = [operand.source.reader(operand.name), 0]
+            found = self._found[key]
+            found[1] += piece.count
+            if found[1] >= piece.job.entries:
+                del self._found[key]
+            return found[0]
 
 
 class _Meter:
@@ -270,12 +359,21 @@ class _Meter:
 
     def __init__(self, jobs: Sequence[Job], todo: Sequence[Job], progress: Progress | None) -> None:
         self._progress = progress
+        self._lock = threading.Lock()
         self._total = sum(job.bytes_read + job.nbytes for job in jobs)
         self._done = self._total - sum(job.bytes_read + job.nbytes for job in todo)
         self.add(0)
 
     def add(self, nbytes: int) -> None:
-        # Padding and second looks would lead beyond the end.
-        self._done = min(self._done + nbytes, self._total)
-        if self._progress is not None:
-            self._progress(_TASK, self._done, self._total)
+        with self._lock:
+            # Padding and second looks would lead beyond the end.
+            self._done = min(self._done + nbytes, self._total)
+            if self._progress is not None:
+                self._progress(_TASK, self._done, self._total)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -21,7 +21,9 @@ import numpy as np
 from jaxweights.core._select import magnitude_bits
 from jaxweights.stream._jobs import Job
 
-_STRIDE = 61  # prime, so that a sample does not keep step with rows
+# Primes, so that a sample does not keep step with rows.
+_STRIDES = (61, 127, 251, 509, 1021, 2039, 4093, 8191, 16381)
+_SAMPLE = 1 << 17  # its entries bracket a rank to one in a hundred
 _SAMPLED_FROM = 1 << 15  # below, all entries are kept
 _TOP = 0xFFFFFFFF
 _BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -103,30 +105,35 @@ class RankSurvey:
         self._open = [target for target in targets if 0 < target.k < entries]
         self._models = sorted({target.model for target in self._open})
         self._entries = entries
+        self._operands = sorted({0, *(model + 1 for model in self._models)})
+        self._stride = _stride(entries)
         self._samples: list[list[np.ndarray]] = []
         self._sampling = entries >= _SAMPLED_FROM
+
+    @property
+    def samples(self) -> bool:
+        """Whether the next pass samples."""
+        return self._sampling and bool(self._open)
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
         """A sample of the patterns, or counts and what lies in the brackets."""
         del job
         if not self._open:
             return None
+        host = [np.asarray(array).reshape(-1) for array in arrays]
         if self._sampling:
-            drawn = _sample(self._values, tuple(arrays), tuple(self._models))
-            inside = -(-count // _STRIDE)
-            return [np.array(bits[:inside]) for bits in drawn]
+            drawn = {i: _wide(host[i][: count : self._stride]) for i in self._operands}
+            return [_patterns(self._values(drawn, model)) for model in self._models]
         brackets = np.array([[t.low, t.high] for t in self._open], np.uint32)
         which = tuple(target.model for target in self._open)
-        sides = _sides(self._values, tuple(arrays), brackets, which)
-        host = [np.asarray(array).reshape(-1) for array in arrays]
+        places = _split(self._values, tuple(arrays), brackets, which)
         seen = []
-        for target, side in zip(self._open, sides, strict=True):
-            side = np.asarray(side)[:count]
-            places = _ones(side)
-            chosen = {i: host[i][places] for i in (0, target.model + 1)}
-            values = self._values({i: _wide(x) for i, x in chosen.items()}, target.model)
-            inside = np.asarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
-            seen.append((int(np.count_nonzero(side == 2)), (inside, places)))
+        for target, (above, inside) in zip(self._open, places, strict=True):
+            found = _true_places(np.asarray(inside)[:count])
+            chosen = {i: _wide(_taken(host[i], found)) for i in (0, target.model + 1)}
+            patterns = _patterns(self._values(chosen, target.model))
+            number = int(np.count_nonzero(np.asarray(above)[:count]))
+            seen.append((number, (patterns, found.astype(np.int32))))
         return seen
 
     def add(self, job: Job, start: int, seen: Any) -> None:
@@ -176,6 +183,17 @@ def among(values: jax.Array, bound: jax.Array) -> jax.Array:
     return (bits > bound[0]) | ((bits == bound[0]) & (place <= last))
 
 
+def _stride(entries: int) -> int:
+    """One entry of how many is sampled; larger tensors get narrower brackets, up to a point."""
+    wanted = max(_SAMPLE, entries >> 10)
+    return next((prime for prime in _STRIDES if entries <= prime * wanted), _STRIDES[-1])
+
+
+def _patterns(values: Any) -> np.ndarray:
+    """Bits of the magnitudes of float32 values, which order as the magnitudes do."""
+    return np.asarray(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
+
+
 def _wide(array: np.ndarray) -> np.ndarray:
     """bfloat16 as float32, five times faster than by its own cast; other dtypes as they are."""
     if array.dtype != _BFLOAT16:
@@ -183,33 +201,32 @@ def _wide(array: np.ndarray) -> np.ndarray:
     return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _ones(side: np.ndarray) -> np.ndarray:
-    """Where a uint8 array is 1, most often elsewhere: looked for by eight entries at once."""
-    whole = side.size // 8 * 8
-    words = side[:whole].view(np.uint64) & np.uint64(0x0101010101010101)
+def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Entries at some places; of bfloat16 as integers, which NumPy takes faster."""
+    if array.dtype != _BFLOAT16:
+        return array[places]
+    return array.view(np.uint16)[places].view(_BFLOAT16)
+
+
+def _true_places(mask: np.ndarray) -> np.ndarray:
+    """Where a mask that is mostly False is True, looked for by eight entries at once."""
+    whole = mask.size // 8 * 8
     # Booleans: other dtypes are looked through ten times slower.
-    hit = np.flatnonzero(words != 0)
-    found = np.flatnonzero((side[:whole].view(np.uint64)[hit].view(np.uint8) & 1).view(bool))
+    hit = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
+    found = np.flatnonzero(mask[:whole].reshape(-1, 8)[hit].reshape(-1))
     places = 8 * hit[found >> 3] + (found & 7)
-    return np.concatenate([places, whole + np.flatnonzero(side[whole:] == 1)])
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _sample(values: Values, arrays: tuple[Any, ...], models: tuple[int, ...]) -> list[jax.Array]:
-    """Patterns of every so-manyth entry, by model."""
-    drawn = tuple(array.reshape(-1)[::_STRIDE] for array in arrays)
-    return [magnitude_bits(values(drawn, model)) for model in models]
+    return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _sides(
+def _split(
     values: Values, arrays: tuple[Any, ...], brackets: jax.Array, models: tuple[int, ...]
-) -> list[jax.Array]:
-    """Per target: 0 where the pattern lies below its bracket, 1 inside, 2 above, uint8."""
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Per target: which patterns lie above its bracket, and which inside."""
     flat = tuple(array.reshape(-1) for array in arrays)
-    sides = []
+    places = []
     for i, model in enumerate(models):
         bits = magnitude_bits(values(flat, model))
-        reached = (bits >= brackets[i, 0]).astype(jnp.uint8)
-        sides.append(reached + (bits > brackets[i, 1]).astype(jnp.uint8))
-    return sides
+        above = bits > brackets[i, 1]
+        places.append((above, (bits >= brackets[i, 0]) & ~above))
+    return places

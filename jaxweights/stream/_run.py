@@ -104,14 +104,16 @@ def stream_jobs(
         target_files = SafetensorsFiles(plans, max_shard_bytes)
         complete["shards"] = max_shard_bytes
     sources: dict[str, str] = {}
+    places = [f"{operand.label}/{operand.name}" for job in jobs for operand in job.operands]
 
     def companions(target: Destination) -> dict[str, Any]:
         provenance = {
             "format": _FORMAT,
             "recipe": dict(recipe),
             "versions": library_versions(),
-            "inputs": sources,
-            "outputs": target.checksums,
+            # In the order of the jobs, whichever thread was faster.
+            "inputs": {place: sources[place] for place in places if place in sources},
+            "outputs": {job.name: target.checksums[job.name] for job in jobs},
         }
         text = json.dumps(provenance, indent=1, ensure_ascii=False)
         return {**(files or {}), PROVENANCE: text + "\n"}

@@ -12,7 +12,7 @@ import numpy as np
 from jaxweights.merge._models import compute_dtype
 from jaxweights.merge._sphere import Arcs, slerp_factors
 from jaxweights.stream._jobs import Job, Operand, Survey
-from jaxweights.stream._sums import partial_sums, refuse_nonfinite
+from jaxweights.stream._sums import PartialSums, partial_sums, refuse_nonfinite
 
 
 def slerp_job(
@@ -78,23 +78,24 @@ class _Arcs(Survey):
     """Lengths of two tensors and of their difference and sum."""
 
     def __init__(self) -> None:
-        self._sums = np.zeros(4)
+        self._sums = PartialSums()
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
-        return np.array([np.asarray(x).sum(dtype=np.float64) for x in _squares(*arrays)])
+        return np.stack([np.asarray(x) for x in _squares(*arrays)])
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
-        self._sums += seen
+        self._sums.add(start, job.entries, seen)
 
     def decide(self) -> bool:
         return False
 
     def arcs(self) -> Arcs:
         """What the factors are made from."""
-        first, second = np.sqrt(self._sums[:2])
+        squares = self._sums.total()
+        first, second = np.sqrt(squares[:2])
         # |a/|a| ± b/|b||² = (|a ± b|² - (|a| - |b|)²) / (|a| |b|), which is accurate for small
         # angles because the difference of like tensors is.
         size = max(first * second, np.finfo(np.float64).tiny)
-        apart, together = (np.maximum(self._sums[2:] - (first - second) ** 2, 0) / size).tolist()
+        apart, together = (np.maximum(squares[2:] - (first - second) ** 2, 0) / size).tolist()
         numbers = (first, second, min(apart, 4.0), min(together, 4.0))
         return Arcs(*(jnp.asarray([number], jnp.float32) for number in numbers))

@@ -45,10 +45,11 @@ def transform_job(
 
     def compute(arrays: Sequence[Any], start: int) -> Any:
         del start
-        leaf, *others = arrays
-        merged = arrays if leaf_is_model else others
+        # Read in place where they are aligned; nobody writes them meanwhile.
+        leaf, *others = [jax.device_put(array, may_alias=True) for array in arrays]
+        merged = [leaf, *others] if leaf_is_model else others
         models = [{name: other} for other in merged] or None
-        # Copied, so that nothing aliases a buffer that is used again.
+        # Copied, so that nothing aliases what is used again.
         given = None if tx.scope == "entry" else layout
         key = jax.random.key(seed)
         new = apply(tx, {name: leaf}, models=models, key=key, layout=given)[name]

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxweights.checkpoint import SafetensorsReader, open_safetensors
 from jaxweights.checkpoint._json import read_json_object
+from jaxweights.checkpoint._mapped import MappedTensor, mapped_tensor
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.recipes.mergekit._models import Model
 
@@ -83,6 +84,12 @@ class Adapted:
         if name not in self._factors and name not in self._replaced:
             return self._base.reader(name)
         return fill_from(self.read(name))
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        """Where a tensor that the adapter leaves alone lies in a file."""
+        if name in self._factors or name in self._replaced:
+            return None
+        return mapped_tensor(self._base, name)
 
 
 def with_adapter(model: Model, label: str, path: str, beside: Path) -> Model:

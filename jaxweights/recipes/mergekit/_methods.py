@@ -111,26 +111,20 @@ def _exactly(name: str) -> str:
 
 
 def _linear(inputs: Inputs) -> Job:
-    from jaxweights.merge import mean
-
-    tx = mean(
-        weights=inputs.values["weight"],
-        normalize=inputs.values["normalize"],
-        out_dtype=inputs.dtype,
-        names=_names(inputs),
-    )
-    return _transformed(inputs, tx, inputs.models, leaf_is_model=True)
+    return _mean(inputs, inputs.values["weight"], normalize=inputs.values["normalize"])
 
 
 def _passthrough(inputs: Inputs) -> Job:
-    from jaxweights.merge import mean
-
     [operand], [scale] = inputs.models, inputs.values["scale"]
     if scale is None and operand.dtype == inputs.dtype:
         return Job(inputs.name, inputs.shape, inputs.dtype, (operand,))
-    weight = 1.0 if scale is None else scale
-    tx = mean(weights=[weight], normalize=False, out_dtype=inputs.dtype, names=_names(inputs))
-    return _transformed(inputs, tx, inputs.models, leaf_is_model=True)
+    return _mean(inputs, [1.0 if scale is None else scale], normalize=False)
+
+
+def _mean(inputs: Inputs, weights: Sequence[float], *, normalize: bool) -> Job:
+    from jaxweights.stream._mean import mean_job
+
+    return mean_job(inputs.name, inputs.dtype, inputs.models, weights=weights, normalize=normalize)
 
 
 def _names(inputs: Inputs) -> list[str]:

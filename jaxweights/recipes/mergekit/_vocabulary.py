@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxweights.checkpoint._mapped import MappedTensor, mapped_tensor
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, TokenizerRules
@@ -256,6 +257,9 @@ class _Aligned:
         if not self._has_rows(name):
             return self._model.tensors.reader(name)
         return fill_from(self.read(name))
+
+    def mapped(self, name: str) -> MappedTensor | None:
+        return None if self._has_rows(name) else mapped_tensor(self._model.tensors, name)
 
     def _has_rows(self, name: str) -> bool:
         shape = self._model.tensors.shape(name)
