@@ -94,9 +94,8 @@ class Destination:
         self.done = done
         self.checksums: dict[str, str] = dict(done)
         self._places = places
-        self._files: dict[Path, int] = {}
+        self._files = _OpenFiles()
         self._open: dict[str, list[Any]] = {}  # bytes written and running checksum
-        self._opening = threading.Lock()
         self._journal = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
 
     def append(self, name: str, data: np.ndarray) -> None:
@@ -112,7 +111,8 @@ class Destination:
         digest.update(data)
         done = 0
         for file, where, count in place.spans(position, data.size):
-            _write_all(self._descriptor(file), data[done : done + count].data, where)
+            with self._files.opened(file) as descriptor:
+                _write_all(descriptor, data[done : done + count].data, where)
             done += count
         self._open[name][0] += data.size
         if position + data.size == place.nbytes:
@@ -123,16 +123,39 @@ class Destination:
 
     def close(self) -> None:
         """Closes the files."""
-        for descriptor in (*self._files.values(), self._journal):
-            os.close(descriptor)
-        self._files = {}
+        self._files.close()
+        os.close(self._journal)
 
-    def _descriptor(self, file: Path) -> int:
-        if file not in self._files:
-            while len(self._files) >= _OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[file] = os.open(file, os.O_WRONLY)
-        return self._files[file]
+
+class _OpenFiles:
+    """Files that are written to, of which few are open at a time; for several threads."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, list[int]] = {}  # descriptor, and number of users
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def opened(self, file: Path) -> Iterator[int]:
+        """A descriptor for writing, which stays open until the end of the block."""
+        with self._lock:
+            idle = [path for path, (_, users) in self._open.items() if not users and path != file]
+            while len(self._open) >= _OPEN_FILES and idle:
+                os.close(self._open.pop(idle.pop(0))[0])
+            if file not in self._open:
+                self._open[file] = [os.open(file, os.O_WRONLY), 0]
+            entry = self._open[file]
+            entry[1] += 1
+        try:
+            yield entry[0]
+        finally:
+            with self._lock:
+                entry[1] -= 1
+
+    def close(self) -> None:
+        """Closes all of them."""
+        for descriptor, _ in self._open.values():
+            os.close(descriptor)
+        self._open = {}
 
 
 def _write_all(descriptor: int, data: memoryview, where: int) -> None:

@@ -313,7 +313,9 @@ class _Flow:
         if raw is not None:
             np.copyto(part, raw)
         elif count:
-            self._readers.of(piece, operand)(piece.start, flat[:count])
+            # In turn, because a reader may sum up what it reads.
+            with self._turns.turn((piece.job.name, operand), piece):
+                self._readers.of(piece, operand)(piece.start, flat[:count])
         flat[count:] = np.zeros((), dtype)
         return array, part
 
