@@ -35,6 +35,8 @@ from jaxweights.merge._multislerp import multislerp as multislerp
 from jaxweights.merge._nearswap import nearswap as nearswap
 from jaxweights.merge._nuslerp import nuslerp as nuslerp
 from jaxweights.merge._pcb import pcb as pcb
+from jaxweights.merge._ram import ram as ram
+from jaxweights.merge._ram import ram_plus as ram_plus
 from jaxweights.merge._regmean import regmean as regmean
 from jaxweights.merge._regmean import regmean_needs as regmean_needs
 from jaxweights.merge._running import Running as Running

@@ -172,6 +172,8 @@ CASES = [
     Case("merge.model_stock", _M.model_stock, models=2, noise=5),
     Case("merge.nearswap", lambda: _M.nearswap(t=0.5), models=1, elementwise=True),
     Case("merge.arcee_fusion", _M.arcee_fusion, models=1),
+    Case("merge.ram", _M.ram, models=2, elementwise=True),
+    Case("merge.ram_plus", _M.ram_plus, models=2),
     Case("merge.sce", lambda: _M.sce(density=0.5), models=2, noise=5),
     Case("merge.della", lambda: _M.della(density=0.5), models=2, keyed=True, per_slice=False),
     Case("merge.della_linear", _M.della_linear, models=2, keyed=True, per_slice=False),

@@ -212,6 +212,20 @@ def _sce(inputs: Inputs) -> Job:
     return _on_base(inputs, sce, density=inputs.values["select_topk"], compat=inputs.mode)
 
 
+def _ram(inputs: Inputs) -> Job:
+    from jaxweights.merge import ram
+
+    return _on_base(inputs, ram, epsilon=inputs.values["epsilon"])
+
+
+def _ramplus(inputs: Inputs) -> Job:
+    from jaxweights.merge import ram_plus
+
+    values = inputs.values
+    settings = {"epsilon": values["epsilon"], "gain": values["r"], "most": values["alpha"]}
+    return _on_base(inputs, ram_plus, **settings)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Della:
     """DELLA, with or without the election of signs."""
@@ -340,6 +354,7 @@ _ANGLES = (
     "Angles come from lengths of differences and sums, which tell apart models whose cosine rounds "
     "to 1; mergekit interpolates linearly above a cosine of 0.9995."
 )
+_EPSILON = Parameter(float, "all", 1e-5)
 _GAMMA = {"gamma": Parameter(float, "tuned", 0.01)}
 
 METHODS: dict[str, Method] = {
@@ -426,5 +441,17 @@ METHODS: dict[str, Method] = {
             "Models are weighted by their energy however small it is; mergekit's weights are equal "
             "where mean squares sum to less than 1e-6.",
         ),
+    ),
+    "ram": Method({"epsilon": _EPSILON}, "required", (1, None), _ram, (_ARITHMETIC,)),
+    "ramplus_tl": Method(
+        {
+            "r": Parameter(float, "all", 0.1),
+            "alpha": Parameter(float, "all", 0.2),
+            "epsilon": _EPSILON,
+        },
+        "required",
+        (1, None),
+        _ramplus,
+        (_ARITHMETIC,),
     ),
 }

@@ -30,6 +30,8 @@ FILES = {
     "nearswap": 1e-6,
     "arcee_fusion": 1e-6,
     "sce": 2e-6,
+    "ram": 1e-6,
+    "ramplus_tl": 1e-6,
 }
 THRESHOLDS = {"arcee_fusion": 0.001}
 
