@@ -24,6 +24,7 @@ from jaxweights.merge import (
     nearswap,
     nuslerp,
     pcb,
+    ram_plus,
     sce,
     slerp,
     task_arithmetic,
@@ -82,6 +83,7 @@ FEWEST = {"slerp": 1} | {name: 2 for name in NORMED if "nuslerp" in name}
 OTHERS = {
     "nearswap": lambda weights=None, **k: nearswap(t=0.01, **k),
     "sce_half": lambda weights=None, **k: sce(density=0.5, **k),
+    "ram_plus": lambda weights=None, **k: ram_plus(epsilon=0.0, **k),
     "pcb": lambda **k: pcb(density=0.3, **k),
     "pcb_leaf": lambda **k: pcb(density=0.3, scope="leaf", **k),
 }

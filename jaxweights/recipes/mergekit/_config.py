@@ -10,26 +10,12 @@ from typing import Any
 from jaxweights.recipes._check import MISSING, Problems, describe, read, read_keys, unknown_key
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml_documents
 from jaxweights.recipes.mergekit._methods import METHODS
+from jaxweights.recipes.mergekit._model_ref import ModelRef, read_model
 from jaxweights.recipes.mergekit._parameters import Setting, read_setting
+from jaxweights.recipes.mergekit._tokenizer_rules import TokenizerRules, read_tokenizer
 
 DTYPES = ("float32", "float16", "bfloat16")
 _ORIGIN = "jaxweights merge"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelRef:
-    """A model as a configuration names it.
-
-    Args:
-      path: A folder or file, or the `name` of an earlier document.
-      lora: A folder with a LoRA adapter that is applied to it, if any.
-    """
-
-    path: str
-    lora: str | None = None
-
-    def __str__(self) -> str:
-        return self.path if self.lora is None else f"{self.path}+{self.lora}"
 
 
 Settings = dict[str, Setting]
@@ -70,6 +56,28 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Module:
+    """A tower of the model, or all of it.
+
+    Args:
+      name: What the configuration calls it; None for the whole model.
+      slices: What is merged; one slice without layers where the module has `models`.
+      parameters: Settings by name, between those of slices and those for all.
+      line: Where it stands.
+    """
+
+    name: str | None
+    slices: tuple[Slice, ...]
+    parameters: Settings
+    line: int
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether layers are chosen."""
+        return self.slices[0].sources[0].layers is not None
+
+
+@dataclasses.dataclass(frozen=True)
 class MergeConfig:
     """One document.
 
@@ -78,9 +86,8 @@ class MergeConfig:
       name: What later documents call the result.
       method: A key of `METHODS`.
       base_model: The base.
-      slices: What is merged; one slice without layers where the document has `models`.
+      modules: What is merged; one without a name where the document has `models` or `slices`.
       parameters: Settings for all.
-      module_parameters: Settings of the module, between those of slices and those for all.
       dtype: Dtype that inputs are rounded to before they are merged.
       out_dtype: Dtype that is written; None takes `dtype`, or else that of the base.
       tokenizer: Where the vocabulary comes from, and rules for its rows; None leaves it alone.
@@ -92,9 +99,8 @@ class MergeConfig:
     name: str | None
     method: str
     base_model: ModelRef | None
-    slices: tuple[Slice, ...]
+    modules: tuple[Module, ...]
     parameters: Settings
-    module_parameters: Settings
     dtype: str | None
     out_dtype: str | None
     tokenizer: TokenizerRules | None
@@ -105,44 +111,12 @@ class MergeConfig:
     def models(self) -> tuple[ModelRef, ...]:
         """Every model that is read, the base first."""
         found = {} if self.base_model is None else {self.base_model: None}
-        for part in self.slices:
+        for part in (part for module in self.modules for part in module.slices):
             found |= {} if part.base_model is None else {part.base_model: None}
             found |= {source.model: None for source in part.sources}
         if self.tokenizer is not None and isinstance(self.tokenizer.source, ModelRef):
             found[self.tokenizer.source] = None
         return tuple(found)
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRule:
-    """Where the rows of one token come from.
-
-    Args:
-      source: A model, `"zero"`, or None for the usual way.
-      token: Text of the token in the source, where it is another one.
-      token_id: Its index there instead.
-      force: Whether models that have the token get the row, too.
-    """
-
-    source: ModelRef | str | None
-    token: str | None = None
-    token_id: int | None = None
-    force: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerRules:
-    """Which vocabulary the result has.
-
-    Args:
-      source: `"union"`, `"base"`, or a model.
-      tokens: Rules by token.
-      pad_to_multiple_of: What the number of rows is rounded up to a multiple of.
-    """
-
-    source: ModelRef | str
-    tokens: dict[str, TokenRule]
-    pad_to_multiple_of: int | None = None
 
 
 def load_merge_config(path: str | os.PathLike[str]) -> list[MergeConfig]:
@@ -209,7 +183,7 @@ def _document(node: Located, file: str, problems: Problems) -> Any:
         )
         return MISSING
     settings = _settings(keys.get("parameters"), method, "parameters", problems)
-    parts, module_settings = _parts(given[0], keys[given[0]], method, problems)
+    modules = _modules(given[0], keys[given[0]], method, problems)
     for key in ("dtype", "out_dtype"):
         if key in keys and keys[key].value not in (*DTYPES, None):
             problems.add(
@@ -222,60 +196,56 @@ def _document(node: Located, file: str, problems: Problems) -> Any:
         file=file,
         name=keys["name"].value if "name" in keys else None,
         method=method or "",
-        base_model=_model(keys["base_model"], "base_model", problems)
+        base_model=read_model(keys["base_model"], "base_model", problems)
         if "base_model" in keys
         else None,
-        slices=parts,
+        modules=modules,
         parameters=settings,
-        module_parameters=module_settings,
         dtype=keys["dtype"].value if "dtype" in keys else None,
         out_dtype=keys["out_dtype"].value if "out_dtype" in keys else None,
-        tokenizer=_tokenizer(keys, problems),
+        tokenizer=read_tokenizer(keys, problems),
         chat_template=keys["chat_template"].value if "chat_template" in keys else None,
         line=node.line,
     )
 
 
-def _parts(
+def _modules(
     kind: str, node: Located, method: str | None, problems: Problems
-) -> tuple[tuple[Slice, ...], Settings]:
-    """The slices of a document, or of its only module."""
-    if kind == "modules":
-        return _module(node, method, problems)
+) -> tuple[Module, ...]:
+    if kind != "modules":
+        return (Module(None, _slices(kind, node, method, problems), {}, node.line),)
+    if not isinstance(node.value, dict) or not node.value:
+        problems.add(node.line, f"modules: is {describe(node)}. It must be a mapping by name.")
+        return ()
+    found = [_module(name, inner, method, problems) for name, inner in node.value.items()]
+    return tuple(module for module in found if module is not None)
+
+
+def _module(name: str, node: Located, method: str | None, problems: Problems) -> Module | None:
+    where = f"modules.{name}"
+    kinds = {"models": Any, "slices": Any, "parameters": Any}
+    if read_keys(node, kinds, [], where, problems) is MISSING:
+        return None
+    given = [key for key in ("models", "slices") if key in node.value]
+    if len(given) != 1:
+        problems.add(node.line, f"{where}: must have one of 'models' and 'slices'.")
+        return None
+    slices = _slices(given[0], node.value[given[0]], method, problems)
+    settings = _settings(node.value.get("parameters"), method, where, problems)
+    return Module(name, slices, settings, node.line)
+
+
+def _slices(kind: str, node: Located, method: str | None, problems: Problems) -> tuple[Slice, ...]:
     if not isinstance(node.value, list) or not node.value:
         problems.add(node.line, f"{kind}: is {describe(node)}. It must be a list.")
-        return (), {}
+        return ()
     if kind == "models":
         sources = [_source(item, f"models[{i}]", False, method, problems)
                    for i, item in enumerate(node.value)]  # fmt: skip
         found = tuple(source for source in sources if source is not None)
-        return (Slice(found, None, {}, node.line),), {}
+        return (Slice(found, None, {}, node.line),)
     slices = [_slice(item, f"slices[{i}]", method, problems) for i, item in enumerate(node.value)]
-    return tuple(part for part in slices if part is not None), {}
-
-
-def _module(
-    node: Located, method: str | None, problems: Problems
-) -> tuple[tuple[Slice, ...], Settings]:
-    if not isinstance(node.value, dict) or len(node.value) != 1:
-        problems.add(
-            node.line,
-            "modules: must hold one module. For a model of several towers, give the leaves of each "
-            "their parameters with filters under 'models'.",
-        )
-        return (), {}
-    [(name, module)] = node.value.items()
-    where = f"modules.{name}"
-    if not isinstance(module.value, dict):
-        problems.add(module.line, f"{where}: is {describe(module)}. It must be a mapping.")
-        return (), {}
-    read_keys(module, {"models": Any, "slices": Any, "parameters": Any}, [], where, problems)
-    given = [key for key in ("models", "slices") if key in module.value]
-    if len(given) != 1:
-        problems.add(module.line, f"{where}: must have one of 'models' and 'slices'.")
-        return (), {}
-    parts, _ = _parts(given[0], module.value[given[0]], method, problems)
-    return parts, _settings(module.value.get("parameters"), method, where, problems)
+    return tuple(part for part in slices if part is not None)
 
 
 def _slice(node: Located, where: str, method: str | None, problems: Problems) -> Slice | None:
@@ -293,7 +263,7 @@ def _slice(node: Located, where: str, method: str | None, problems: Problems) ->
     base = node.value.get("base_model")
     part = Slice(
         tuple(source for source in found if source is not None),
-        None if base is None else _model(base, f"{where}.base_model", problems),
+        None if base is None else read_model(base, f"{where}.base_model", problems),
         _settings(node.value.get("parameters"), method, where, problems),
         node.line,
     )
@@ -324,24 +294,9 @@ def _source(
                 node.value["layer_range"].line,
                 f"{where}.layer_range: is {list(layers)}. It must be [first, one behind the last].",
             )
-    model = _model(node.value["model"], f"{where}.model", problems)
+    model = read_model(node.value["model"], f"{where}.model", problems)
     settings = _settings(node.value.get("parameters"), method, where, problems)
     return None if model is None else Source(model, layers, settings, node.line)
-
-
-def _model(node: Located, where: str, problems: Problems) -> ModelRef | None:
-    """`path`, `path+lora`, or the mapping that mergekit writes for them."""
-    value = node.plain()
-    if isinstance(value, str) and value:
-        path, _, lora = value.partition("+")
-        return ModelRef(path, lora or None)
-    if isinstance(value, dict) and "model" in value:
-        inner = [value["model"], value.get("lora")]
-        paths = [part.get("path") if isinstance(part, dict) else part for part in inner]
-        if isinstance(paths[0], str) and isinstance(paths[1], str | None):
-            return ModelRef(paths[0], paths[1])
-    problems.add(node.line, f"{where}: is {describe(node)}. It must be a path, or path+adapter.")
-    return None
 
 
 def _settings(node: Located | None, method: str | None, where: str, problems: Problems) -> Settings:
@@ -361,67 +316,3 @@ def _settings(node: Located | None, method: str | None, where: str, problems: Pr
         if setting is not None:
             found[name] = setting
     return found
-
-
-def _tokenizer(keys: dict[str, Located], problems: Problems) -> TokenizerRules | None:
-    if "tokenizer_source" in keys:
-        source = _vocabulary(keys["tokenizer_source"], "tokenizer_source", problems)
-        return None if source is None else TokenizerRules(source, {})
-    if "tokenizer" not in keys:
-        return None
-    node = keys["tokenizer"]
-    kinds = {"source": Any, "tokens": Any, "pad_to_multiple_of": int}
-    values = read_keys(node, kinds, [], "tokenizer", problems)
-    if values is MISSING:
-        return None
-    source: Any = "union"
-    if "source" in node.value:
-        source = _vocabulary(node.value["source"], "tokenizer.source", problems)
-    rules = {}
-    tokens = node.value.get("tokens")
-    if tokens is not None and isinstance(tokens.value, dict):
-        for token, rule in tokens.value.items():
-            read_rule = _token_rule(rule, f"tokenizer.tokens[{token!r}]", problems)
-            if read_rule is not None:
-                rules[token] = read_rule
-    pad = values.get("pad_to_multiple_of")
-    if isinstance(pad, int) and pad < 1:
-        problems.add(node.line, f"tokenizer.pad_to_multiple_of: is {pad}. It must be positive.")
-    return None if source is None else TokenizerRules(source, rules, pad)
-
-
-def _vocabulary(node: Located, where: str, problems: Problems) -> ModelRef | str | None:
-    if node.value in ("union", "base"):
-        return node.value
-    return _model(node, where, problems)
-
-
-def _token_rule(node: Located, where: str, problems: Problems) -> TokenRule | None:
-    if read_keys(node, {"source": Any, "force": bool}, [], where, problems) is MISSING:
-        return None
-    force = bool(node.value["force"].value) if "force" in node.value else False
-    source = node.value.get("source")
-    if source is None or source.value is None:
-        return TokenRule(None, force=force)
-    if isinstance(source.value, dict) and "kind" in source.value:
-        kind = source.value["kind"].value
-        if kind == "zero":
-            return TokenRule("zero", force=force)
-        if kind == "model_token":
-            keys = {"kind": str, "model": Any, "token": str, "token_id": int}
-            values = read_keys(source, keys, ["kind", "model"], f"{where}.source", problems)
-            model = (
-                _model(source.value["model"], where, problems) if "model" in source.value else None
-            )
-            if values is MISSING or model is None:
-                return None
-            token, index = values.get("token"), values.get("token_id")
-            if (token is None) == (index is None):
-                problems.add(source.line, f"{where}.source: give one of 'token' and 'token_id'.")
-            return TokenRule(model, token, index, force)
-        problems.add(source.line, f"{where}.source: kind {kind!r} is not 'zero' or 'model_token'.")
-        return None
-    if source.value == "zero":
-        return TokenRule("zero", force=force)
-    model = _model(source, f"{where}.source", problems)
-    return None if model is None else TokenRule(model, force=force)

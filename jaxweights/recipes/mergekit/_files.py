@@ -7,12 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef
-from jaxweights.recipes.mergekit._models import LayerName, Model
+from jaxweights.recipes.mergekit._config import MergeConfig, Module
+from jaxweights.recipes.mergekit._model_ref import ModelRef
+from jaxweights.recipes.mergekit._models import Model
 from jaxweights.recipes.mergekit._plan import PlannedTensor
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary
 
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_TEXT = ("", "text_config")
+_VISION = (("vision_config",), ("num_hidden_layers", "depth"))
+# Where a config tells the number of a module's layers, and how it calls it.
+_LAYERS = {
+    "vision_tower": _VISION,
+    "vision_model": _VISION,
+    "encoder": (("",), ("encoder_layers", "num_layers")),
+    "decoder": (("",), ("decoder_layers", "num_decoder_layers")),
+}
 
 
 def result_files(
@@ -50,17 +60,12 @@ def _config(
 ) -> dict[str, Any]:
     """The first model's config with the layers, the dtype and the vocabulary of the result."""
     found = json.loads(json.dumps(dict(first.config)))
-    parts = [LayerName.of(tensor.job.name) for tensor in planned]
-    layers = 1 + max((part.layer for part in parts if part is not None), default=-1)
-    sliced = config.slices[0].sources[0].layers is not None
+    for module in config.modules:
+        if module.is_sliced:
+            _count_layers(found, module)
     for level in (found, found.get("text_config")):
         if not isinstance(level, dict):
             continue
-        for key in _COUNTS:
-            if sliced and key in level:
-                level[key] = layers
-        if sliced and isinstance(level.get("layer_types"), list):
-            level["layer_types"] = _layer_types(config, level["layer_types"])
         if vocabulary is not None and "vocab_size" in level:
             level["vocab_size"] = vocabulary.rows
         for key in ("torch_dtype", "dtype"):
@@ -69,9 +74,17 @@ def _config(
     return found
 
 
-def _layer_types(config: MergeConfig, types: list[Any]) -> list[Any]:
-    chosen = []
-    for part in config.slices:
-        start, stop = part.sources[0].layers or (0, 0)
-        chosen += [types[i] for i in range(start, stop) if i < len(types)]
-    return chosen
+def _count_layers(found: dict[str, Any], module: Module) -> None:
+    """Makes a config speak of as many layers of a module as the result has."""
+    ranges = [part.sources[0].layers or (0, 0) for part in module.slices]
+    inside, counts = _LAYERS.get(module.name or "", (_TEXT, _COUNTS))
+    for name in inside:
+        level = found.get(name) if name else found
+        if not isinstance(level, dict):
+            continue
+        for key in counts:
+            if key in level:
+                level[key] = sum(stop - start for start, stop in ranges)
+        types = level.get("layer_types")
+        if isinstance(types, list):
+            level["layer_types"] = [t for start, stop in ranges for t in types[start:stop]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Model:
             if parts is not None:
                 stacks[parts.before] = max(stacks.get(parts.before, 0), parts.layer + 1)
         return stacks
+
+    def only(self, names: Collection[str]) -> Model:
+        """The same model with some of its tensors."""
+        return dataclasses.replace(self, names=tuple(n for n in self.names if n in names))
 
     def depth(self, name: str) -> float:
         """Where a tensor stands, from 0 for the first layer to 1 for the last."""

@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from jaxweights.recipes._yaml import RecipeError
-from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, Slice
+from jaxweights.recipes.mergekit._config import MergeConfig, Module, Slice
 from jaxweights.recipes.mergekit._methods import METHODS, Compat, Inputs
+from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import LayerName, Model, is_before_layers
 from jaxweights.recipes.mergekit._parameters import REQUIRED, Setting
+from jaxweights.recipes.mergekit._towers import tensors_by_module
 from jaxweights.stream._jobs import Job, Operand
 
 _LISTED = 10
@@ -38,12 +40,75 @@ class PlannedTensor:
     parameters: dict[str, Any]
 
 
-class Planner:
-    """Plans the tensors of one document; everything wrong is one error.
+def plan_document(
+    config: MergeConfig,
+    models: Mapping[ModelRef, Model],
+    *,
+    compat: Compat = "fixed",
+    missing: Literal["error", "take"] = "error",
+    seed: int = 0,
+) -> list[PlannedTensor]:
+    """Plans the tensors of one document, module by module.
+
+    What belongs to no module of the document is taken over from the first model.
 
     Args:
       config: The document.
       models: The opened models.
+      compat: As in `Planner`.
+      missing: As in `Planner`.
+      seed: As in `Planner`.
+
+    Returns:
+      The tensors.
+
+    Raises:
+      RecipeError: If models do not fit each other or the method, or a module has no tensors.
+    """
+    options: Any = {"compat": compat, "missing": missing, "seed": seed}
+    modules = [module.name for module in config.modules if module.name is not None]
+    if not modules:
+        return Planner(config, config.modules[0], models, **options).plan()
+    names = dict.fromkeys(name for model in models.values() for name in model.names)
+    owners = tensors_by_module(names, modules)
+    empty = [m for m in config.modules if m.name not in owners.values()]
+    if empty:
+        starts = sorted({name.split(".")[0] for name in names})
+        raise RecipeError(
+            "\n".join(
+                f"{config.file}:{module.line}: modules.{module.name}: has no tensors; the names of "
+                f"those that there are start with {', '.join(map(repr, starts[:8]))}. Call a "
+                "module what the names of its tensors start with."
+                for module in empty
+            )
+        )
+    planned = []
+    for module in config.modules:
+        own = {name for name, owner in owners.items() if owner == module.name}
+        some = {ref: model.only(own) for ref, model in models.items()}
+        planned += Planner(config, module, some, **options).plan()
+    first = models[config.models[0]]
+    left = [name for name in first.names if owners[name] is None]
+    operands = [Operand(first.tensors, name, first.label) for name in left]
+    return planned + [
+        PlannedTensor(
+            _copied(name, operand, written_dtype(config, operand.dtype)),
+            "copy",
+            first.depth(name),
+            {first.label: name},
+            {},
+        )
+        for name, operand in zip(left, operands, strict=True)
+    ]
+
+
+class Planner:
+    """Plans the tensors of one module; everything wrong is one error.
+
+    Args:
+      config: The document.
+      module: The module.
+      models: The opened models, with the module's tensors.
       compat: `"mergekit"` repeats its habits where they lose something.
       missing: `"take"` merges a tensor from the models that have it; `"error"` refuses.
       seed: For random methods.
@@ -52,6 +117,7 @@ class Planner:
     def __init__(
         self,
         config: MergeConfig,
+        module: Module,
         models: Mapping[ModelRef, Model],
         *,
         compat: Compat = "fixed",
@@ -60,6 +126,7 @@ class Planner:
     ):
         """Checks what does not depend on tensors."""
         self._config = config
+        self._module = module
         self._models = models
         self._method = METHODS[config.method]
         self._compat: Compat = compat
@@ -73,7 +140,7 @@ class Planner:
         Raises:
           RecipeError: If models do not fit each other or the method; all problems at once.
         """
-        for part in self._config.slices:
+        for part in self._module.slices:
             self._check_models(part)
         self._raise()
         planned = []
@@ -95,7 +162,7 @@ class Planner:
         return part.base_model or self._config.base_model
 
     def _check_models(self, part: Slice) -> None:
-        method, config = self._config.method, self._config
+        method = self._config.method
         base = self._base_of(part)
         if self._method.base == "required" and base is None:
             self._problems.append(f"{method} needs a 'base_model'. Name the model that the others "
@@ -128,13 +195,13 @@ class Planner:
                     f"line {source.line}: layer_range {list(source.layers)} goes beyond the "
                     f"{next(iter(stacks.values()))} layers of {source.model}."
                 )
-        if not config.slices:
+        if not self._module.slices:
             self._problems.append("has nothing to merge.")
 
     def _tensors(self) -> Iterable[tuple[str, Slice, dict[ModelRef, str], float]]:
         """Name, slice, name in each model, and depth of every tensor."""
-        slices = self._config.slices
-        if slices[0].sources[0].layers is None:
+        slices = self._module.slices
+        if not self._module.is_sliced:
             part = slices[0]
             refs = self._refs(part)
             reference = self._models[refs[0]]
@@ -190,7 +257,7 @@ class Planner:
                         names[base] = name
                     yield parts.at(offset + i), part, names, depth
             offset += stop - start
-        after = self._config.slices[-1]
+        after = self._module.slices[-1]
         depth = 0.0 if self._compat == "mergekit" else 1.0
         outside = [n for n in self._names(self._refs(last)) if LayerName.of(n) is None]
         yield from (
@@ -223,7 +290,7 @@ class Planner:
             return None
         base = self._base_of(part)
         first = operands[base] if base in operands else next(iter(operands.values()))
-        dtype = self._dtype(first.dtype)
+        dtype = written_dtype(self._config, first.dtype)
         sources = [s for s in part.sources if s.model in operands]
         if not self._method.merges_base:
             sources = [s for s in sources if s.model != base]
@@ -284,7 +351,7 @@ class Planner:
         levels: list[Mapping[str, Setting]] = [
             source.parameters if parameter.scope != "all" else {},
             part.parameters,
-            self._config.module_parameters,
+            self._module.parameters,
             self._config.parameters,
         ]
         for level in levels:
@@ -307,11 +374,11 @@ class Planner:
         self._problems.append(f"{name!r}: is {words}. {remedy}")
         return True
 
-    def _dtype(self, stored: np.dtype) -> np.dtype:
-        if not _is_float(stored):
-            return stored
-        wanted = self._config.out_dtype or self._config.dtype
-        return stored if wanted is None else np.dtype(_DTYPES[wanted])
+
+def written_dtype(config: MergeConfig, stored: np.dtype) -> np.dtype:
+    """The dtype in which a tensor is written."""
+    wanted = config.out_dtype or config.dtype
+    return stored if wanted is None or not _is_float(stored) else np.dtype(_DTYPES[wanted])
 
 
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

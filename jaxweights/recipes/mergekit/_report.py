@@ -14,9 +14,10 @@ import numpy as np
 
 from jaxweights.checkpoint._atomic import atomic, check_destination
 from jaxweights.recipes._report import _STYLE, _figure, _section, _table, _text
-from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef
+from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._figures import MOST_LINES, by_depth, cosine_heatmaps
 from jaxweights.recipes.mergekit._methods import METHODS
+from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import LayerName, Model
 from jaxweights.recipes.mergekit._plan import PlannedTensor
 from jaxweights.stream._delta_stats import DeltaRequest, DeltaStats, cosines

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from jaxweights.checkpoint import Checkpoint
 from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
-from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, load_merge_config
+from jaxweights.recipes.mergekit._config import MergeConfig, load_merge_config
 from jaxweights.recipes.mergekit._files import result_files
 from jaxweights.recipes.mergekit._methods import METHODS, Compat
+from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model, open_model
-from jaxweights.recipes.mergekit._plan import PlannedTensor, Planner
+from jaxweights.recipes.mergekit._plan import PlannedTensor, plan_document
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._memory import resident_bytes
 from jaxweights.stream._pipeline import Progress
@@ -181,8 +182,8 @@ def _prepare(
     for i, config in enumerate(configs):
         opened = _open(config, made, Path(path).parent)
         models, vocabulary = align_vocabularies(config, opened)
-        planner = Planner(config, models, compat=compat, missing=missing, seed=seed)
-        prepared = _Prepared(config, models, planner.plan(), vocabulary)
+        tensors = plan_document(config, models, compat=compat, missing=missing, seed=seed)
+        prepared = _Prepared(config, models, tensors, vocabulary)
         if i < len(configs) - 1:
             if config.name is None:
                 raise RecipeError(
@@ -233,6 +234,11 @@ def _virtual(config: MergeConfig, prepared: _Prepared) -> Model:
 
 def _differences(config: MergeConfig, compat: Compat) -> tuple[str, ...]:
     found = list(METHODS[config.method].differs)
+    if any(module.name is not None for module in config.modules):
+        found.append(
+            "Tensors of modules that are not named are taken over from the first model; mergekit "
+            "leaves them out."
+        )
     if compat == "fixed":
         found.append(
             "The last value of a list reaches the final norm and the head; mergekit gives them "

@@ -14,8 +14,10 @@ import numpy as np
 from jaxweights.checkpoint._mapped import MappedTensor, mapped_tensor
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.recipes._yaml import RecipeError
-from jaxweights.recipes.mergekit._config import MergeConfig, ModelRef, TokenizerRules
+from jaxweights.recipes.mergekit._config import MergeConfig
+from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model
+from jaxweights.recipes.mergekit._tokenizer_rules import TokenizerRules
 
 _TOKENIZER = "tokenizer.json"
 # Tensors with a row for every token, where their first axis is as long as the vocabulary.
