@@ -2,6 +2,9 @@
 
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
+from jaxweights.quantize._awq import AwqMatrix as AwqMatrix
+from jaxweights.quantize._awq import awq as awq
+from jaxweights.quantize._awq import awq_matrix as awq_matrix
 from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._fp8 import fp8 as fp8
 from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix

@@ -116,6 +116,11 @@ CASES = [
         ),
         noise=5,
     ),
+    Case("quantize.awq", lambda: _Q.awq(bits=4, group_size=8)),
+    Case(
+        "quantize.awq diagonal",
+        lambda: _Q.awq(bits=3, group_size=16, moments="second_moment", duo="both"),
+    ),
     Case("sparsify.magnitude", lambda: _S.magnitude(sparsity=0.5)),
     Case("sparsify.magnitude output", lambda: _S.magnitude(sparsity=0.5, group="output")),
     Case("sparsify.magnitude 2:4", lambda: _S.magnitude(keep=2, of=4), elementwise=True),
