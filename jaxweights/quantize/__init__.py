@@ -15,6 +15,8 @@ from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._int8_product import int8_dynamic as int8_dynamic
+from jaxweights.quantize._int8_product import int8_static as int8_static
 from jaxweights.quantize._joint import joint as joint
 from jaxweights.quantize._joint import loftq as loftq
 from jaxweights.quantize._joint import low_rank_residual as low_rank_residual

@@ -20,6 +20,7 @@ from jaxweights.weights._packed_sparse import BitmaskSparse as BitmaskSparse
 from jaxweights.weights._packed_sparse import PackedNM as PackedNM
 from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse
 from jaxweights.weights._quantized import Quantized as Quantized
+from jaxweights.weights._quantized_product import QuantizedProduct as QuantizedProduct
 from jaxweights.weights._scaled import Scaled as Scaled
 from jaxweights.weights._weight import MatrixWeight as MatrixWeight
 from jaxweights.weights._weight import Weight as Weight

@@ -218,7 +218,7 @@ class Quantized(MatrixWeight):
             y = jnp.matmul(x, weight, precision=precision, preferred_element_type=wide)
             return y.astype(result)
         # Differences of codes are at most 255 in size: float16 and bfloat16 hold them exactly.
-        integers = self._centred(x.dtype)
+        integers = self.centred(x.dtype)
         y = jnp.matmul(x, integers, precision=precision, preferred_element_type=wide)
         return (y * self._per_output(wide)).astype(result)
 
@@ -237,7 +237,7 @@ class Quantized(MatrixWeight):
         else:
             x, weight = (
                 (x.astype(wide) * self._per_output(wide)).astype(x.dtype),
-                self._centred(x.dtype),
+                self.centred(x.dtype),
             )
         y = jnp.matmul(
             x, jnp.swapaxes(weight, -1, -2), precision=precision, preferred_element_type=wide
@@ -265,8 +265,8 @@ class Quantized(MatrixWeight):
     def _stack(self) -> tuple[int, ...]:
         return tuple(self.codes.shape[:-2])
 
-    def _centred(self, dtype: DTypeLike) -> jax.Array:
-        """Integers minus their zero points, as floating numbers without rounding."""
+    def centred(self, dtype: DTypeLike) -> jax.Array:
+        """Integers minus their zero points, `(*stack, in, out)`, in a dtype that holds them."""
         codes = self.codes_matrix()
         if self.zero_point is None:
             return codes.astype(dtype)
@@ -275,7 +275,7 @@ class Quantized(MatrixWeight):
 
     def _values(self) -> jax.Array:
         """The dense matrix in float32."""
-        centred = self._centred(jnp.float32)
+        centred = self.centred(jnp.float32)
         scale = self._spread(self.scale).astype(jnp.float32)
         values = self._grouped(centred, scale) * scale
         if self.offset is not None:

@@ -101,6 +101,8 @@ CASES = [
         keyed=True,
         per_slice=False,
     ),
+    Case("quantize.int8_dynamic", _Q.int8_dynamic),
+    Case("quantize.int8_static", lambda: _Q.int8_static(bits=4)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
     Case("quantize.smooth", _Q.smooth),

@@ -12,12 +12,12 @@ from jax.core import Tracer
 
 from jaxweights.core._apply import LayoutLike, apply
 from jaxweights.core._layout import is_float
-from jaxweights.core._materialized import materialized
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._quantized_product import QuantizedProduct
 from jaxweights.weights._weight import is_weight, materialize
 
 Clipped = Literal["pass", "zero"]
@@ -81,7 +81,8 @@ def fake_quant(
 
     Returns:
       A tree of dense arrays like `params`. Leaves that the transform leaves alone, or that were
-      represented before, are as it returns them.
+      represented before, are as it returns them. Those of `int8_dynamic` and `int8_static` stay
+      `QuantizedProduct`, which rounds activations, too: call `lift(model)` on them.
 
     Raises:
       ValueError: If the transform refuses the tree, changes a shape, or `clipped="zero"` meets a
@@ -102,9 +103,8 @@ def fake_quant(
         raise ValueError(f"{_NAME}: clipped={clipped!r} is unknown. Choose one of 'pass', 'zero'.")
     if not isinstance(tx, Transform):
         raise TypeError(f"{_NAME}: {tx!r} is a {type(tx).__name__}, not a transform.")
-    wanted = tx if clipped == "zero" else materialized(tx)
     constant = _without_gradient(params)
-    rounded = apply(wanted, constant, stats=stats, models=models, key=key, step=step, layout=layout)
+    rounded = apply(tx, constant, stats=stats, models=models, key=key, step=step, layout=layout)
     latent, treedef = flatten(params)
     before, after = flatten(constant)[0], flatten(rounded)[0]
     fail(_NAME, _misfits(latent, after, clipped))
@@ -119,8 +119,14 @@ def fake_quant(
             source = leaf
             if clipped == "zero":
                 source = jnp.where(_inside(before[path], value), leaf, before[path])
-            new[path] = straight_through(source, materialize(value))
+            new[path] = _value(source, value)
     return unflatten(treedef, new)
+
+
+def _value(latent: jax.Array, value: Any) -> Any:
+    if isinstance(value, QuantizedProduct):
+        return dataclasses.replace(value, latent=value.view.to_matrix(latent))
+    return straight_through(latent, materialize(value))
 
 
 def _without_gradient(params: Params) -> Params:
@@ -155,6 +161,8 @@ def _misfits(latent: dict[str, Any], after: dict[str, Any], clipped: Clipped) ->
 
 def _even(weight: Any) -> Quantized | None:
     """The part of a weight that has steps of one size."""
+    if isinstance(weight, QuantizedProduct):
+        return weight.weight_only()
     if isinstance(weight, Masked):
         weight = weight.base
     return weight if isinstance(weight, Quantized) else None

@@ -1,0 +1,143 @@
+"""int8_dynamic and int8_static: activations are rounded, too, and integers are multiplied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.core._leafwise import leafwise
+from jaxweights.core._paths import Path
+from jaxweights.core._transform import Transform
+from jaxweights.quantize._grid import Codes, Grid, GridKind, divide, make_grid, round_matrix
+from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.weights._axes import View
+from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._quantized_product import (
+    QuantizedProduct,
+    unfit_for_product,
+    unfit_length,
+)
+
+
+def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = None) -> Transform:
+    """Multiplies integers by integers, with a step of its own for every token of activations.
+
+    Matrices become `QuantizedProduct`: under `lift`, products with them round the activations and
+    run on the integer units of the machine, which on CPUs is the one quantized product that is
+    faster than the float one. Weights are rounded to the nearest level; those that are `Quantized`
+    already (by `gptq`, or trained) keep their integers. Needs no data. Inside `fake_quant` the
+    forward pass is the integer product itself.
+
+    Args:
+      bits: Bits of the weights, 2 to 8. Each takes a byte all the same.
+      input_bits: Bits of the activations, 2 to 8.
+      grid: A symmetric grid, see `Grid`; None gives "narrow" at 8 bits and "signed_max" below.
+
+    Returns:
+      A transform from dense or `Quantized` matrices to `QuantizedProduct` ones.
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: If a setting is out of range; when it sees a tree, if a leaf has zero points or
+        several scales an output, its sums could overflow 32 bits, or it is represented otherwise.
+
+    Example:
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 8))}
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> quantized = jw.apply(jw.quantize.int8_dynamic(), params)
+      >>> y = jax.jit(jw.lift(model))(quantized, jnp.ones((2, 64)))
+      >>> bool(jnp.allclose(y, model(params, jnp.ones((2, 64))), atol=0.1))
+      True
+
+    Source: Zafrir et al. 2019, arXiv:1910.06188, section 2; Yao et al. 2022, arXiv:2206.01861,
+      section 4.1, token-wise activations.
+    """
+    return _transform("quantize.int8_dynamic", bits, input_bits, grid, static=False)
+
+
+def int8_static(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = None) -> Transform:
+    """Multiplies integers by integers, with one step for all activations of a matrix.
+
+    As `int8_dynamic`, with a step that calibration fixed: the largest magnitude that was seen, over
+    `2**(input_bits-1) - 1`. What exceeds it is clipped. Saves looking for each token's largest
+    magnitude; one channel of outliers makes the step coarse for all others, which smoothing the
+    activations beforehand mends.
+
+    Args:
+      bits: As in `int8_dynamic`.
+      input_bits: As in `int8_dynamic`.
+      grid: As in `int8_dynamic`.
+
+    Returns:
+      A transform as that of `int8_dynamic`, which needs the statistics "min" and "max".
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: As `int8_dynamic`, and where a statistic is missing.
+
+    Example:
+      >>> params, x = {"kernel": jnp.array([[1.0], [0.5]])}, jnp.array([[2.0, -4.0]])
+      >>> tx, model = jw.quantize.int8_static(), lambda params, x: x @ params["kernel"]
+      >>> stats = jw.calibrate(model, params, [x], needs=tx.needs(params))
+      >>> float(127 * jw.apply(tx, params, stats=stats)["kernel"].input_scale[0, 0])
+      4.0
+
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
+    Differs: activations are symmetric, so that no zero point enters the product.
+    """
+    return _transform("quantize.int8_static", bits, input_bits, grid, static=True)
+
+
+def _transform(
+    name: str, bits: int, input_bits: int, grid: GridKind | None, *, static: bool
+) -> Transform:
+    settings = make_grid(name, bits=bits, grid=grid)
+    if settings.unsigned:
+        raise ValueError(
+            f"{name}: grid={grid!r} has zero points, which products of integers leave out. Choose "
+            "'narrow', 'full', 'half' or 'signed_max'."
+        )
+    if not isinstance(input_bits, int) or not 2 <= input_bits <= 8:
+        raise ValueError(f"{name}: input_bits={input_bits!r} must be an integer between 2 and 8.")
+
+    def quantize(weight: jax.Array, **extremes: jax.Array) -> tuple[Codes, jax.Array | None]:
+        found = round_matrix(weight, settings)
+        step = _static_step(**extremes, input_bits=input_bits) if static else None
+        return pack(found, settings), step
+
+    def wrap(leaf: Any, result: tuple[Codes, jax.Array | None], view: View) -> QuantizedProduct:
+        codes, step = result
+        base = leaf if isinstance(leaf, Quantized) else replace_leaf(leaf, codes, view, settings)
+        assert isinstance(base, Quantized)
+        return QuantizedProduct.of(base, step, input_bits=input_bits)
+
+    def check(path: Path, leaf: Any, view: View) -> str | None:
+        problem = _unfit(leaf, view, settings, input_bits)
+        return problem and f"{path!r}: {problem}"
+
+    return leafwise(
+        quantize,
+        name=name,
+        needs=("max", "min") if static else (),
+        wrap=wrap,
+        accepts=(Quantized,),
+        refusal=REFUSAL,
+        check=check,
+        verify=lambda path, result: describe_bad_scales(path, result[0]),
+        checks_finite=False,
+    )
+
+
+def _static_step(*, min: jax.Array, max: jax.Array, input_bits: int) -> jax.Array:
+    """The step `(1, 1)` of all inputs of one matrix, from their extremes `(in,)`."""
+    largest = jnp.max(jnp.maximum(jnp.abs(min), jnp.abs(max)), initial=0.0)
+    step = divide(largest.astype(jnp.float32), 2 ** (input_bits - 1) - 1)
+    return jnp.where(step == 0, jnp.ones_like(step), step).reshape(1, 1)
+
+
+def _unfit(leaf: Any, view: View, grid: Grid, input_bits: int) -> str | None:
+    if isinstance(leaf, Quantized):
+        return unfit_for_product(leaf, input_bits)
+    return unfit_length(view.in_dim, grid.bits, input_bits)
