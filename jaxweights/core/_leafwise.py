@@ -33,6 +33,7 @@ def leafwise(
     *,
     name: str,
     needs: Collection[Statistic] = (),
+    prepare: MatrixFn | None = None,
     wrap: Wrap | None = None,
     accepts: tuple[type[Weight], ...] = (),
     refusal: str = "Apply it to the dense weight, before it is represented.",
@@ -58,6 +59,8 @@ def leafwise(
         the new matrix when `wrap` is None.
       name: What errors call the transform.
       needs: Statistics that `fn` takes.
+      prepare: `prepare(**statistics)` gives what `fn` takes as `prepared` besides, such as a
+        factorization; done once for all weights that share their statistics.
       wrap: `wrap(leaf, result, view)` builds the new leaf from the result, whose arrays have got
         the stack axes in front. None puts the new matrix in place of the old one.
       accepts: Representations that may be transformed; `fn` sees their dense value. The base of a
@@ -87,19 +90,42 @@ def leafwise(
       Array([1., 1., 1.], dtype=float32)
     """
     wanted = frozenset(needs)
+    # Statistics of gradients are each weight's own.
+    shares = prepare is not None and not wanted & frozenset(GRADIENT_STATISTICS)
 
-    @functools.partial(jax.jit, static_argnames=("view",))
+    @functools.partial(jax.jit, static_argnames=("views",))
     def run(
-        leaf: Any, inputs: dict[str, Any], common: dict[str, Any], view: View
-    ) -> tuple[Any, jax.Array]:
-        dense = materialize(leaf)
-        if "mask" in inputs:
-            inputs = inputs | {"mask": view.to_matrix(inputs["mask"])}
-        one = functools.partial(fn, **common)
-        result = _map_over_stack(one, view.to_matrix(dense), inputs, mapping)
+        leaves: tuple[Any, ...],
+        own: tuple[dict[str, Any], ...],
+        statistics: dict[str, Any],
+        common: dict[str, Any],
+        views: tuple[View, ...],
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
+        """Results of leaves that share their statistics, and whether their values are finite."""
+        dense = [materialize(leaf) for leaf in leaves]
+        matrices, inputs = [], []
+        for one, view, given in zip(dense, views, own, strict=True):
+            if "mask" in given:
+                given = given | {"mask": view.to_matrix(given["mask"])}
+            matrices.append(view.to_matrix(one))
+            inputs.append(given)
+
+        def each(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+            weights, inputs, statistics = operands
+            ready = common if prepare is None else common | {"prepared": prepare(**statistics)}
+            return tuple(
+                fn(weight, **statistics, **given, **ready)
+                for weight, given in zip(weights, inputs, strict=True)
+            )
+
+        stack = matrices[0].shape[:-2]
+        results = _map_over_stack(each, (matrices, inputs, statistics), stack, mapping)
         # Not through a maximum: XLA's vectorised one drops NaN on CPU (seen with jax 0.10.2).
-        finite = jnp.isfinite(jnp.sum(dense * 0)) if checks_finite and dense.size else True
-        return result, jnp.asarray(finite)
+        finite = [
+            jnp.isfinite(jnp.sum(one * 0)) if checks_finite and one.size else jnp.asarray(True)
+            for one in dense
+        ]
+        return results, tuple(finite)
 
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
@@ -108,21 +134,32 @@ def leafwise(
         common = shared(context) if shared is not None and targets else {}
         new, finite = dict(flat), {}
         problems: dict[Path, str] = {}
-        for done, (path, view) in enumerate(targets.items(), start=1):
-            leaf = inner_weight(flat[path])
-            inputs = _statistics(context, path, wanted, view)
-            if randomized:
-                inputs["key"] = _stack_keys(path_key(key, path), leaf, view)
-            if masked and (mask := getattr(leaf, "mask", None)) is not None:
-                inputs["mask"] = mask
-            result, finite[path] = run(leaf, inputs, common, view)
-            changed = (_put_value if wrap is None else wrap)(leaf, result, view)
-            new[path] = with_inner_weight(flat[path], changed)
-            if verify is not None and not _is_abstract(result):
-                if problem := verify(path, result):
-                    problems[path] = problem
-            if context.progress is not None:
-                context.progress(path, done, len(targets))
+        done = 0
+        for paths in _groups(targets, context, shares=shares):
+            leaves = tuple(inner_weight(flat[path]) for path in paths)
+            views = tuple(targets[path] for path in paths)
+            own: list[dict[str, Any]] = []
+            for path, leaf, view in zip(paths, leaves, views, strict=True):
+                given = {}
+                if randomized:
+                    given["key"] = _stack_keys(path_key(key, path), leaf, view)
+                if masked and (mask := getattr(leaf, "mask", None)) is not None:
+                    given["mask"] = mask
+                own.append(given)
+            statistics = _statistics(context, paths[0], wanted, views[0])
+            results, are_finite = run(leaves, tuple(own), statistics, common, views)
+            for path, leaf, view, result, is_finite in zip(
+                paths, leaves, views, results, are_finite, strict=True
+            ):
+                finite[path] = is_finite
+                changed = (_put_value if wrap is None else wrap)(leaf, result, view)
+                new[path] = with_inner_weight(flat[path], changed)
+                if verify is not None and not _is_abstract(result):
+                    if problem := verify(path, result):
+                        problems[path] = problem
+                done += 1
+                if context.progress is not None:
+                    context.progress(path, done, len(targets))
         # A leaf that is not finite explains whatever else went wrong with it.
         fail(name, (problems | _nonfinite(flat, finite)).values())
         return unflatten(treedef, new)
@@ -294,14 +331,22 @@ def _stack_keys(key: jax.Array, leaf: Any, view: View) -> jax.Array:
     return jax.random.split(key, sizes) if sizes else key
 
 
-def _map_over_stack(fn: MatrixFn, matrix: jax.Array, inputs: dict[str, Any], mapping: str) -> Any:
-    stack = matrix.shape[:-2]
+def _groups(targets: dict[Path, View], context: Context, *, shares: bool) -> list[tuple[Path, ...]]:
+    """Paths that are transformed together: those whose statistics are the same arrays."""
+    if not shares or context.stats is None:
+        return [(path,) for path in targets]
+    groups: dict[Path, list[Path]] = {}
+    for path in targets:
+        groups.setdefault(context.stats.owner(path), []).append(path)
+    return [tuple(paths) for paths in groups.values()]
+
+
+def _map_over_stack(fn: MatrixFn, operands: Any, stack: tuple[int, ...], mapping: str) -> Any:
     if not stack:
-        return fn(matrix, **inputs)
+        return fn(operands)
     flat_stack = lambda x: x.reshape(-1, *x.shape[len(stack) :])  # noqa: E731
-    operands = jax.tree.map(flat_stack, (matrix, inputs))
-    call = lambda one: fn(one[0], **one[1])  # noqa: E731
-    results = jax.vmap(call)(operands) if mapping == "vmap" else jax.lax.map(call, operands)
+    operands = jax.tree.map(flat_stack, operands)
+    results = jax.vmap(fn)(operands) if mapping == "vmap" else jax.lax.map(fn, operands)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
 
 

@@ -60,10 +60,14 @@ class Stats:
         """Every weight that has statistics."""
         return [*self.values, *(path for path, _ in self.owners if path not in self.values)]
 
+    def owner(self, path: Path) -> Path:
+        """The path that holds a weight's input statistics, maybe those of several weights."""
+        return dict(self.owners).get(path, path)
+
     def get(self, path: Path, name: Statistic) -> jax.Array | None:
         """One statistic of one weight, or None."""
         own = name in GRADIENT_STATISTICS or name == "examples"
-        owner = path if own else dict(self.owners).get(path, path)
+        owner = path if own else self.owner(path)
         entry = self.values.get(owner, {})
         if name == "second_moment" and name not in entry and "gram" in entry:
             return jnp.diagonal(entry["gram"], axis1=-2, axis2=-1)

@@ -5,12 +5,13 @@ from jaxweights.quantize._add_deltas import add_deltas as add_deltas
 from jaxweights.quantize._awq import AwqMatrix as AwqMatrix
 from jaxweights.quantize._awq import awq as awq
 from jaxweights.quantize._awq import awq_matrix as awq_matrix
+from jaxweights.quantize._calibrated import LeafReport as LeafReport
 from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._fp8 import fp8 as fp8
 from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix
-from jaxweights.quantize._gptq import GptqMatrix as GptqMatrix
 from jaxweights.quantize._gptq import gptq as gptq
-from jaxweights.quantize._gptq import gptq_matrix as gptq_matrix
+from jaxweights.quantize._gptq_matrix import GptqMatrix as GptqMatrix
+from jaxweights.quantize._gptq_matrix import gptq_matrix as gptq_matrix
 from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode

@@ -98,7 +98,7 @@ def awq_matrix(
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 and the authors' code.
     """
     settings = _settings(f"{_NAME}_matrix", bits, group_size, grid, scale_dtype)
-    if problem := unfit_group(settings, weight.shape[0]):
+    if problem := unfit_group(settings, *weight.shape):
         raise ValueError(f"{_NAME}_matrix: {problem}")
     weight = weight.astype(jnp.float32)
     scale, losses = search_scale([weight], moments, input_mean, settings, duo=duo)
@@ -183,7 +183,7 @@ def awq(
             [
                 f"{path!r}: {problem}"
                 for path, view in targets.items()
-                if (problem := unfit_group(settings, view.in_dim))
+                if (problem := unfit_group(settings, view.in_dim, view.out_dim))
             ],
         )
         groups = find_groups(_NAME, folds, flat, context, targets, shared=False)

@@ -1,4 +1,4 @@
-"""The loop of GPTQ: rows one after another, their errors spread in blocks."""
+"""The loop of GPTQ: rows one after another, made to make up for what earlier ones lost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxweights.quantize._grid import Grid, decode, encode, find_scale
+from jaxweights.quantize._damped_factor import Factor
+from jaxweights.quantize._gptq_levels import Levels
 
-# Rows whose errors are gathered before they are spread over the rest of their block: enough to make
-# that a product worth its name, few enough that a row's own update stays in cache.
-_SUBBLOCK = 32
+# Rows that hand their changes to each other one by one, before a product hands them on: so few that
+# they stay in cache, so many that the product is worth its name.
+_AT_ONCE = 8
 
 _matmul = functools.partial(jnp.matmul, precision="highest")
 _slice = jax.lax.dynamic_slice_in_dim
@@ -23,7 +24,7 @@ class RowScales(NamedTuple):
     """Scales, and which of them each row reads.
 
     Attributes:
-      scale: `(rows, cols)`.
+      scale: `(rows, cols)`; every scale serves `out / cols` neighbouring columns.
       zero_point: Likewise, uint8, or None.
       of_row: Row of `scale` that each row of the matrix reads, `(in,)`.
     """
@@ -33,162 +34,253 @@ class RowScales(NamedTuple):
     of_row: jax.Array
 
     @classmethod
-    def unset(cls, rows: int, cols: int, of_row: jax.Array, grid: Grid) -> RowScales:
+    def unset(cls, rows: int, cols: int, of_row: jax.Array, levels: Levels) -> RowScales:
         """Scales still to be found."""
-        zero = jnp.zeros((rows, cols), jnp.uint8) if grid.unsigned else None
-        return cls(jnp.ones((rows, cols), grid.scale_dtype), zero, of_row)
+        zero = jnp.zeros((rows, cols), jnp.uint8) if levels.has_zero_point else None
+        return cls(jnp.ones((rows, cols), levels.scale_dtype), zero, of_row)
 
-    def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Scale and zero point of the i-th row of the matrix, `(cols,)`."""
-        row = self.of_row[i]
-        return self.scale[row], None if self.zero_point is None else self.zero_point[row]
+    def at(self, start: jax.Array, size: int) -> RowScales:
+        """The scales that `size` rows of the matrix read, one row each."""
+        rows = _slice(self.of_row, start, size)
+        zero = None if self.zero_point is None else self.zero_point[rows]
+        return RowScales(self.scale[rows], zero, jnp.arange(size))
 
-    def found(self, group: jax.Array, values: jax.Array, grid: Grid) -> RowScales:
-        """With one group's scales found from its `(group, out)` values."""
-        new = find_scale(values[None], grid)  # each (1, 1, out), or None
-        put = lambda old, x: None if x is None else _put(old, x[0], group, axis=0)  # noqa: E731
-        return self._replace(scale=put(self.scale, new[0]), zero_point=put(self.zero_point, new[1]))
+    def put(self, row: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> RowScales:
+        """With other scales `(1, cols)` in one row."""
+        zero = self.zero_point
+        if zero is not None and zero_point is not None:
+            zero = _put(zero, zero_point, row, axis=0)
+        return self._replace(scale=_put(self.scale, scale, row, axis=0), zero_point=zero)
+
+    def row(self, i: jax.Array, out_dim: int) -> tuple[jax.Array, jax.Array | None]:
+        """One row of the scales and of the zero points, `(out,)`."""
+        zero = None if self.zero_point is None else _widen(self.zero_point[i], out_dim)
+        return _widen(self.scale[i], out_dim), zero
 
 
 def quantize_rows(
     weight: jax.Array,
-    factor: jax.Array,
+    factor: Factor,
     scales: RowScales,
-    grid: Grid,
+    levels: Levels,
     *,
     moving: int | None,
-    stale: bool,
-    block_size: int,
-    mask: jax.Array | None,
+    per_row: bool = False,
+    stale: bool = False,
+    block_size: int = 128,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, RowScales, jax.Array]:
-    r"""Rounds rows in order, correcting later ones for the errors of earlier ones.
+    r"""Rounds rows in order, each to where it makes up best for the changes of the rows before it.
 
-    Looks backwards: a block of rows receives the errors of all blocks before it in one product, and
-    within the block `_SUBBLOCK` rows at a time do the same. So nothing of the weight's size is
-    rewritten.
+    Row i is not rounded itself but :math:`r_i = w_i + \sum_{j<i} S_{ij} D_j`, D being the changes
+    so far: the level nearest to it leaves the least of row i of the loss (see `Factor`). A block of
+    rows gets the changes of all blocks before it by products of blocks, and within the block a few
+    rows at a time do the same. Nothing of the weight's size is rewritten.
 
     Args:
       weight: `(in, out)` float32, in the order in which rows are visited.
-      factor: U, `(in, in)` upper triangular, with :math:`U^\top U` the inverse Gram matrix.
-      scales: All scales; of moving groups those that are still to be found.
-      grid: The grid.
+      factor: Of the Gram matrix, in the same order.
+      scales: All scales; those that are still to be found are overwritten.
+      levels: What is rounded to.
       moving: Rows of a group, where a group's scales are found when its first row is reached.
-      stale: Whether they are then read from rows that lack the errors of their own block.
+      per_row: Whether each row has scales of its own, found when it is reached.
+      stale: Whether moving groups are read from rows that lack the changes of their own block.
       block_size: Rows of a block, about.
       mask: Bool like `weight`; False makes a code that stands for zero.
 
     Returns:
-      Codes `(in, out)` int8 or uint8, the scales, and the errors `(in, out)` float32.
+      Codes `(in, out)`, the scales, and the loss, float32, `(out,)`.
     """
     in_dim, out_dim = weight.shape
-    block, sub = _block_sizes(in_dim, moving, block_size)
+    block, few = _block_sizes(in_dim, moving, block_size)
     padding = -in_dim % block
-    # Rows of zeros with an identity factor take no part.
+    groups = scales.scale.shape[0]
+    # Rows of zeros that nothing is handed to or on take no part.
     weight = jnp.pad(weight, ((0, padding), (0, 0)))
-    spread = jnp.pad(factor.T, (0, padding))  # spread[j, i] = U[i, j]
-    on_padding = jnp.arange(in_dim + padding) >= in_dim
-    spread = jnp.where(on_padding[:, None] & jnp.eye(in_dim + padding, dtype=bool), 1, spread)
-    scales = _pad_scales(scales, padding, moving)
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, padding), (0, 0)))
-    kept = lambda rows, at: (  # noqa: E731
-        rows if mask is None else jnp.where(_slice(mask, at, rows.shape[0]), rows, 0)
-    )
+    mask = None if mask is None else jnp.pad(mask, ((0, padding), (0, 0)))
+    spread = jnp.pad(factor.spread, (0, padding))
+    diagonal = jnp.pad(factor.diagonal, (0, padding))
+    scales = _pad_scales(scales, padding, moving, per_row=per_row)
+    ahead = _looking_ahead(spread, block if stale or moving is None else moving)
+
+    def kept(rows: jax.Array, at: jax.Array) -> jax.Array:
+        return rows if mask is None else jnp.where(_slice(mask, at, rows.shape[0]), rows, 0)
 
     def block_step(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
-        errors, scales = carry
-        # Rows of `errors` that are still to come are zero.
-        spread_rows = _slice(spread, start, block)
-        rows = _slice(weight, start, block) - _matmul(spread_rows, errors)
-        first = rows
-        inside = _slice(spread_rows, start, block, axis=1)
+        changes, scales, loss = carry
+        original = _slice(weight, start, block)
+        weights = _slice(spread, start, block)
 
-        def sub_step(s: jax.Array, state: Any) -> Any:
-            rows, errors, codes, scales = state
-            at = s * sub
-            if moving:
-                group = kept(_slice(first if stale else rows, at, moving), start + at)
-                number = (start + at) // moving
-                found_now = lambda old: old.found(number, group, grid)  # noqa: E731
-                if sub == moving:
-                    scales = found_now(scales)
-                else:
-                    scales = jax.lax.cond(at % moving == 0, found_now, lambda old: old, scales)
-            now, found = _subblock(
-                _slice(rows, at, sub),
-                _slice(_slice(inside, at, sub), at, sub, axis=1),
-                scales,
-                grid,
-                start + at,
-                mask,
+        def hand_on(b: jax.Array, rows: jax.Array) -> jax.Array:
+            at = b * block
+            return rows + _matmul(_slice(weights, at, block, axis=1), _slice(changes, at, block))
+
+        rows = jax.lax.fori_loop(0, start // block, hand_on, original)
+        inside = _slice(weights, start, block, axis=1)
+
+        received = rows - original
+
+        def find_group(at: jax.Array, changed: jax.Array | None, scales: RowScales) -> RowScales:
+            assert moving is not None
+            if stale:  # the whole block looks ahead, before any of its rows is changed
+                weights = _slice(ahead[start // block], at, moving)
+                group = _matmul(weights, received)
+            else:
+                given = _slice(received, at, moving)
+                if changed is not None:
+                    given = given + _matmul(_slice(inside, at, moving), changed)
+                group = _matmul(ahead[(start + at) // moving], given)
+            group = group + _slice(original, at, moving)
+            scale, zero = levels.find(kept(group, start + at)[None])
+            number = scales.of_row[start + at]
+            return scales.put(number, scale[0], None if zero is None else zero[0])
+
+        if moving == block:
+            scales = find_group(jnp.int32(0), None, scales)
+
+        def few_step(m: jax.Array, state: Any) -> Any:
+            changed, codes, scales, loss = state
+            at = m * few
+            if moving is not None and moving != block:
+                found = lambda old: find_group(at, changed, old)  # noqa: E731
+                scales = jax.lax.cond(at % moving == 0, found, lambda old: old, scales)
+            weights = _slice(inside, at, few)
+            now = _few_rows(
+                _slice(rows, at, few) + _matmul(weights, changed),
+                _slice(original, at, few),
+                _slice(weights, at, few, axis=1),
+                scales.at(start + at, few),
+                levels,
+                None if mask is None else _slice(mask, start + at, few),
+                per_row=per_row,
             )
-            rows = rows - _matmul(_slice(inside, at, sub, axis=1), found)
-            return rows, _put(errors, found, at, axis=0), _put(codes, now, at, axis=0), scales
+            if per_row:
+                for i in range(few):
+                    pick = lambda x, i=i: None if x is None else x[i : i + 1]  # noqa: E731
+                    number = scales.of_row[start + at + i]
+                    scales = scales.put(
+                        number, now.scales.scale[i : i + 1], pick(now.scales.zero_point)
+                    )
+            lost = now.missed * _slice(diagonal, start + at, few)[:, None]
+            return (
+                _put(changed, now.changes, at, axis=0),
+                _put(codes, now.codes, at, axis=0),
+                scales,
+                loss + jnp.sum(lost * lost, axis=0),
+            )
 
-        state = (
-            rows,
-            jnp.zeros_like(rows),
-            jnp.zeros((block, out_dim), jnp.uint8 if grid.unsigned else jnp.int8),
-            scales,
-        )
-        _, found, codes, scales = jax.lax.fori_loop(0, block // sub, sub_step, state)
-        return (_put(errors, found, start, axis=0), scales), codes
+        state = (jnp.zeros_like(rows), jnp.zeros(rows.shape, levels.code_dtype), scales, loss)
+        changed, codes, scales, loss = jax.lax.fori_loop(0, block // few, few_step, state)
+        return (_put(changes, changed, start, axis=0), scales, loss), codes
 
-    (errors, scales), codes = jax.lax.scan(
-        block_step, (jnp.zeros_like(weight), scales), jnp.arange(0, in_dim + padding, block)
+    (_, scales, loss), codes = jax.lax.scan(
+        block_step,
+        (jnp.zeros_like(weight), scales, jnp.zeros(out_dim)),
+        jnp.arange(0, in_dim + padding, block),
     )
-    rows = in_dim // moving if moving else scales.scale.shape[0]
     scales = RowScales(
-        scales.scale[:rows],
-        None if scales.zero_point is None else scales.zero_point[:rows],
+        scales.scale[:groups],
+        None if scales.zero_point is None else scales.zero_point[:groups],
         scales.of_row[:in_dim],
     )
-    return codes.reshape(-1, out_dim)[:in_dim], scales, errors[:in_dim]
+    return codes.reshape(-1, out_dim)[:in_dim], scales, loss
 
 
-def _subblock(
+class _Few(NamedTuple):
+    """What becomes of a few rows."""
+
+    codes: jax.Array
+    changes: jax.Array  # what the weight is more than the levels of its codes
+    missed: jax.Array  # the same of what was rounded
+    scales: RowScales
+
+
+def _few_rows(
     rows: jax.Array,
+    original: jax.Array,
     spread: jax.Array,
     scales: RowScales,
-    grid: Grid,
-    start: jax.Array,
+    levels: Levels,
     mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and errors of a few rows that already carry the errors of all rows before them."""
+    *,
+    per_row: bool,
+) -> _Few:
+    """Rounds a few rows that already carry the changes of all rows before them."""
+    few, out_dim = rows.shape
+    # Rows that are done, and each row itself, get nothing.
+    spread = jnp.tril(spread, -1)
 
-    def row_step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        codes, errors = state
-        row = rows[i] - _matmul(spread[i], errors)
-        scale, zero = scales.at(start + i)
-        code = encode(row, scale, zero, grid)
-        if mask is not None:
-            at_zero = 0 if zero is None else zero.astype(code.dtype)
-            code = jnp.where(mask[start + i], code, at_zero)
-        error = (row - decode(code, scale, zero)) / spread[i, i]
-        return codes.at[i].set(code.astype(codes.dtype)), errors.at[i].set(error)
+    def row_step(i: jax.Array, state: Any) -> Any:
+        rows, codes, scales = state
+        row = rows[i]
+        row = row if mask is None else jnp.where(mask[i], row, 0)
+        if per_row:
+            cols = scales.scale.shape[1]
+            scale, zero = levels.find(row.reshape(cols, out_dim // cols).T[None])
+            scales = scales.put(i, scale[0], None if zero is None else zero[0])
+        scale, zero = scales.row(i, out_dim)
+        # Read back from where they are put: so no row of numbers is computed twice.
+        codes = codes.at[i].set(levels.encode(row, scale, zero))
+        change = original[i] - levels.decode(codes[i], scale, zero)
+        return rows + spread[:, i][:, None] * change[None], codes, scales
 
-    dtype = jnp.uint8 if grid.unsigned else jnp.int8
-    start_state = jnp.zeros(rows.shape, dtype), jnp.zeros_like(rows)
-    return jax.lax.fori_loop(0, rows.shape[0], row_step, start_state)
+    start = rows, jnp.zeros(rows.shape, levels.code_dtype), scales
+    # A loop, not its steps written out: fused, they would no longer be vectorised.
+    rows, codes, scales = jax.lax.fori_loop(0, few, row_step, start)
+    scale = _widen(scales.scale, out_dim)
+    zero = None if scales.zero_point is None else _widen(scales.zero_point, out_dim)
+    values = levels.decode(codes, scale, zero)
+    return _Few(codes, original - values, rows - values, scales)
+
+
+def _looking_ahead(spread: jax.Array, size: int) -> jax.Array:
+    """What turns the changes that a group of rows has received into what its rows will become.
+
+    Row i is rounded from what it received, and from what the group's rows before it hand on. Where
+    nothing is rounded, that all of them make up for what they received, D_i = -(received_i +
+    sum_{j<i} S_ij D_j), solves a triangular system.
+
+    Args:
+      spread: S, `(in, in)`.
+      size: Rows of a group; divides `in`.
+
+    Returns:
+      Inverses of the diagonal blocks of S, `(in / size, size, size)`.
+    """
+    count = spread.shape[0] // size
+    at = jnp.arange(count)
+    blocks = spread.reshape(count, size, count, size)[at, :, at]
+    identity = jnp.broadcast_to(jnp.eye(size), blocks.shape)
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.linalg.triangular_solve(
+            blocks, identity, left_side=True, lower=True, unit_diagonal=True
+        )
+
+
+def _widen(field: jax.Array, out_dim: int) -> jax.Array:
+    """`(..., cols)` scales as `(..., out)`, or `(..., 1)` where one serves all."""
+    cols = field.shape[-1]
+    return field if cols in (1, out_dim) else jnp.repeat(field, out_dim // cols, axis=-1)
 
 
 def _block_sizes(in_dim: int, group: int | None, block_size: int) -> tuple[int, int]:
-    """Rows of a block, which holds whole groups, and of a sub-block, which divides a group."""
+    """Rows of a block, which holds whole groups, and of the few at once, which divide a group."""
     if group is None:
-        block = unit = min(block_size, -(-in_dim // _SUBBLOCK) * _SUBBLOCK)
+        block = unit = min(block_size, -(-in_dim // _AT_ONCE) * _AT_ONCE)
     else:
         block, unit = group * max(1, block_size // group), group
-    return block, max(d for d in range(1, min(_SUBBLOCK, unit) + 1) if unit % d == 0)
+    return block, max(d for d in range(1, min(_AT_ONCE, unit) + 1) if unit % d == 0)
 
 
-def _pad_scales(scales: RowScales, padding: int, group: int | None) -> RowScales:
-    """Scales for the rows of padding: groups of their own where groups move, else any."""
+def _pad_scales(scales: RowScales, padding: int, group: int | None, *, per_row: bool) -> RowScales:
+    """Scales for the rows of padding: of their own where scales are still found, else any."""
     if not padding:
         return scales
     scale, zero, of_row = scales
-    if group is None:
+    if group is None and not per_row:
         return scales._replace(of_row=jnp.pad(of_row, (0, padding)))
-    new_rows = ((0, padding // group), (0, 0))
+    rows, each = scale.shape[0], group or 1
+    new_rows = ((0, padding // each), (0, 0))
     zero = None if zero is None else jnp.pad(zero, new_rows)
-    padded = jnp.arange(of_row.shape[0], of_row.shape[0] + padding) // group
+    padded = rows + jnp.arange(padding) // each
     return RowScales(jnp.pad(scale, new_rows), zero, jnp.concatenate([of_row, padded]))

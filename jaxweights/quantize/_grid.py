@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Integer
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
 GroupSize = int | Literal["tensor"] | None
+GroupAxis = Literal["input", "output"]
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -62,12 +63,15 @@ class Grid:
     Args:
       kind: A row of the table.
       bits: Bits per code, 2 to 8.
-      group_size: Input rows that share a scale; None for all of an output's, "tensor" for all of
-        the matrix's.
+      group_size: Rows or columns that share a scale; None for all of an output's (or an input's),
+        "tensor" for all of the matrix's.
       scale_dtype: Dtype that scales are stored in, and rounded to before codes are chosen.
       search: Where the range ends: "absmax" at the extremes; "mse" where the sum of |error|^2.4 is
         least among 80 ranges from 1 to 0.21 times that; a number p at the extremes without the
         (100 - p) % largest magnitudes on either side.
+      group_axis: "input" for groups of neighbouring rows of one output; "output" for groups of
+        neighbouring columns of one input, so that an input whose weights are large shares its
+        scales with no other.
     """
 
     kind: GridKind
@@ -75,6 +79,7 @@ class Grid:
     group_size: GroupSize = None
     scale_dtype: Any = _FLOAT32
     search: Search = "absmax"
+    group_axis: GroupAxis = "input"
 
     @property
     def unsigned(self) -> bool:
@@ -98,6 +103,7 @@ def make_grid(
     grid: GridKind | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
+    group_axis: GroupAxis = "input",
 ) -> Grid:
     """Checks the settings of a grid and fills in what is None.
 
@@ -108,6 +114,7 @@ def make_grid(
       grid: Kind; None gives "narrow" at 8 bits and "signed_max" below.
       scale_dtype: Floating dtype of the stored scales.
       search: As in `Grid`.
+      group_axis: As in `Grid`.
 
     Returns:
       The grid.
@@ -145,17 +152,24 @@ def make_grid(
             )
     elif not 50 < search <= 100:
         raise ValueError(f"{asker}: search={search} must be a percentile above 50, up to 100.")
-    return Grid(grid, bits, group_size, jnp.dtype(scale_dtype), search)
+    if group_axis not in get_args(GroupAxis):
+        raise ValueError(
+            f"{asker}: group_axis={group_axis!r} is unknown. Choose 'input' (groups of rows of one "
+            "output) or 'output' (groups of columns of one input)."
+        )
+    return Grid(grid, bits, group_size, jnp.dtype(scale_dtype), search, group_axis)
 
 
-def unfit_group(grid: Grid, in_dim: int) -> str | None:
-    """What is wrong with the group size for a matrix of `in_dim` rows, if anything."""
+def unfit_group(grid: Grid, in_dim: int, out_dim: int) -> str | None:
+    """What is wrong with the group size for a matrix of these lengths, if anything."""
     size = grid.group_size
-    if not isinstance(size, int) or in_dim % size == 0:
+    length = in_dim if grid.group_axis == "input" else out_dim
+    if not isinstance(size, int) or length % size == 0:
         return None
-    divisors = [d for d in range(1, in_dim + 1) if in_dim % d == 0]
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
     return (
-        f"group_size={size} does not divide the input axis, which has length {in_dim}. Choose one "
+        f"group_size={size} does not divide the {grid.group_axis} axis, which has length {length}. "
+        f"Choose one "
         f"of {', '.join(map(str, divisors))}, or leave this weight out with `partition`."
     )
 
@@ -182,10 +196,23 @@ def quantize_matrix(weight: Float[Array, "in out"], grid: Grid) -> Codes:
 
 def round_matrix(weight: jax.Array, grid: Grid) -> Codes:
     """As `quantize_matrix`, with codes in int32, which packs faster."""
+    if grid.group_axis == "output":
+        # Groups of columns of a row are groups of rows of a column of the transpose.
+        turned = dataclasses.replace(grid, group_axis="input")
+        codes, scale, zero = round_matrix(weight.T, turned)
+        return Codes(codes.T, scale.T, None if zero is None else zero.T)
     groups = split_groups(weight.astype(jnp.float32), grid)  # (rows, group, out)
     scale, zero = find_scale(groups, grid)
     codes = encode(groups, scale, zero, grid).reshape(weight.shape)
     return Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
+
+
+def matrix_scales(weight: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zero points of a float32 `(in, out)` matrix, `(rows, cols)`."""
+    turned = grid.group_axis == "output"
+    scale, zero = find_scale(split_groups(weight.T if turned else weight, grid), grid)
+    pick = lambda field: field[:, 0].T if turned else field[:, 0]  # noqa: E731
+    return pick(scale), None if zero is None else pick(zero)
 
 
 def split_groups(weight: jax.Array, grid: Grid) -> jax.Array:

@@ -29,7 +29,7 @@ REFUSAL = (
 
 def unfit_leaf(leaf: Any, view: View, grid: Grid) -> str | None:
     """What is wrong with a leaf, from its representation and shape; None if nothing is."""
-    return unfit_values(leaf) or unfit_group(grid, view.in_dim)
+    return unfit_values(leaf) or unfit_group(grid, view.in_dim, view.out_dim)
 
 
 def unfit_values(leaf: Any) -> str | None:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.quantize._damped_factor import damped_factor, normalize_gram
+from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import Grid, decode, encode
-from jaxweights.quantize._inverse_factor import inverse_factor
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._outliers import Outliers
@@ -20,7 +21,6 @@ from jaxweights.weights._quantized import Quantized, pack_codes
 from jaxweights.weights._weight import is_weight
 
 _NAME = "quantize.requantize"
-_BLOCK = 128
 
 # What groups are stretched by where that is allowed: finely around 1, and up to twice the range.
 _STRETCHES = (1.0, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
@@ -180,18 +180,11 @@ def _one_matrix(
     clipped = _share_clipped(value, scales[of_row], zeros, grid)
     if gram is None:
         return encode(value, scales[of_row], zeros, grid), scale, clipped, jnp.zeros(())
-    factor, used = inverse_factor(_normalized(gram), damping)
+    factor = damped_factor(normalize_gram(gram), damping)
     codes, _, _ = quantize_rows(
-        value,
-        factor,
-        RowScales(scales, zero, of_row),
-        grid,
-        moving=None,
-        stale=False,
-        block_size=_BLOCK,
-        mask=mask,
+        value, factor, RowScales(scales, zero, of_row), GridLevels(grid), moving=None, mask=mask
     )
-    return codes, scale, clipped, used
+    return codes, scale, clipped, factor.damping
 
 
 def _share_clipped(
@@ -201,17 +194,6 @@ def _share_clipped(
     steps = jnp.round(value / scale.astype(jnp.float32))
     steps = steps if zero is None else steps + zero.astype(jnp.float32)
     return jnp.mean((steps < low) | (steps > high), dtype=jnp.float32)
-
-
-def _normalized(gram: jax.Array) -> jax.Array:
-    """A Gram matrix with a mean diagonal of 1, dead inputs having the mean."""
-    gram = gram.astype(jnp.float32)
-    diagonal = jnp.diagonal(gram)
-    dead = diagonal == 0
-    mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
-    mean = jnp.where(jnp.all(dead), 1, mean)
-    filled = jnp.where(dead, mean, diagonal)
-    return jnp.where(jnp.eye(gram.shape[0], dtype=bool), filled, gram) / mean
 
 
 def _stretched(

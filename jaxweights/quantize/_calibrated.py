@@ -1,0 +1,112 @@
+"""What methods that read Gram matrices say about the leaves that they could not calibrate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxweights.core._paths import Path
+
+OnFailure = Literal["error", "round_to_nearest"]
+
+
+class LeafReport(NamedTuple):
+    """How one leaf was quantized; arrays of the shape of its stack, `()` without one.
+
+    Attributes:
+      status: Strings: the method, `"<method>_damped:0.1"` where its Gram matrix needed more damping
+        than was asked for, or `"round_to_nearest:no_tokens"` and
+        `"round_to_nearest:not_positive_definite"` where there was no use of it.
+      error: `output_error`, relative; float32.
+      tokens: Tokens that the Gram matrix was summed over.
+    """
+
+    status: np.ndarray
+    error: np.ndarray
+    tokens: np.ndarray
+
+
+ReportLeaf = Callable[[Path, LeafReport], object]
+
+
+def check_on_failure(asker: str, on_failure: OnFailure) -> None:
+    """Refuses an unknown setting."""
+    if on_failure not in ("error", "round_to_nearest"):
+        raise ValueError(
+            f"{asker}: on_failure={on_failure!r} is unknown. Choose 'error' or 'round_to_nearest'."
+        )
+
+
+def status_of(method: str, tokens: np.ndarray, damping: np.ndarray, asked: float) -> np.ndarray:
+    """Statuses as in `LeafReport`, from tokens and damping of the shape of the stack.
+
+    Example:
+      >>> status_of("gptq", np.array([9, 9, 0]), np.array([0.01, 0.1, 0.01]), 0.01).tolist()
+      ['gptq', 'gptq_damped:0.1', 'round_to_nearest:no_tokens']
+    """
+
+    def one(tokens: int, damping: float) -> str:
+        if tokens == 0:
+            return "round_to_nearest:no_tokens"
+        if np.isnan(damping):
+            return "round_to_nearest:not_positive_definite"
+        raised = np.float32(damping) > np.float32(asked)
+        return f"{method}_damped:{damping:.2g}" if raised else method
+
+    tokens, damping = np.broadcast_arrays(tokens, damping)
+    found = [one(int(t), float(d)) for t, d in zip(tokens.flat, damping.flat, strict=True)]
+    return np.asarray(found, dtype=np.str_).reshape(tokens.shape)
+
+
+def describe_failure(path: Path, tokens: np.ndarray, damping: np.ndarray) -> str | None:
+    """Says which matrices of a leaf could not be factored, and why; None if all could."""
+    empty = np.asarray(tokens) == 0
+    failed = np.isnan(np.asarray(damping)) & ~empty
+    for bad, reason in (
+        (empty, "no calibration token reached it. Calibrate on more data"),
+        (failed, "its Gram matrix is not positive definite even with damping=1. Calibrate again"),
+    ):
+        if bad.any():
+            return (
+                f"{path!r}: {reason}, pass on_failure='round_to_nearest', or leave this weight out "
+                f"with `partition`.{_of_stack(bad)}"
+            )
+    return None
+
+
+def warn_of_fallback(asker: str, path: Path, status: np.ndarray) -> None:
+    """Warns where a matrix was rounded to nearest for want of a usable Gram matrix."""
+    fallen = np.char.startswith(status, "round_to_nearest")
+    if fallen.any():
+        reasons = sorted({one.split(":")[1] for one in status[fallen].flat})
+        warnings.warn(
+            f"{asker}: {path!r}: was rounded to nearest ({', '.join(reasons)}). Pass report=... to "
+            f"be told instead of warned.{_of_stack(fallen)}",
+            stacklevel=2,
+        )
+
+
+def warn_of_few_tokens(
+    asker: str, path: Path, tokens: np.ndarray, inputs: int, damping: np.ndarray
+) -> None:
+    """Warns where fewer tokens were seen than a matrix has inputs, but any."""
+    tokens = np.asarray(tokens)
+    few = (tokens < inputs) & (tokens > 0)
+    if few.any():
+        most = float(np.max(np.broadcast_to(damping, tokens.shape)[few]))
+        warnings.warn(
+            f"{asker}: {path!r}: {int(tokens[few].min())} tokens were seen, fewer than its "
+            f"{inputs} inputs: only the damping ({most:.2g} of the mean diagonal) makes its Gram "
+            f"matrix invertible. Calibrate on more data.{_of_stack(few)}",
+            stacklevel=2,
+        )
+
+
+def _of_stack(bad: np.ndarray) -> str:
+    if not bad.ndim:
+        return ""
+    places = [i[0] if len(i) == 1 else tuple(i) for i in np.argwhere(bad).tolist()]
+    return f" This holds for the matrices {places[:8]} of its stack."
