@@ -29,6 +29,7 @@ from jaxweights.core import leafwise as leafwise
 from jaxweights.core import materialized as materialized
 from jaxweights.core import merge_stats as merge_stats
 from jaxweights.core import partition as partition
+from jaxweights.core import partition_by as partition_by
 from jaxweights.core import plan as plan
 from jaxweights.core import split as split
 from jaxweights.core import stateless as stateless

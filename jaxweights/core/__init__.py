@@ -12,6 +12,7 @@ from jaxweights.core._leafwise import leafwise as leafwise
 from jaxweights.core._materialized import materialized as materialized
 from jaxweights.core._optax import to_optax as to_optax
 from jaxweights.core._partition import partition as partition
+from jaxweights.core._partition import partition_by as partition_by
 from jaxweights.core._paths import Flat as Flat
 from jaxweights.core._paths import Params as Params
 from jaxweights.core._paths import Path as Path

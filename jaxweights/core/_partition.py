@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
+from collections.abc import Mapping
 from typing import Any
 
 from jaxweights.core._context import Context
 from jaxweights.core._paths import (
     Flat,
     Params,
+    Path,
     check_pattern,
     fail,
     flatten,
@@ -18,7 +21,7 @@ from jaxweights.core._paths import (
     unflatten,
 )
 from jaxweights.core._stats import Needs, union_needs
-from jaxweights.core._transform import Transform
+from jaxweights.core._transform import Transform, identity
 
 Rule = tuple[str | types.EllipsisType, Transform]
 
@@ -112,3 +115,40 @@ def partition(*rules: Rule) -> Transform:
         reads_statistics=any(tx.reads_statistics for tx in transforms),
         moves_inputs=any(tx.moves_inputs for tx in transforms),
     )
+
+
+def partition_by(choices: Mapping[Path, str], transforms: Mapping[str, Transform]) -> Transform:
+    """Gives every path the transform that a table names, and leaves all others alone.
+
+    Args:
+      choices: Names by path, perhaps read from JSON.
+      transforms: Transforms by name.
+
+    Returns:
+      A `partition`.
+
+    Raises:
+      ValueError: If a name is that of no transform; when it first sees a tree, if a path is not
+        there.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> bits = {f"int{b}": jw.quantize.round_to_nearest(bits=b) for b in (2, 4)}
+      >>> tx = partition_by({"up": "int4", "down": "int2"}, bits)
+      >>> new = jw.apply(tx, {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 4))})
+      >>> new["up"].bits, new["down"].bits
+      (4, 2)
+    """
+    fail(
+        "partition_by",
+        [
+            f"{path!r}: {name!r} is no transform. The nearest: {nearest(name, transforms)}."
+            for path, name in choices.items()
+            if name not in transforms
+        ],
+    )
+    paths: dict[str, list[Path]] = {}
+    for path, name in choices.items():
+        paths.setdefault(name, []).append(re.escape(path))
+    rules = [("|".join(patterns), transforms[name]) for name, patterns in paths.items()]
+    return partition(*rules, (..., identity()))

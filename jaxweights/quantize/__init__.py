@@ -2,6 +2,12 @@
 
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
+from jaxweights.quantize._allocate import Allocation as Allocation
+from jaxweights.quantize._allocate import FrontPoint as FrontPoint
+from jaxweights.quantize._allocate import LeafChoice as LeafChoice
+from jaxweights.quantize._allocate import allocate as allocate
+from jaxweights.quantize._allocate import allocation_needs as allocation_needs
+from jaxweights.quantize._allocation_figure import allocation_figure as allocation_figure
 from jaxweights.quantize._awq import AwqMatrix as AwqMatrix
 from jaxweights.quantize._awq import awq as awq
 from jaxweights.quantize._awq import awq_matrix as awq_matrix
@@ -34,6 +40,7 @@ from jaxweights.quantize._nf4 import four_bit_matrix as four_bit_matrix
 from jaxweights.quantize._nf4 import fp4 as fp4
 from jaxweights.quantize._nf4 import nf4 as nf4
 from jaxweights.quantize._output_error import output_error as output_error
+from jaxweights.quantize._packed_bytes import packed_bytes as packed_bytes
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest

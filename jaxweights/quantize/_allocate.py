@@ -1,0 +1,442 @@
+"""allocate: which method, bits and group each leaf gets under a budget of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxweights.core._apply import LayoutLike, resolve_layout
+from jaxweights.core._context import Context, Progress
+from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._partition import partition_by
+from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest
+from jaxweights.core._plan import leaf_bytes
+from jaxweights.core._stats import Needs, Stats, union_needs
+from jaxweights.core._transform import Transform
+from jaxweights.quantize._knapsack import Option, convex_front, solve
+from jaxweights.quantize._output_error import output_error
+from jaxweights.quantize._packed_bytes import packed_bytes
+from jaxweights.weights._axes import View
+from jaxweights.weights._weight import is_weight, materialize
+
+Measure = Literal["relative", "output", "fisher", "weight"]
+Size = Literal["stored", "packed"]
+
+_NAME = "quantize.allocate"
+_READS: dict[str, frozenset[str]] = {
+    "relative": frozenset({"gram", "count"}),
+    "output": frozenset({"gram", "count"}),
+    "fisher": frozenset({"grad_sq"}),
+    "weight": frozenset(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafChoice:
+    """What one leaf gets.
+
+    Attributes:
+      path: Its path.
+      choice: Name of the candidate.
+      bytes: What the leaf then takes.
+      error: What the leaf then adds to the error.
+      options: Of every candidate that fits the leaf, its bytes and error.
+      unfit: Of every candidate that does not, the reason.
+    """
+
+    path: Path
+    choice: str
+    bytes: int
+    error: float
+    options: dict[str, tuple[int, float]]
+    unfit: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontPoint:
+    """One allocation of the front: for every leaf a candidate, and what they sum to."""
+
+    bytes: int
+    error: float
+    choices: dict[Path, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """A choice for every leaf. Prints as a table.
+
+    Attributes:
+      leaves: What each leaf gets.
+      budget: The bytes that were allowed.
+      bytes: What all leaves take together.
+      error: What they sum to.
+      bound: No choice within the budget errs less than this.
+      front: The allocations that are best for some price of a byte: the lower convex hull of all,
+        from the fewest bytes to the least error.
+      uniform: Of every candidate that fits all leaves, the bytes and error of giving it to all.
+      candidates: The transforms by name.
+    """
+
+    leaves: tuple[LeafChoice, ...]
+    budget: int
+    bytes: int
+    error: float
+    bound: float
+    front: tuple[FrontPoint, ...]
+    uniform: dict[str, tuple[int, float]]
+    candidates: Mapping[str, Transform] = dataclasses.field(repr=False)
+
+    @property
+    def choices(self) -> dict[Path, str]:
+        """Names of candidates by path: what is to be stored."""
+        return {leaf.path: leaf.choice for leaf in self.leaves}
+
+    @property
+    def gap(self) -> float:
+        """How far the error may be above the least possible one, relative to it."""
+        return (self.error - self.bound) / self.error if self.error > 0 else 0.0
+
+    @property
+    def transform(self) -> Transform:
+        """The allocation as one transform."""
+        return partition_by(self.choices, self.candidates)
+
+    def to_json(self, indent: int | None = None) -> str:
+        """JSON of everything but the transforms; `partition_by` needs its `choices` alone."""
+        content = {
+            "choices": self.choices,
+            "budget": self.budget,
+            "bytes": self.bytes,
+            "error": self.error,
+            "bound": self.bound,
+            "leaves": [dataclasses.asdict(leaf) for leaf in self.leaves],
+            "front": [dataclasses.asdict(point) for point in self.front],
+            "uniform": self.uniform,
+        }
+        return json.dumps(content, indent=indent)
+
+    def __str__(self) -> str:
+        """An aligned table with a total."""
+        rows = [(x.path, x.choice, str(x.bytes), f"{x.error:.4g}") for x in self.leaves]
+        total = ("total", f"of {self.budget} bytes", str(self.bytes), f"{self.error:.4g}")
+        table = [("path", "choice", "bytes", "error"), *rows, total]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column > 1 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in table
+        ]
+        rule = "-" * (sum(widths) + 6)
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def allocation_needs(
+    params: Params, candidates: Mapping[str, Transform], *, measure: Measure = "relative"
+) -> Needs:
+    """The statistics that `allocate` reads: pass them to `calibrate`.
+
+    Args:
+      params: As in `allocate`.
+      candidates: As in `allocate`.
+      measure: As in `allocate`.
+
+    Returns:
+      Statistics by path.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> rounded = {"int4": jw.quantize.round_to_nearest(bits=4)}
+      >>> sorted(allocation_needs({"kernel": jnp.ones((4, 4))}, rounded)["kernel"])
+      ['count', 'gram']
+    """
+    own = {
+        path: _READS[measure]
+        for path, leaf in flatten(params)[0].items()
+        if is_float(leaf) and len(leaf.shape) > 1 and is_default_target(path)
+    }
+    parts = [tx.needs(params) for tx in candidates.values()]
+    return union_needs([*parts, own] if _READS[measure] else parts)
+
+
+def allocate(
+    params: Params,
+    candidates: Mapping[str, Transform],
+    *,
+    budget: int | None = None,
+    bits_per_weight: float | None = None,
+    measure: Measure = "relative",
+    size: Size = "stored",
+    importance: Mapping[str, float] | None = None,
+    stats: Stats | None = None,
+    layout: LayoutLike = None,
+    key: jax.Array | None = None,
+    progress: Progress | None = None,
+) -> Allocation:
+    r"""Chooses for every leaf one of several transforms, so that all fit into a budget.
+
+    Every candidate is tried on every leaf; then the choice with the least sum of errors whose
+    bytes fit is found exactly, as an integer program. Leaves of a stack get one choice.
+
+    Args:
+      params: Tree of arrays.
+      candidates: Transforms by name, such as `{"int4 g64": gptq(bits=4, group_size=64), "float":
+        identity()}`. One that does not fit a leaf (a group size that does not divide it) is not
+        offered to that leaf. One that leaves it as it is counts with its bytes as they are.
+      budget: Bytes that all leaves together may take which some candidate changes.
+      bits_per_weight: The same per entry of these leaves; give one of the two.
+      measure: What is summed over leaves, D being the change of the weight. "relative",
+        :math:`\operatorname{tr}(D^\top H D) / \operatorname{tr}(W^\top H W)`: the share of its
+        output that each layer loses. "output", the numerator per token, which favours layers with
+        large outputs. "fisher", :math:`\sum g^2 D^2` with the squared gradients of a loss: an
+        estimate of its increase. "weight", :math:`\|D\|^2 / \|W\|^2`, without data.
+      size: "stored" counts the bytes of the arrays, "packed" those of `packed_bytes`.
+      importance: Factors by pattern for the error of the leaves that it matches; 1 for others.
+      stats: Statistics from `calibrate` with `needs=allocation_needs(...)`.
+      layout: As in `apply`.
+      key: Randomness, for candidates that draw.
+      progress: Called with (path, leaves done, leaves in all).
+
+    Returns:
+      The allocation. `allocation.transform` carries it out; `allocation_figure` draws it.
+
+    Raises:
+      TypeError: If a candidate is no transform.
+      ValueError: If a setting is out of range, a statistic is missing, no candidate changes or fits
+        a leaf, or the budget is below what the smallest candidates take.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> keys = jax.random.split(jax.random.key(0))
+      >>> params = {"up": jax.random.normal(keys[0], (64, 64)), "down": jnp.ones((64, 64))}
+      >>> rounded = {f"int{b}": jw.quantize.round_to_nearest(bits=b) for b in (2, 4, 8)}
+      >>> found = jw.quantize.allocate(params, rounded, bits_per_weight=5.5, measure="weight")
+      >>> found.choices, found.bytes <= found.budget
+      ({'down': 'int2', 'up': 'int8'}, True)
+    """
+    _check(candidates, budget, bits_per_weight, measure, size)
+    flat, _ = flatten(params)
+    context = Context(stats=stats, key=key, layout=resolve_layout(flat, layout, stats))
+    factors = _factors(importance, flat)
+    trials = _offers(candidates, flat, context)
+    fail(_NAME, _missing(trials, measure, context))
+    sizes = packed_bytes if size == "packed" else leaf_bytes
+    leaves: dict[Path, dict[str, Option]] = {}
+    for done, (path, (offered, _)) in enumerate(trials.items(), start=1):
+        energy = _energy(flat[path], path, measure, context)
+        leaves[path] = {}
+        for name in offered:
+            new = _try(candidates[name], flat, context, path)
+            changed = new is not flat[path]
+            error = factors.get(path, 1.0) * float(energy(new)) if changed else 0.0
+            leaves[path][name] = Option(sizes(new), error)
+        if progress is not None:
+            progress(path, done, len(trials))
+    _refuse_nonfinite(leaves)
+    weights = sum(flat[path].size for path in leaves)
+    allowed = int(bits_per_weight * weights // 8) if budget is None else budget  # type: ignore
+    return _choose(leaves, trials, allowed, candidates)
+
+
+def _choose(
+    leaves: dict[Path, dict[str, Option]],
+    trials: dict[Path, tuple[list[str], dict[str, str]]],
+    budget: int,
+    candidates: Mapping[str, Transform],
+) -> Allocation:
+    items = [list(options.values()) for options in leaves.values()]
+    least = sum(min(option.size for option in item) for item in items)
+    if budget < least:
+        total = sum(len(item) for item in items)
+        raise ValueError(
+            f"{_NAME}: the budget of {budget} bytes is below {least}, which the smallest of "
+            f"{total} options take together. Allow more, or add smaller candidates."
+        )
+    best, bound = solve(items, budget)
+    names = [list(options) for options in leaves.values()]
+    named = lambda pick: {  # noqa: E731
+        path: own[i] for path, own, i in zip(leaves, names, pick.options, strict=True)
+    }
+    point = lambda pick: FrontPoint(pick.size, pick.error, named(pick))  # noqa: E731
+    uniform = {}
+    for name in candidates:
+        if all(name in options for options in leaves.values()):
+            chosen = [options[name] for options in leaves.values()]
+            uniform[name] = (sum(o.size for o in chosen), sum(o.error for o in chosen))
+    return Allocation(
+        leaves=tuple(
+            LeafChoice(
+                path,
+                name,
+                *leaves[path][name],
+                options={other: (o.size, o.error) for other, o in leaves[path].items()},
+                unfit=trials[path][1],
+            )
+            for path, name in named(best).items()
+        ),
+        budget=budget,
+        bytes=best.size,
+        error=best.error,
+        bound=bound,
+        front=tuple(map(point, convex_front(items))),
+        uniform=uniform,
+        candidates=dict(candidates),
+    )
+
+
+def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, size: str) -> None:
+    if not candidates:
+        raise ValueError(f"{_NAME}: candidates is empty. Name at least one transform.")
+    for name, tx in candidates.items():
+        if not isinstance(tx, Transform):
+            raise TypeError(f"{_NAME}: candidate {name!r} is {tx!r}, no transform.")
+        if tx.moves_inputs:
+            raise ValueError(
+                f"{_NAME}: candidate {name!r} moves or rescales inputs, so that its errors cannot "
+                "be measured by these statistics. Apply it before, and calibrate again."
+            )
+    if (budget is None) == (bits_per_weight is None):
+        raise ValueError(
+            f"{_NAME}: budget={budget} and bits_per_weight={bits_per_weight}: give one of the two."
+        )
+    if measure not in get_args(Measure):
+        raise ValueError(
+            f"{_NAME}: measure={measure!r} is unknown. Choose one of {', '.join(_READS)}."
+        )
+    if size not in get_args(Size):
+        raise ValueError(f"{_NAME}: size={size!r} is unknown. Choose 'stored' or 'packed'.")
+
+
+def _factors(importance: Mapping[str, float] | None, flat: Flat) -> dict[Path, float]:
+    factors: dict[Path, float] = {}
+    problems = []
+    for pattern, factor in (importance or {}).items():
+        matched = [path for path in flat if re.fullmatch(pattern, path)]
+        factors |= dict.fromkeys(matched, factor)
+        if not matched:
+            problems.append(
+                f"importance: pattern {pattern!r} matches no leaf. The nearest paths: "
+                f"{nearest(pattern, flat)}."
+            )
+        if not factor >= 0:
+            problems.append(f"importance: {pattern!r} has the factor {factor}; it must not be < 0.")
+    fail(_NAME, problems)
+    return factors
+
+
+def _offers(
+    candidates: Mapping[str, Transform], flat: Flat, context: Context
+) -> dict[Path, tuple[list[str], dict[str, str]]]:
+    """For every leaf that a candidate changes: those that fit it, and why others do not."""
+    found: dict[Path, tuple[list[str], dict[str, str]]] = {}
+    problems = []
+    for path, leaf in flat.items():
+        if is_weight(leaf) or not hasattr(leaf, "dtype"):
+            continue
+        fit, unfit, touched = [], {}, False
+        for name, tx in candidates.items():
+            try:
+                touched |= _changes(tx, flat, context, path)
+                fit.append(name)
+            except ValueError as error:
+                unfit[name] = str(error).split("\n")[0]
+        if fit and touched:
+            found[path] = fit, unfit
+        elif unfit:
+            problems.append(f"{path!r}: no candidate fits. {next(iter(unfit.values()))}")
+    fail(_NAME, problems)
+    if not found:
+        raise ValueError(
+            f"{_NAME}: no candidate changes any leaf. Pass a tree with matrices, or candidates "
+            "that name these leaves with `partition`."
+        )
+    return found
+
+
+def _changes(tx: Transform, flat: Flat, context: Context, path: Path) -> bool:
+    changed: list[bool] = []
+
+    def run(leaf: Any) -> Any:
+        new = _try(tx, {**flat, path: leaf}, context, path)
+        changed.append(new is not leaf)
+        return new
+
+    jax.eval_shape(run, flat[path])
+    return changed[-1]
+
+
+def _try(tx: Transform, flat: Flat, context: Context, path: Path) -> Any:
+    one = dataclasses.replace(context, only=frozenset({path}))
+    return tx.update(flat, tx.init(flat), one)[0][path]
+
+
+def _missing(trials: Mapping[Path, Any], measure: str, context: Context) -> list[str]:
+    wanted = _READS[measure]
+    if not wanted:
+        return []
+    stats = context.require("stats", _NAME)
+    name = "grad_sq" if measure == "fisher" else "gram"
+    return [stats.why_missing(path, name) for path in trials if stats.get(path, name) is None]
+
+
+def _energy(leaf: jax.Array, path: Path, measure: str, context: Context) -> Any:
+    """A function of a leaf's approximation: the error by the chosen measure."""
+    stats: Any = context.stats
+    if measure == "weight":
+        return functools.partial(_weight_error, leaf)
+    if measure == "fisher":
+        examples = stats.get(path, "examples")
+        per = 1.0 if examples is None else 1.0 / max(float(examples), 1.0)
+        return functools.partial(_fisher_error, leaf, stats.get(path, "grad_sq") * per)
+    view = View.of(leaf.shape, context.layout[path])
+    gram, count = stats.get(path, "gram"), stats.get(path, "count")
+    per_token = gram / jnp.maximum(count, 1).astype(jnp.float32)[..., None, None]
+    return functools.partial(
+        _output_error, leaf, per_token, view=view, relative=measure == "relative"
+    )
+
+
+@jax.jit
+def _weight_error(leaf: jax.Array, new: Any) -> jax.Array:
+    old, new = (materialize(x).astype(jnp.float32) for x in (leaf, new))
+    total = jnp.sum(jnp.square(old))
+    return jnp.sum(jnp.square(new - old)) / jnp.where(total > 0, total, 1)
+
+
+@jax.jit
+def _fisher_error(leaf: jax.Array, squares: jax.Array, new: Any) -> jax.Array:
+    change = materialize(new).astype(jnp.float32) - leaf.astype(jnp.float32)
+    return jnp.sum(jnp.square(change) * squares.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("view", "relative"))
+def _output_error(
+    leaf: jax.Array, gram: jax.Array, new: Any, *, view: View, relative: bool
+) -> jax.Array:
+    """Summed over the matrices of a stack, the share of each or the error itself."""
+    old, dense = (view.to_matrix(materialize(x)) for x in (leaf, new))
+    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in (old, dense.astype(jnp.float32), gram))
+    one = lambda given: output_error(*given, relative=relative)  # noqa: E731
+    return jnp.sum(jax.lax.map(one, flat))
+
+
+def _refuse_nonfinite(leaves: dict[Path, dict[str, Option]]) -> None:
+    fail(
+        _NAME,
+        [
+            f"{path!r}: candidate {name!r} gives the error {option.error}. Repair the weight or "
+            "its statistics, or take the candidate away."
+            for path, options in leaves.items()
+            for name, option in options.items()
+            if not np.isfinite(option.error)
+        ],
+    )
