@@ -103,6 +103,7 @@ CASES = [
     ),
     Case("quantize.int8_dynamic", _Q.int8_dynamic),
     Case("quantize.int8_static", lambda: _Q.int8_static(bits=4)),
+    Case("quantize.statsq", lambda: _Q.statsq(bits=2)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
     Case("quantize.smooth", _Q.smooth),
