@@ -25,7 +25,7 @@ MatrixFn = Callable[..., Any]
 Wrap = Callable[[Any, Any, View], Any]
 Check = Callable[[Path, Any, View], str | None]
 Verify = Callable[[Path, Any], str | None]
-Shared = Callable[[Context], dict[str, jax.Array]]
+Shared = Callable[[Context, Flat], dict[str, jax.Array]]
 
 
 def leafwise(
@@ -68,8 +68,9 @@ def leafwise(
       refusal: What to do instead, for other representations.
       randomized: Whether `fn` draws random numbers.
       masked: Whether `fn` takes the mask of a weight that has one.
-      shared: `shared(context)` gives arrays that `fn` takes besides, the same for every matrix;
-        they may be traced, such as what a schedule says of `context.step`.
+      shared: `shared(context, params)` gives arrays that `fn` takes besides, the same for every
+        matrix; they may be traced, such as what a schedule says of `context.step`, or depend on all
+        leaves, which are given by path.
       mapping: `"vmap"` for all matrices at once, `"map"` for one after another, in the memory
         of one.
       check: `check(path, leaf, view)` says what is wrong with a leaf, from its shape.
@@ -131,7 +132,7 @@ def leafwise(
         flat, treedef = flatten(params)
         targets = targets_of(flat, context, name, accepts, refusal, check, wanted)
         key: Any = context.require("key", name) if randomized and targets else None
-        common = shared(context) if shared is not None and targets else {}
+        common = shared(context, flat) if shared is not None and targets else {}
         new, finite = dict(flat), {}
         problems: dict[Path, str] = {}
         done = 0

@@ -22,6 +22,9 @@ from jaxweights.quantize._grid import Codes as Codes
 from jaxweights.quantize._grid import Grid as Grid
 from jaxweights.quantize._grid import decode as decode
 from jaxweights.quantize._grid import quantize_matrix as quantize_matrix
+from jaxweights.quantize._hqq import Shrinkage as Shrinkage
+from jaxweights.quantize._hqq import hqq as hqq
+from jaxweights.quantize._hqq import hqq_matrix as hqq_matrix
 from jaxweights.quantize._int8_product import int8_dynamic as int8_dynamic
 from jaxweights.quantize._int8_product import int8_static as int8_static
 from jaxweights.quantize._joint import joint as joint
@@ -41,6 +44,9 @@ from jaxweights.quantize._nf4 import fp4 as fp4
 from jaxweights.quantize._nf4 import nf4 as nf4
 from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._packed_bytes import packed_bytes as packed_bytes
+from jaxweights.quantize._power import power as power
+from jaxweights.quantize._power import power_errors as power_errors
+from jaxweights.quantize._power import power_matrix as power_matrix
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest

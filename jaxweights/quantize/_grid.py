@@ -123,10 +123,7 @@ def make_grid(
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{asker}: bits={bits} must lie between 2 and 8.")
+    check_bits(asker, bits)
     if group_size is not None and group_size != "tensor":
         if not isinstance(group_size, int) or isinstance(group_size, bool):
             raise TypeError(
@@ -158,6 +155,14 @@ def make_grid(
             "output) or 'output' (groups of columns of one input)."
         )
     return Grid(grid, bits, group_size, jnp.dtype(scale_dtype), search, group_axis)
+
+
+def check_bits(asker: str, bits: Any) -> None:
+    """Refuses what is no number of bits from 2 to 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"{asker}: bits={bits} must lie between 2 and 8.")
 
 
 def unfit_group(grid: Grid, in_dim: int, out_dim: int) -> str | None:
@@ -236,7 +241,7 @@ def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | No
     elif not isinstance(grid.search, str):
         low, high = _percentiles(groups, float(grid.search))
     elif grid.kind == "affine":
-        low, high = _fold(groups, jnp.minimum), _fold(groups, jnp.maximum)
+        low, high = extremes(groups)
     else:
         low = high = largest_magnitude(groups)
     # 0 lies on every grid: pruned weights and padding stay exact zeros.
@@ -316,6 +321,17 @@ def largest_magnitude(groups: jax.Array) -> jax.Array:
       `(rows, 1, out)`, float32; NaN where a group holds one.
     """
     return _fold(groups, _larger)
+
+
+def extremes(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Least and largest entry of each `(rows, group, out)` group, `(rows, 1, out)`.
+
+    NaN where a group holds one.
+    """
+    if groups.size == 0:
+        none = jnp.zeros((groups.shape[0], 1, groups.shape[2]))
+        return none, none
+    return _fold(groups, jnp.minimum), _fold(groups, jnp.maximum)
 
 
 def _fold(groups: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._leafwise import leafwise
+from jaxweights.core._leafwise import Shared, leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import Block, unfit_block
@@ -52,11 +51,12 @@ def check_scale_dtype(asker: str, scale_dtype: Any) -> None:
 
 
 def represented(
-    matrix: Callable[[jax.Array], Scaled],
+    matrix: Callable[..., Scaled | Quantized],
     *,
     name: str,
     group_size: Block = None,
     word: str | None = None,
+    shared: Shared | None = None,
 ) -> Transform:
     """A transform from the representation of one matrix, for methods that need no data.
 
@@ -65,10 +65,11 @@ def represented(
       name: What errors call the transform.
       group_size: Blocks that must tile every leaf.
       word: What errors call these blocks; `group_size=...` by default.
+      shared: As in `leafwise`.
     """
 
-    def wrap(leaf: Any, weight: Scaled, view: View) -> Any:
-        weight = dataclasses.replace(weight, view=view, dtype=np.dtype(leaf.dtype))  # type: ignore
+    def wrap(leaf: Any, weight: Any, view: View) -> Any:
+        weight = dataclasses.replace(weight, view=view, dtype=np.dtype(leaf.dtype))
         return Masked(weight, leaf.mask) if isinstance(leaf, Masked) else weight
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
@@ -77,7 +78,7 @@ def represented(
         )
         return problem and f"{path!r}: {problem}"
 
-    def verify(path: Path, weight: Scaled) -> str | None:
+    def verify(path: Path, weight: Scaled | Quantized) -> str | None:
         return describe_bad_blocks(path, weight)
 
     return leafwise(
@@ -86,6 +87,7 @@ def represented(
         wrap=wrap,
         accepts=(Masked,),
         refusal=REFUSAL,
+        shared=shared,
         check=check,
         verify=verify,
         checks_finite=False,
@@ -135,9 +137,10 @@ def describe_bad_scales(path: Path, codes: Codes) -> str | None:
     )
 
 
-def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
+def describe_bad_blocks(path: Path, weight: Scaled | Quantized) -> str | None:
     """As `describe_bad_scales`, for any blocks."""
-    scale = np.asarray(weight.scale_matrix())
+    scale = weight.scale_matrix() if isinstance(weight, Scaled) else weight.scale
+    scale = np.asarray(scale.astype(np.float32))
     bad = np.argwhere(~np.isfinite(scale))
     if not len(bad):
         return None

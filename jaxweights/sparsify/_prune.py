@@ -112,7 +112,9 @@ def prune(
         return changed if form == "dense" else _mask(leaf, changed)
 
     scheduled = group.of is None and static is None
-    shared = (lambda context: {"sparsity": _read(name, sparsity, context)}) if scheduled else None
+    shared = (
+        (lambda context, _: {"sparsity": _read(name, sparsity, context)}) if scheduled else None
+    )
     return leafwise(choose, wrap=wrap, shared=shared, **common)
 
 

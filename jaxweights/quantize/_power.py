@@ -1,0 +1,229 @@
+"""power: levels spaced by a power of their number."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxweights.core._context import Context
+from jaxweights.core._leafwise import leafwise
+from jaxweights.core._paths import Flat
+from jaxweights.core._transform import Transform
+from jaxweights.quantize._blocks import (
+    Block,
+    block_counts,
+    block_max,
+    check_block,
+    in_units,
+    stored_scale,
+)
+from jaxweights.quantize._grid import check_bits, divide
+from jaxweights.quantize._leaves import check_scale_dtype, represented
+from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._masked import Masked
+from jaxweights.weights._scaled import combine
+
+_NAME = "quantize.power"
+
+PowerScope = Literal["tree", "leaf"]
+
+# Twenty, as the objective is flat about its minimum: 0.24, 0.28, ... 1.
+EXPONENTS = tuple(float(a) for a in np.round(np.linspace(0.24, 1, 20), 2))
+
+
+def power(
+    *,
+    bits: int,
+    group_size: Block = None,
+    exponents: Sequence[float] = EXPONENTS,
+    scope: PowerScope = "tree",
+    scale_dtype: DTypeLike = jnp.float32,
+) -> Transform:
+    r"""Rounds weights in the power domain, where small ones have finer levels; needs no data.
+
+    With :math:`Q = 2^{bits-1} - 1` and the largest magnitude of each group, the codes are
+    :math:`q = \mathrm{round}(Q\, \mathrm{sign}(w) (|w| / amax)^a)` and stand for
+    :math:`\mathrm{sign}(q)\, amax\, (|q| / Q)^{1/a}`. The exponent a is the one of `exponents` for
+    which the norms of all matrices' errors have the least sum. At a = 1 it is the "narrow" grid of
+    `round_to_nearest`. On normal weights, one scale per output, 4 bits, it has three quarters of
+    the squared error of "narrow"; with groups of 128 "signed_max" errs less.
+
+    Args:
+      bits: Bits per code, 2 to 8.
+      group_size: Input rows of one output sharing a scale; None for all of an output's, "tensor"
+        for all of the matrix's, a pair for tiles of (rows, columns).
+      exponents: Values of a to choose from, above 0, at most 1. Each costs a pass over the weights
+        unless there is only one.
+      scope: Who shares an exponent: all matrices that it acts on ("tree"), or nobody ("leaf"):
+        every leaf has its own then, and every matrix of a stack.
+      scale_dtype: Dtype that scales are stored in; codes are chosen for the stored scale.
+
+    Returns:
+      A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype.
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: If a setting is out of range; when it sees a tree, if the group size does not
+        divide an axis, a leaf is already quantized, or one holds values that are not finite.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"dense": {"kernel": jnp.array([[1.0, -9.0], [4.0, 4.0], [9.0, 1.0]])}}
+      >>> small = jw.apply(jw.quantize.power(bits=3, exponents=[0.5]), params)
+      >>> small["dense"]["kernel"].materialize().round(3).tolist()
+      [[1.0, -9.0], [4.0, 4.0], [9.0, 1.0]]
+
+    Source: Yvinec et al. 2023, arXiv:2301.09858, equations 5 to 8.
+    Differs: (1) The exponent is the best of a list instead of the end of a Nelder-Mead search. (2)
+      Weights may have scales for groups. (3) Activations are not quantized.
+    """
+    check_bits(_NAME, bits)
+    check_block(_NAME, group_size)
+    check_scale_dtype(_NAME, scale_dtype)
+    if scope not in get_args(PowerScope):
+        raise ValueError(f"{_NAME}: scope={scope!r} is unknown. Choose 'tree' or 'leaf'.")
+    exponents = tuple(float(a) for a in exponents)
+    if not exponents:
+        raise ValueError(f"{_NAME}: exponents is empty. Give at least one, such as [0.7].")
+    for exponent in exponents:
+        if not 0 < exponent <= 1:
+            raise ValueError(f"{_NAME}: exponent {exponent:g} must lie in (0, 1].")
+    grid = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
+    if len(exponents) == 1 or scope == "leaf":
+        matrix = functools.partial(power_matrix, exponents=exponents, **grid)
+        return represented(matrix, name=_NAME, group_size=group_size)
+
+    errors = leafwise(
+        functools.partial(power_errors, exponents=exponents, **grid),
+        name=_NAME,
+        wrap=lambda leaf, result, view: result,
+        accepts=(Masked,),
+        checks_finite=False,
+    )
+
+    def choose(context: Context, params: Flat) -> dict[str, jax.Array]:
+        quiet = dataclasses.replace(context, progress=None)
+        measured, _ = errors.update(params, (), quiet)
+        totals = [
+            jnp.sqrt(found).reshape(-1, len(exponents)).sum(axis=0)
+            for path, found in measured.items()
+            if found is not params[path]
+        ]
+        return {"exponent": jnp.asarray(exponents)[jnp.argmin(sum(totals))]}
+
+    def matrix(weight: jax.Array, exponent: jax.Array) -> Codebook:
+        return _encode(weight, exponent, **grid)
+
+    tx = represented(matrix, name=_NAME, group_size=group_size, shared=choose)
+    return dataclasses.replace(tx, scope="tree")
+
+
+def power_matrix(
+    weight: Float[Array, "in out"],
+    *,
+    bits: int,
+    group_size: Block = None,
+    exponents: Sequence[float] = EXPONENTS,
+    scale_dtype: DTypeLike = jnp.float32,
+) -> Codebook:
+    """One matrix with the exponent that errs least on it.
+
+    Args:
+      weight: `(in, out)`, floating.
+      bits: As in `power`.
+      group_size: As in `power`.
+      exponents: As in `power`.
+      scale_dtype: As in `power`.
+
+    Returns:
+      The matrix.
+
+    Example:
+      >>> matrix = power_matrix(jnp.array([[9.0], [-1.0]]), bits=3, exponents=[1.0, 0.5])
+      >>> matrix.codes_matrix().tolist(), matrix.materialize().round(3).tolist()
+      ([[6], [2]], [[9.0], [-1.0]])
+    """
+    grid: Any = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
+    exponent = jnp.float32(exponents[0])
+    if len(exponents) > 1:
+        errors = power_errors(weight, exponents=exponents, **grid)
+        exponent = jnp.asarray(exponents, jnp.float32)[jnp.argmin(errors)]
+    return _encode(weight, exponent, **grid)
+
+
+def power_errors(
+    weight: Float[Array, "in out"],
+    *,
+    bits: int,
+    group_size: Block = None,
+    exponents: Sequence[float] = EXPONENTS,
+    scale_dtype: DTypeLike = jnp.float32,
+) -> Float[Array, " exponents"]:
+    """Squared error of one matrix for every exponent, summed over entries.
+
+    Args:
+      weight: `(in, out)`, floating.
+      bits: As in `power`.
+      group_size: As in `power`.
+      exponents: As in `power`.
+      scale_dtype: As in `power`.
+
+    Returns:
+      Float32 errors.
+
+    Example:
+      >>> power_errors(jnp.array([[9.0], [-1.0]]), bits=3, exponents=[1.0, 0.5]).round(3).tolist()
+      [1.0, 0.0]
+    """
+    wide = weight.astype(jnp.float32)
+    steps, scale = _steps(wide, bits, group_size, scale_dtype)
+    step, top = scale.astype(jnp.float32), 2 ** (bits - 1) - 1
+
+    def error(exponent: jax.Array) -> jax.Array:
+        size = _size_of_codes(jnp.abs(steps), exponent, top)
+        missed = combine(_level(size, exponent, top) - jnp.abs(steps), step, jnp.multiply)
+        return jnp.sum(missed * missed)
+
+    return jax.lax.map(error, jnp.asarray(exponents, jnp.float32))
+
+
+def _encode(
+    weight: jax.Array, exponent: jax.Array, *, bits: int, group_size: Block, scale_dtype: DTypeLike
+) -> Codebook:
+    top = 2 ** (bits - 1) - 1
+    steps, scale = _steps(weight.astype(jnp.float32), bits, group_size, scale_dtype)
+    size = _size_of_codes(jnp.abs(steps), exponent, top)
+    codes = jnp.where(steps < 0, -size, size).astype(jnp.int32) + top
+    levels = _level(jnp.arange(1, top + 1, dtype=jnp.float32), exponent, top)
+    table = jnp.concatenate([-levels[::-1], jnp.zeros(1), levels])
+    return Codebook.from_codes(codes, table, scale, bits=bits)
+
+
+def _steps(
+    wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Entries in units of a uniform grid's step, and that step: `narrow` rounds just these."""
+    largest = block_max(wide, block_counts(group_size, *wide.shape))
+    scale = stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
+    return in_units(wide, scale), scale
+
+
+def _size_of_codes(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
+    """Magnitudes of the codes of entries of a magnitude, in steps."""
+    # Q (v / Q)^a; without the power, which rounds, where there is none.
+    curved = top * jnp.exp(exponent * jnp.log(divide(size, top)))
+    return jnp.clip(jnp.round(jnp.where(exponent == 1, size, curved)), 0, top)
+
+
+def _level(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
+    """What codes of a magnitude stand for, in steps: q (q / Q)^(1/a - 1), q itself for a = 1."""
+    bend = jnp.exp((1 / exponent - 1) * jnp.log(jnp.maximum(size, 0.5) / top))
+    return size * bend
