@@ -15,5 +15,6 @@ from jaxweights.checkpoint._safetensors_header import TensorInfo as TensorInfo
 from jaxweights.checkpoint._saved import register_saved as register_saved
 from jaxweights.checkpoint._source import Checkpoint as Checkpoint
 from jaxweights.checkpoint._source import open_checkpoint as open_checkpoint
+from jaxweights.checkpoint._write_gguf import write_gguf as write_gguf
 from jaxweights.checkpoint._write_safetensors import LazyTensor as LazyTensor
 from jaxweights.checkpoint._write_safetensors import write_safetensors as write_safetensors

@@ -59,6 +59,7 @@ class GGUFReader(TensorTable[GGUFTensorInfo]):
       metadata: Its key-value pairs; arrays are lists. Bytes of a string that are not UTF-8 are
         kept as `surrogateescape` keeps them.
       infos: Tensors by name.
+      kinds: Type of every metadata value, and that of an array's elements, by the format's numbers.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class GGUFReader(TensorTable[GGUFTensorInfo]):
         version: int,
         metadata: dict[str, Any],
         infos: dict[str, GGUFTensorInfo],
+        kinds: dict[str, tuple[int, int | None]],
     ):
         """Made by `open_gguf`, which checks what it passes."""
         super().__init__(file.path, infos)
         self.version = version
         self.metadata = metadata
+        self.kinds = kinds
         self._file = file
 
     def raw(self, name: str) -> np.ndarray:
@@ -145,12 +148,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFReader:
     # A pair takes at least 8 + 4 + 1 bytes, a tensor 8 + 4 + 4 + 8.
     cursor.expect(pair_count, 13, "metadata pairs")
     metadata: dict[str, Any] = {}
+    kinds: dict[str, tuple[int, int | None]] = {}
     for _ in range(pair_count):
         key = cursor.name("a metadata key")
         if key in metadata:
             raise cursor.error(f"the metadata key {key!r} appears twice")
         cursor.place = f"metadata {key!r}"
-        metadata[key] = cursor.value(cursor.number("I"))
+        kind = cursor.number("I")
+        kinds[key] = (kind, cursor.coming("I") if kind == _ARRAY else None)
+        metadata[key] = cursor.value(kind)
     cursor.place = "tensor table"
     cursor.expect(tensor_count, 24, "tensors")
     entries = _tensor_table(cursor, tensor_count)
@@ -162,7 +168,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFReader:
         entry.name: _checked_info(cursor, entry, start, alignment) for entry in entries.values()
     }
     _check_overlap(cursor, infos)
-    return GGUFReader(file, version, metadata, infos)
+    return GGUFReader(file, version, metadata, infos, kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +213,13 @@ class _Cursor:
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
+
+    def coming(self, code: str) -> Any:
+        """The next number, which stays there to be read."""
+        place = self.position
+        number = self.number(code)
+        self.position = place
+        return number
 
     def name(self, what: str) -> str:
         length = self.number("Q")

@@ -61,7 +61,7 @@ def _half(data: np.ndarray, start: int) -> np.ndarray:
     return np.ascontiguousarray(data[:, start : start + 2]).view("<f2").astype(np.float32)
 
 
-def _nibbles(packed: np.ndarray, out: np.ndarray) -> None:
+def nibbles(packed: np.ndarray, out: np.ndarray) -> None:
     """Low nibbles, then high nibbles, of `(..., n)` bytes into `(..., 2 n)` values."""
     n = packed.shape[-1]
     out[..., :n] = packed & 0x0F
@@ -69,31 +69,31 @@ def _nibbles(packed: np.ndarray, out: np.ndarray) -> None:
 
 
 def _q4_0(data: np.ndarray, out: np.ndarray) -> None:
-    _nibbles(data[:, 2:], out)
+    nibbles(data[:, 2:], out)
     out -= 8
     out *= _half(data, 0)
 
 
 def _q4_1(data: np.ndarray, out: np.ndarray) -> None:
-    _nibbles(data[:, 4:], out)
+    nibbles(data[:, 4:], out)
     out *= _half(data, 0)
     out += _half(data, 2)
 
 
-def _five_bits(high: np.ndarray, packed: np.ndarray, out: np.ndarray) -> None:
+def five_bits(high: np.ndarray, packed: np.ndarray, out: np.ndarray) -> None:
     """Nibbles whose fifth bits are the bits of `high`, `(blocks, 4)`, lowest first."""
-    _nibbles(packed, out)
+    nibbles(packed, out)
     out += np.unpackbits(high, axis=1, bitorder="little") * np.uint8(16)
 
 
 def _q5_0(data: np.ndarray, out: np.ndarray) -> None:
-    _five_bits(data[:, 2:6], data[:, 6:], out)
+    five_bits(data[:, 2:6], data[:, 6:], out)
     out -= 16
     out *= _half(data, 0)
 
 
 def _q5_1(data: np.ndarray, out: np.ndarray) -> None:
-    _five_bits(data[:, 4:8], data[:, 8:], out)
+    five_bits(data[:, 4:8], data[:, 8:], out)
     out *= _half(data, 0)
     out += _half(data, 2)
 
@@ -102,7 +102,7 @@ def _q8_0(data: np.ndarray, out: np.ndarray) -> None:
     np.multiply(data[:, 2:].view(np.int8), _half(data, 0), out=out)
 
 
-def _two_bits(packed: np.ndarray) -> np.ndarray:
+def two_bits(packed: np.ndarray) -> np.ndarray:
     """Values of 64 bytes, each byte holding four that lie 32 apart: `(blocks, 256)` uint8."""
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     return (packed.reshape(-1, 2, 1, 32) >> shifts & 3).reshape(-1, 256)
@@ -115,19 +115,22 @@ def _in_runs(out: np.ndarray, length: int) -> np.ndarray:
 
 def _q2_k(data: np.ndarray, out: np.ndarray) -> None:
     scales = data[:, :16]
-    out[:] = _two_bits(data[:, 16:80])
+    out[:] = two_bits(data[:, 16:80])
     runs = _in_runs(out, 16)
     runs *= (_half(data, 80) * (scales & 0x0F))[:, :, None]
     runs -= (_half(data, 82) * (scales >> 4))[:, :, None]
 
 
-def _q3_k(data: np.ndarray, out: np.ndarray) -> None:
-    packed = data[:, 96:108]
-    # Sixteen scales of six bits: low nibbles of 8 bytes, high nibbles of them, then the top bits.
+def q3_k_scales(packed: np.ndarray) -> np.ndarray:
+    """Sixteen scales of six bits: low nibbles of 8 bytes, their high nibbles, then the top bits."""
     low = np.concatenate([packed[:, :8] & 0x0F, packed[:, :8] >> 4], axis=1)
     high = packed[:, None, 8:] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
-    scales = (low | high.reshape(-1, 16) << 4).astype(np.int8) - np.int8(32)
-    out[:] = _two_bits(data[:, 32:96])
+    return (low | high.reshape(-1, 16) << 4).astype(np.int8) - np.int8(32)
+
+
+def _q3_k(data: np.ndarray, out: np.ndarray) -> None:
+    scales = q3_k_scales(data[:, 96:108])
+    out[:] = two_bits(data[:, 32:96])
     # Bit b of mask byte i belongs to value 32 b + i; where it is clear, 4 is subtracted.
     mask = data[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     out -= (mask.reshape(-1, 256) ^ 1) * np.uint8(4)
@@ -135,7 +138,7 @@ def _q3_k(data: np.ndarray, out: np.ndarray) -> None:
     runs *= (_half(data, 108) * scales)[:, :, None]
 
 
-def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def k_scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Eight scales and eight minima of six bits each, out of twelve bytes."""
     a, b, c = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([a & 0x3F, c & 0x0F | a >> 2 & 0x30], axis=1)
@@ -144,19 +147,19 @@ def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scale_runs_of_32(data: np.ndarray, out: np.ndarray) -> None:
-    scales, minima = _scales_and_minima(data[:, 4:16])
+    scales, minima = k_scales_and_minima(data[:, 4:16])
     runs = _in_runs(out, 32)
     runs *= (_half(data, 0) * scales)[:, :, None]
     runs -= (_half(data, 2) * minima)[:, :, None]
 
 
 def _q4_k(data: np.ndarray, out: np.ndarray) -> None:
-    _nibbles(data[:, 16:].reshape(-1, 4, 32), out.reshape(-1, 4, 64))
+    nibbles(data[:, 16:].reshape(-1, 4, 32), out.reshape(-1, 4, 64))
     _scale_runs_of_32(data, out)
 
 
 def _q5_k(data: np.ndarray, out: np.ndarray) -> None:
-    _nibbles(data[:, 48:].reshape(-1, 4, 32), out.reshape(-1, 4, 64))
+    nibbles(data[:, 48:].reshape(-1, 4, 32), out.reshape(-1, 4, 64))
     # Bit b of byte i is the fifth bit of value 32 b + i.
     high = data[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     out += high.reshape(-1, 256) << 4
@@ -165,7 +168,7 @@ def _q5_k(data: np.ndarray, out: np.ndarray) -> None:
 
 def _q6_k(data: np.ndarray, out: np.ndarray) -> None:
     halves = out.reshape(-1, 2, 128)
-    _nibbles(data[:, :128].reshape(-1, 2, 64), halves)
+    nibbles(data[:, :128].reshape(-1, 2, 64), halves)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = data[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3
     halves += high.reshape(-1, 2, 128) << 4

@@ -24,6 +24,7 @@ from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
+from jaxweights.checkpoint.exchange._gguf_codes import INTEGER_TYPES, unpack_gguf
 from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.checkpoint.exchange._settings import Module, UnknownFormat, quantized_modules
 from jaxweights.weights._quantized import Quantized
@@ -352,6 +353,13 @@ class _GGUFCheckpoint(Checkpoint):
         return self._reader[name].dtype
 
     def read(self, name: str) -> np.ndarray:
+        return self._reader.read(name)
+
+    def represented(self, name: str) -> np.ndarray | Quantized:
+        info = self._reader[name]
+        if info.block_type.name in INTEGER_TYPES and len(info.shape) == 2:
+            rows, columns = info.shape
+            return unpack_gguf(info.block_type.name, self._reader.raw(name), (rows, columns))
         return self._reader.read(name)
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 # As `recipes._write.Format` has them, which is imported only when there is something to write.
-FORMATS = ("safetensors", "orbax", "gptq", "gptq_v2", "awq", "compressed-tensors")
+FORMATS = ("safetensors", "orbax", "gptq", "gptq_v2", "awq", "compressed-tensors", "gguf")
 SUMMARY = "write a checkpoint in another format"
 DESCRIPTION = """\
 Writes a checkpoint of any format that can be read (safetensors, GPTQ, AWQ, compressed-tensors,
 GGUF, a result of `jaxweights run`) as safetensors under the names that other tools read, as Orbax,
-or as a quantized checkpoint that transformers and vLLM load. Config and tokenizer travel along.
+or as a checkpoint that transformers, vLLM or llama.cpp load. Config and tokenizer travel along.
 
 Represented weights become dense in safetensors and stay as they are in Orbax. The quantized formats
 hold the integers of quantized weights as they are: nothing is rounded again, and a checkpoint that
@@ -30,7 +30,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint: a file or a folder")
-    parser.add_argument("destination", metavar="DESTINATION", help="a folder to make")
+    parser.add_argument(
+        "destination", metavar="DESTINATION", help="a folder to make, or a .gguf file"
+    )
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument(
         "--target", choices=("vllm",), help="also demand what the kernels of this reader need"
@@ -59,8 +61,9 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from jaxweights.recipes._write import write_checkpoint
 
     source, destination = resolve(Path(options.source)), Path(options.destination)
+    single = options.to == "gguf" and destination.suffix == ".gguf"
     check_destination(
-        "jaxweights convert", destination, overwrite=options.overwrite, directory=True
+        "jaxweights convert", destination, overwrite=options.overwrite, directory=not single
     )
     refuse_unrelated("jaxweights convert", destination)
     with show_progress(options.quiet) as progress:
@@ -87,6 +90,10 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "fingerprint": fingerprint,
         "destination": str(destination),
         "format": options.to,
-        "files": sorted(p.relative_to(destination).as_posix() for p in destination.iterdir()),
+        "files": [destination.name] if single else _names(destination),
     }
     return result, f"Written to {destination}: {', '.join(result['files'])}"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.iterdir())

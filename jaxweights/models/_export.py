@@ -11,6 +11,7 @@ from jaxweights.core._paths import flatten
 from jaxweights.models._arrange import write_tree
 from jaxweights.models._bert import BertConfig
 from jaxweights.models._convert import name_map
+from jaxweights.models._gguf_export import write_gguf_model
 from jaxweights.models._hf_json import config_to_dict
 from jaxweights.models._llama_config import LlamaConfig
 from jaxweights.weights._weight import is_weight
@@ -26,30 +27,33 @@ def export_checkpoint(
     params: Any,
     config: LlamaConfig | BertConfig,
     *,
-    form: Form,
+    form: Form | Literal["gguf"],
     target: Literal["vllm"] | None = None,
     settings: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
     carried: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model whose kernels are `Quantized` so that transformers and vLLM load it.
+    """Writes a model whose kernels are `Quantized` so that transformers, vLLM or llama.cpp load it.
 
     Stacked leaves are written layer by layer, and dense leaves as they are: `lm_head` and
     embeddings usually. Where a `Masked` is over a `Quantized`, removed weights get the code of 0.
 
     Args:
-      destination: A folder to make.
+      destination: A folder to make; for `gguf` also a file whose name ends in `.gguf`, while a
+        folder gets a `model.gguf`.
       params: The model's parameters, some of them `Quantized`.
       config: Of the model.
-      form: `gptq`, `gptq_v2`, `awq` or `compressed-tensors`.
+      form: `gptq`, `gptq_v2`, `awq`, `compressed-tensors`, or `gguf`, of which the Llama family
+        is written: quantized leaves as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, embeddings too.
       target: "vllm" also demands what its Marlin kernels need.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had.
       files: More files of the folder by name: tokenizer, licence. A `config.json` among them is
         kept and gets the `quantization_config`; else it is made.
       carried: Further tensors by name, that the model does not use.
-      metadata: Text by key for the file's own metadata.
+      metadata: Text by key for the file's own metadata; for `gguf`, the metadata of a GGUF file,
+        tokenizer included, which then is not made from `files`.
       overwrite: Whether an existing destination may be replaced.
 
     Raises:
@@ -79,6 +83,13 @@ def export_checkpoint(
     flat, treedef = flatten(params)
     plain = [without_mask(leaf) if is_weight(leaf) else leaf for leaf in flat.values()]
     params = treedef.unflatten(plain)
+    if form == "gguf":
+        if target is not None:
+            raise ValueError(f"{_ASKER}: target={target!r} is for safetensors, not for gguf.")
+        write_gguf_model(
+            destination, params, config, metadata=metadata, files=files or {}, overwrite=overwrite
+        )
+        return
     names = name_map(config, "huggingface")
     tensors = write_tree(params, names, asker=_ASKER, represented=True) | dict(carried or {})
     rest = dict(files or {})

@@ -128,7 +128,8 @@ def _check_vocabulary(
             )
 
 
-def _pre_tokenizer(name: str) -> Any:
+def known_cuts() -> dict[str, Callable[[], Any]]:
+    """Ways to cut a text before its parts are merged, by the names that GGUF has for them."""
     from tokenizers import Regex, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel
@@ -144,7 +145,7 @@ def _pre_tokenizer(name: str) -> Any:
     def plain() -> Any:
         return byte_level(add_prefix_space=False)
 
-    ways: dict[str, Callable[[], Any]] = {
+    return {
         "gpt-2": plain,
         "olmo": plain,
         "smollm": digits_alone,
@@ -153,6 +154,10 @@ def _pre_tokenizer(name: str) -> Any:
         "dbrx": lambda: cut(r"\p{N}{1,3}"),
         "qwen2": lambda: cut(r"\p{N}"),
     }
+
+
+def _pre_tokenizer(name: str) -> Any:
+    ways = known_cuts()
     if name not in ways:
         raise ValueError(
             f"{_ASKER}: tokenizer.ggml.pre={name!r} is not supported. Supported: "

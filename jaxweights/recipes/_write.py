@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-Format = Literal["orbax", "safetensors", "gptq", "gptq_v2", "awq", "compressed-tensors"]
+Format = Literal["orbax", "safetensors", "gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -54,9 +54,12 @@ def write_checkpoint(
             overwrite=overwrite,
         )
         return
-    metadata = {} if provenance is None else {"jaxweights": provenance.to_json()}
+    metadata: Any = {} if provenance is None else {"jaxweights": provenance.to_json()}
     if form != "safetensors":
         given = pretrained.source.quantization
+        if form == "gguf":  # its metadata have types, and those of another GGUF file stay
+            source = pretrained.source
+            metadata = source.metadata if source.format == "gguf" else None
         export_checkpoint(
             destination,
             params,

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -217,11 +216,6 @@ def without_mask(weight: Any) -> Any:
         dtype=base.dtype,
         view=base.view,
     )
-
-
-def first_matrix(weight: Any, layer: int) -> Any:
-    """One matrix of a stack."""
-    return jax.tree.map(lambda field: field[layer], weight)
 
 
 def lazy(shape: tuple[int, ...], dtype: Any, make: Callable[[], np.ndarray]) -> LazyTensor:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import numpy as np
-
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
 from jaxweights.checkpoint.exchange._awq import pack_awq, unfit_awq
@@ -99,7 +97,10 @@ def write_quantized(
         else:
             written[name] = tensor
     weights = {name.removesuffix(".weight"): w for name, w in quantized.items()}
-    described = {**(settings or {}), **writer.settings(weights, _dense_linears(tensors, quantized))}
+    dense = _dense_linears(tensors, quantized)
+    if config.get("tie_word_embeddings") and "lm_head" not in (*dense, *weights):
+        dense.append("lm_head")  # a module without a tensor of its own
+    described = {**(settings or {}), **writer.settings(weights, dense)}
     content = {**config, "quantization_config": described}
     write_safetensors(
         destination,
@@ -235,7 +236,8 @@ def _awq_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
         "group_size": common_group(weights),
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": dense or None,
+        # Readers leave the head dense by themselves.
+        "modules_to_not_convert": [name for name in dense if name != "lm_head"] or None,
     }
 
 
@@ -304,8 +306,3 @@ WRITERS: dict[str, _Writer] = {
         unfit_compressed_tensors, _pack_compressed, _compressed_settings, uniform=False
     ),
 }
-
-
-def dense_of(weight: Quantized) -> np.ndarray:
-    """The numbers that a weight stands for, on the host."""
-    return np.asarray(weight.materialize())
