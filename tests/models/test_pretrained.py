@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxweights.checkpoint import open_gguf
 from jaxweights.models import (
     checkpoint_from_params,
     config_to_dict,
+    export_checkpoint,
     generate,
     load_pretrained,
     load_tokenizer,
@@ -114,6 +116,19 @@ def test_smollm2_weights_are_those_that_the_gguf_package_dequantises():
     for tensor in reader.tensors[:12]:
         theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(written[tensor.name], theirs)
+
+
+def test_smollm2_is_read_as_integers_and_written_with_the_same_blocks(tmp_path):
+    loaded, _ = smollm2()
+    kept = load_pretrained(loaded.source.path, dequantize=False)
+    metadata = kept.source.metadata
+    export_checkpoint(tmp_path / "m.gguf", kept.params, kept.config, form="gguf", metadata=metadata)
+    theirs, ours = open_gguf(loaded.source.path), open_gguf(tmp_path / "m.gguf")
+    assert (ours.metadata, ours.kinds) == (theirs.metadata, theirs.kinds)
+    assert set(ours) == set(theirs)
+    for name, info in theirs.items():
+        assert ours[name].block_type == info.block_type
+        np.testing.assert_array_equal(ours.raw(name), theirs.raw(name))
 
 
 def test_smollm2_text_comes_back_from_its_tokens_and_digits_stand_alone():
