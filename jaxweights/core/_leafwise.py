@@ -177,7 +177,7 @@ def leafwise(
         needs=declare,
         reads_statistics=bool(wanted),
         moves_inputs=moves_inputs,
-        scope="leaf",
+        scope="leaf" if randomized else "matrix",  # keys are drawn for a stack at once
     )
 
 

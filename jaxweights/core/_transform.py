@@ -11,8 +11,8 @@ from jaxweights.core._paths import Params
 from jaxweights.core._stats import Needs
 
 State = Any
-Scope = Literal["entry", "leaf", "tree"]
-SCOPES: tuple[Scope, ...] = ("entry", "leaf", "tree")  # from narrow to wide
+Scope = Literal["entry", "matrix", "leaf", "tree"]
+SCOPES: tuple[Scope, ...] = ("entry", "matrix", "leaf", "tree")  # from narrow to wide
 
 
 class NeedsFn(Protocol):
@@ -43,8 +43,9 @@ class Transform:
       moves_inputs: Whether it permutes, rotates or rescales input axes, after which statistics
         of the model before it are no longer true.
       scope: What a result depends on, besides the settings: `"entry"`, on the same entry of the
-        tree and of the models, so that any slice of a leaf may be transformed alone; `"leaf"`, on
-        the same leaf; `"tree"`, on anything. Streams use it.
+        tree and of the models, so that any slice of a leaf may be transformed alone; `"matrix"`,
+        on the same matrix of a stack (or vector, where there is none); `"leaf"`, on the same leaf;
+        `"tree"`, on anything. Streams use it.
       settings: What was asked for, where a stream carries it out in another way; else None.
     """
 

@@ -49,7 +49,7 @@ def per_leaf(
     remedy: str = "",
     delta: bool = False,
     group: Group | None = "leaf",
-    scope: Scope = "leaf",
+    scope: Scope = "matrix",
     report: Callable[[list[Path]], None] | None = None,
 ) -> Transform:
     """A transform from a method that merges one leaf.

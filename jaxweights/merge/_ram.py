@@ -136,7 +136,7 @@ def _ram(
         names=names,
         delta=True,
         group=None if enlarge is None else "leaf",
-        scope="entry" if enlarge is None else "leaf",
+        scope="entry" if enlarge is None else "matrix",
     )
 
 

@@ -131,7 +131,7 @@ def spectral_merge(
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
         return unflatten(treedef, everything | new)
 
-    return stateless(update, name=name, scope="leaf")
+    return stateless(update, name=name, scope="matrix" if output.rounding == "nearest" else "leaf")
 
 
 def _tolerance(rank_tol: float | None, view: View | None, dtype: Any) -> float:

@@ -30,7 +30,7 @@ def read_tree(tensors: Mapping[str, Any], names: NameMap, *, asker: str) -> dict
     Raises:
       ValueError: If a tensor is missing, unexpected or has the wrong shape; all are listed.
     """
-    stored = _by_canonical_name(tensors, names, asker)
+    stored = stored_names(tensors, names, asker)
     fail(asker, checkpoint_differences(lambda name: _shape(tensors[name]), stored, names))
     flat: dict[str, Any] = {}
     for rule in names.rules:
@@ -43,7 +43,7 @@ def read_tree(tensors: Mapping[str, Any], names: NameMap, *, asker: str) -> dict
         flat[rule.path] = _stack(read, names.num_layers)
     if names.tied_head and names.tied_head[0] in stored:
         _check_tied(tensors[stored[names.tied_head[0]]], flat[names.tied_head[1]], names, asker)
-    return _nest(flat)
+    return nest(flat)
 
 
 def write_tree(
@@ -92,7 +92,8 @@ def check_tree(flat: Mapping[str, Any], names: NameMap, *, asker: str) -> None:
     fail(asker, tree_differences(flat, names))
 
 
-def _by_canonical_name(tensors: Iterable[str], names: NameMap, asker: str) -> dict[str, str]:
+def stored_names(tensors: Iterable[str], names: NameMap, asker: str) -> dict[str, str]:
+    """Names in a checkpoint by the names of the map; refuses two for one tensor."""
     stored: dict[str, str] = {}
     for name in tensors:
         canonical = names.canonical(name)
@@ -163,7 +164,8 @@ def _check_tied(head: Any, table: Any, names: NameMap, asker: str) -> None:
         )
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict of leaves by path."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")

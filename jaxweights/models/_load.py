@@ -82,7 +82,7 @@ def load_pretrained(
     from jaxweights.checkpoint import load_tree, open_checkpoint
 
     source = open_checkpoint(path)
-    config = _config(source)
+    config = read_config(source)
     carried: dict[str, np.ndarray] = {}
     if source.is_torch and source.format != "gguf":  # what GGUF has beyond it is in the config
         carried = _carried(source, name_map(config, "huggingface"))
@@ -98,7 +98,7 @@ def load_pretrained(
         model=build(config, remat=remat),
         params=_on_device(params, dtype),
         config=config,
-        tokenizer_path=_tokenizer_path(source),
+        tokenizer_path=tokenizer_path_of(source),
         source=source,
         carried=carried,
     )
@@ -149,7 +149,8 @@ def _carried(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:
     return found
 
 
-def _config(source: Checkpoint) -> ModelConfig:
+def read_config(source: Checkpoint) -> ModelConfig:
+    """The config of the model that a checkpoint holds."""
     if source.format == "gguf":
         return config_from_gguf(source.metadata, _Tensors(source))
     if not source.config:
@@ -182,7 +183,8 @@ def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
     return jax.tree.unflatten(treedef, [place(leaf) for leaf in flat.values()])
 
 
-def _tokenizer_path(source: Checkpoint) -> Path | None:
+def tokenizer_path_of(source: Checkpoint) -> Path | None:
+    """The file from which a checkpoint's tokenizer is made."""
     if "tokenizer.json" in source.files:
         return source.files["tokenizer.json"]
     if source.format == "gguf" and "tokenizer.ggml.tokens" in source.metadata:

@@ -77,7 +77,7 @@ def compare_leaves(
         errors, zeros = (), 0.0
         if changed:
             view = None if axes is None else View.of(leaf.shape, axes)
-            found, zero = _difference(leaf, new[path], view)
+            found, zero = difference(leaf, new[path], view)
             errors, zeros = tuple(np.asarray(found, float).ravel().tolist()), float(zero)
         results.append(
             LeafResult(
@@ -97,7 +97,7 @@ def compare_leaves(
 
 
 @functools.partial(jax.jit, static_argnames=("view",))
-def _difference(before: Any, after: Any, view: View | None) -> tuple[jax.Array, jax.Array]:
+def difference(before: Any, after: Any, view: View | None) -> tuple[jax.Array, jax.Array]:
     """Relative error of each matrix of the stack, and the share of zeros."""
     old, new = materialize(before), materialize(after)
     zeros = jnp.mean(new == 0)
@@ -164,33 +164,37 @@ def spectra(
     """
     old, new = flatten(before)[0], flatten(after)[0]
     candidates = [leaf for leaf in leaves if leaf.changed and leaf.path in layout]
-    chosen = sorted(candidates, key=lambda leaf: -leaf.error)[:_SPECTRA]
     found = {}
-    for leaf in candidates:
-        if leaf not in chosen:
-            continue
+    for leaf in worst_leaves(candidates):
         view = View.of(leaf.shape, layout[leaf.path])
-        pair = [_middle(materialize(tree[leaf.path]), view) for tree in (old, new)]
-        stack = leaf.shape[0] if pair[0][1] else 0
-        where = f", layer {stack // 2}" if stack else ""
-        found[short_name(leaf.path) + where] = tuple(_singular_values(matrix) for matrix, _ in pair)
+        found[spectra_name(leaf, view)] = tuple(
+            singular_values(tree[leaf.path], view) for tree in (old, new)
+        )
     return found
 
 
-def _middle(dense: jax.Array, view: View) -> tuple[np.ndarray, bool]:
-    """The middle matrix of a stack, and whether there is a stack."""
-    matrix = view.to_matrix(dense)
-    is_stacked = matrix.ndim > 2
+def worst_leaves(candidates: list[LeafResult]) -> list[LeafResult]:
+    """Those with the largest errors, in the order of the tree."""
+    chosen = sorted(candidates, key=lambda leaf: -leaf.error)[:_SPECTRA]
+    return [leaf for leaf in candidates if leaf in chosen]
+
+
+def spectra_name(leaf: LeafResult, view: View) -> str:
+    """What a figure calls the middle matrix of a leaf."""
+    is_stacked = bool(view.stack_axes(len(leaf.shape)))
+    return short_name(leaf.path) + (f", layer {leaf.shape[0] // 2}" if is_stacked else "")
+
+
+def singular_values(leaf: Any, view: View) -> list[float]:
+    """Singular values of the middle matrix of a stack, descending, good to 1e-8 of the largest.
+
+    The eigenvalues of the smaller Gram matrix cost a small part of an SVD, and a figure shows no
+    more.
+    """
+    matrix = view.to_matrix(materialize(leaf))
     while matrix.ndim > 2:
         matrix = matrix[matrix.shape[0] // 2]
-    return np.asarray(matrix, np.float32), is_stacked
-
-
-def _singular_values(matrix: np.ndarray) -> list[float]:
-    """Singular values, descending, good to 1e-8 of the largest: a figure shows no more.
-
-    The eigenvalues of the smaller Gram matrix cost a small part of an SVD.
-    """
+    matrix = np.asarray(matrix, np.float32)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide.astype(np.float64)
     eigenvalues = np.linalg.eigvalsh(wide @ wide.T)[::-1]

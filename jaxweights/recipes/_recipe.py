@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxweights.core._chain import chain
 from jaxweights.core._partition import Rule, partition
-from jaxweights.core._paths import check_pattern
+from jaxweights.core._paths import Path as LeafPath
+from jaxweights.core._paths import check_pattern, matching
 from jaxweights.core._transform import Transform, identity
 from jaxweights.recipes._check import (
     MISSING,
@@ -24,6 +26,7 @@ from jaxweights.recipes._write import Format
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml
 
 Faults = list[tuple[str, str]]
+Stream = Literal["auto", "always", "never"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +217,7 @@ class Step:
       exempt: Patterns of the leaves it passes over (`except` in the file).
       transform: What it does.
       line: Line in the file.
+      plain: The same, not restricted to the leaves that `match` and `exempt` name.
     """
 
     method: str
@@ -222,6 +226,16 @@ class Step:
     exempt: tuple[str, ...]
     transform: Transform
     line: int
+    plain: Transform
+
+    def on(self, path: LeafPath) -> Transform | None:
+        """What is done to a tree of this leaf alone; None where the step passes over it."""
+        if any(matching(pattern, [path]) for pattern in self.exempt):
+            return None
+        if not self.match:
+            return self.plain
+        named = any(matching(pattern, [path]) for pattern in self.match)
+        return partition((re.escape(path), self.plain)) if named else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +252,8 @@ class Recipe:
       calibrate: Text for statistics.
       evaluate: What is measured.
       seed: Seed of the methods that draw random numbers.
+      stream: Whether the model is changed tensor by tensor instead of in memory: `auto` does it
+        for models that would fill much of the memory, where the recipe allows it.
       lines: Line of each section.
     """
 
@@ -250,6 +266,7 @@ class Recipe:
     calibrate: Calibrate | None = None
     evaluate: Evaluate = Evaluate()
     seed: int = 0
+    stream: Stream = "auto"
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -265,6 +282,7 @@ _SECTIONS = {
     "evaluate": Evaluate | None,
     "output": Output,
     "seed": int,
+    "stream": Stream,
 }
 
 
@@ -399,11 +417,12 @@ def _read_step(node: Located, where: str, problems: Problems) -> Step | None:
             line = node.keys[key]
             check_pattern(name, pattern)
         line = node.keys["method"]
-        transform = _select(factory(**settings), match, exempt)
+        plain = factory(**settings)
     except (ValueError, TypeError) as error:
         problems.add(line, str(error))
         return None
-    return Step(name, settings, match, exempt, transform, node.keys["method"])
+    transform = _select(plain, match, exempt)
+    return Step(name, settings, match, exempt, transform, node.keys["method"], plain)
 
 
 def _patterns(value: Any) -> tuple[str, ...]:

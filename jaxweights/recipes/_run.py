@@ -46,6 +46,7 @@ from jaxweights.recipes._measure import (
 from jaxweights.recipes._model import Model, check_fit, load_model
 from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
+from jaxweights.recipes._stream import Streaming, outline_model, streams
 from jaxweights.recipes._write import write_checkpoint
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.weights import materialize
@@ -59,7 +60,7 @@ class RunResult:
       directory: Where it was written.
       summary: Everything that was found out, as `result.json` holds it.
       leaves: What became of each leaf.
-      params: The parameters, with represented weights.
+      params: The parameters, with represented weights; None where the model was streamed.
     """
 
     directory: Path
@@ -87,6 +88,9 @@ def run_recipe(
       overwrite: Whether an existing directory may be replaced, in one step, at the end.
       progress: Called with (task, done, total).
 
+    A model that is changed tensor by tensor (`stream` in the recipe) is written and reported on in
+    the same way, but its parameters are not returned.
+
     Returns:
       What was found out, and the changed parameters.
 
@@ -100,6 +104,8 @@ def run_recipe(
     directory = Path(output or recipe.output.directory)
     check_destination("jaxweights run", directory, overwrite=overwrite, directory=True)
     _refuse_unrelated(directory)
+    if streams(recipe, progress=report):
+        return _run_stream(recipe, directory, clock, report, overwrite=overwrite)
 
     with clock("load"):
         model = load_model(recipe.model, progress=report)
@@ -128,7 +134,8 @@ def run_recipe(
         report("Comparing", 1, 1)
 
     provenance = _provenance(recipe, model, leaves)
-    summary = _summarize(recipe, model, (before, after), scores, data, leaves, provenance)
+    sizes = {"before": tree_bytes(before), "after": tree_bytes(after)}
+    summary = _summarize(recipe, model, sizes, scores, data, leaves, provenance)
     with atomic_directory(directory, overwrite=overwrite) as folder:
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)
@@ -138,6 +145,34 @@ def run_recipe(
         }
         _write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, after)
+
+
+def _run_stream(
+    recipe: Recipe, directory: Path, clock: _Clock, report: Progress, *, overwrite: bool
+) -> RunResult:
+    """The run of a model that is never in memory as a whole."""
+    with clock("load"):
+        model, places = outline_model(recipe.model, progress=report)
+        others = tuple(outline_model(m, progress=report)[1] for m in recipe.models)
+        check_fit(recipe, model)
+        layout, _ = _plan(recipe, model, tuple(other.pretrained.params for other in others))
+    streaming = Streaming(recipe, model, places, others, layout)
+    with atomic_directory(directory, overwrite=overwrite) as folder:
+        with clock("change"):
+            said = {"name": Path(recipe.name).name, "yaml": recipe.text}
+            streaming.write(folder / "safetensors", recipe=said, progress=report)
+        leaves = streaming.leaves()
+        provenance = _provenance(recipe, model, leaves, sampled=True)
+        sizes = {
+            "before": sum(leaf.bytes_before for leaf in leaves),
+            "after": sum(leaf.bytes_after for leaf in leaves),
+            "on_disk": {"safetensors": _folder_bytes(folder / "safetensors")},
+        }
+        summary = _summarize(recipe, model, sizes, {}, None, leaves, provenance)
+        summary["seconds"] = clock.seconds
+        panels = streaming.spectra() if recipe.output.report else {}
+        _write_report(folder, recipe, summary, leaves, panels, report)
+    return RunResult(directory, summary, leaves, None)
 
 
 class _Clock:
@@ -287,10 +322,12 @@ def _watched(recipe: Recipe, report: Progress) -> list[Transform]:
     return [watch(number, step) for number, step in enumerate(recipe.steps, start=1)]
 
 
-def _provenance(recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...]) -> Any:
+def _provenance(
+    recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...], *, sampled: bool = False
+) -> Any:
     return Provenance.collect(
         recipe={"name": Path(recipe.name).name, "yaml": recipe.text},
-        source=model.pretrained.source.fingerprint(),
+        source=model.pretrained.source.fingerprint(sampled=sampled),
         errors=provenance_errors(leaves),
         timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -299,7 +336,7 @@ def _provenance(recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...]) ->
 def _summarize(
     recipe: Recipe,
     model: Model,
-    trees: tuple[Any, Any],
+    sizes: dict[str, Any],
     scores: dict[str, Any],
     data: CalibrationData | None,
     leaves: tuple[LeafResult, ...],
@@ -322,7 +359,7 @@ def _summarize(
             for step in recipe.steps
         ],
         "calibration": None if data is None else {"definition": data.definition},
-        "size": {"before": tree_bytes(trees[0]), "after": tree_bytes(trees[1])},
+        "size": sizes,
         "evaluation": scores,
         "leaves": [dataclasses.asdict(leaf) | {"error": leaf.error} for leaf in leaves],
         "versions": provenance.versions,

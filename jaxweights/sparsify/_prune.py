@@ -77,7 +77,7 @@ def prune(
         raise ValueError(f"{name}: form={form!r} must be 'masked' or 'dense'.")
     static = _check_sparsity(name, sparsity, group)
     if static == 0.0 or (group.of is not None and group.keep == group.of):
-        return stateless(lambda params, context: params, name=name)
+        return stateless(lambda params, context: params, name=name, scope="entry")
     common: dict[str, Any] = {
         "name": name,
         "needs": needs,

@@ -1,0 +1,281 @@
+"""Runs a recipe tensor by tensor, for models that do not fit in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxweights.core import Layout, Transform, apply, chain, describe_nonfinite, fail
+from jaxweights.core._plan import describe_leaf, leaf_bytes
+from jaxweights.models._outline import Outline, Place, outline
+from jaxweights.recipes._download import Progress
+from jaxweights.recipes._leaves import (
+    LeafResult,
+    difference,
+    singular_values,
+    spectra_name,
+    why_left,
+    worst_leaves,
+)
+from jaxweights.recipes._model import Model, locate
+from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._write import companion_files
+from jaxweights.recipes._yaml import RecipeError
+from jaxweights.stream._jobs import Job, Operand
+from jaxweights.stream._run import stream_jobs
+from jaxweights.weights._axes import View
+from jaxweights.weights._weight import materialize
+
+_NAME = "jaxweights run"
+_WIDE_BYTES = 16  # float32 copies of a tensor that methods and the comparison make
+_SHARE = 3  # a model that takes more than this part of the free memory is streamed
+
+
+def streams(recipe: Recipe, *, progress: Progress) -> bool:
+    """Whether a recipe runs tensor by tensor.
+
+    Args:
+      recipe: The recipe.
+      progress: Called while a package is downloaded.
+
+    Returns:
+      Whether it does.
+
+    Raises:
+      RecipeError: If it shall, but cannot; says all that keeps it.
+    """
+    if recipe.stream == "never":
+        return False
+    reasons = _reasons(recipe)
+    if recipe.stream == "always":
+        if reasons:
+            line = recipe.lines.get("stream", 1)
+            raise RecipeError(
+                f"{recipe.name}:{line}: stream: always, but {'; and '.join(reasons)}. Change that, "
+                "or leave `stream` out."
+            )
+        return True
+    path = locate(recipe.model, progress=progress)[0]
+    return not reasons and _bytes_of(path) > _free_memory() / _SHARE
+
+
+def _reasons(recipe: Recipe) -> list[str]:
+    """What keeps a recipe in memory."""
+    found = []
+    if recipe.evaluate.perplexity is not None or recipe.evaluate.retrieval is not None:
+        found.append("`evaluate` runs the model, which needs it in memory")
+    if recipe.output.formats != ("safetensors",):
+        found.append("only `formats: [safetensors]` is written tensor by tensor")
+    for step in recipe.steps:
+        if step.plain.reads_statistics:
+            found.append(f"{step.method} (line {step.line}) reads statistics of the model's inputs")
+        elif step.plain.scope == "tree":
+            found.append(f"{step.method} (line {step.line}) looks at all leaves together")
+        elif step.plain.scope == "leaf":
+            found.append(f"{step.method} (line {step.line}) looks at all layers of a leaf together")
+    return found
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _free_memory() -> float:
+    """Bytes that programs can have without swapping; endless where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return float("inf")
+
+
+def outline_model(source: Any, *, progress: Progress) -> tuple[Model, Outline]:
+    """The model of a recipe, of which no tensor is read."""
+    path, name, words = locate(source, progress=progress)
+    found = outline(path)
+    return Model(name, words, found.pretrained, None), found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What was seen of one tensor."""
+
+    layer: int
+    bytes_before: int
+    bytes_after: int
+    representation: str
+    changed: bool
+    zeros: float
+    errors: tuple[float, ...]
+    spectra: tuple[list[float], list[float]] | None
+
+
+class Streaming:
+    """One run over the tensors of a model.
+
+    Args:
+      recipe: The recipe.
+      model: The model, without values.
+      places: Its tensors.
+      others: The other models of a merge.
+      layout: Axes of the leaves.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Model,
+        places: Outline,
+        others: Sequence[Outline],
+        layout: Layout,
+    ):
+        """Plans nothing yet."""
+        self._recipe = recipe
+        self._model = model
+        self._outline = places
+        self._others = others
+        self._layout = layout
+        self._seen: dict[str, list[_Seen]] = {}
+        self._lock = threading.Lock()
+
+    def write(self, destination: Path, *, recipe: dict[str, Any], progress: Progress) -> None:
+        """Makes the folder of safetensors."""
+        source = self._outline.pretrained.source
+        jobs = [self._job(place) for place in self._outline.places]
+        for name in self._outline.carried:
+            operand = Operand(source, name, self._model.name)
+            jobs.append(Job(name, source.shape(name), source.dtype(name), (operand,)))
+        stream_jobs(
+            _NAME,
+            jobs,
+            destination,
+            recipe=recipe,
+            identity={"recipe": recipe},
+            files=companion_files(self._outline.pretrained),
+            progress=progress,
+        )
+
+    def leaves(self) -> tuple[LeafResult, ...]:
+        """What became of each leaf, in the order of the in-memory report."""
+        flat = {place.rule.path: place.rule for place in self._outline.places}
+        return tuple(self._leaf(path) for path in sorted(flat))
+
+    def spectra(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Singular values before and after, of the middle matrices of the worst leaves."""
+        leaves = self.leaves()
+        candidates = [leaf for leaf in leaves if leaf.changed and leaf.path in self._layout]
+        found = {}
+        for leaf in worst_leaves(candidates):
+            pair = next((s.spectra for s in self._seen[leaf.path] if s.spectra is not None), None)
+            if pair is not None:
+                found[spectra_name(leaf, View.of(leaf.shape, self._layout[leaf.path]))] = pair
+        return found
+
+    def _leaf(self, path: str) -> LeafResult:
+        seen = sorted(self._seen[path], key=lambda one: one.layer)
+        changed = any(one.changed for one in seen)
+        shaped = self._abstract(path)
+        return LeafResult(
+            path=path,
+            shape=tuple(shaped.shape),
+            parameters=int(np.prod(shaped.shape, dtype=np.int64)),
+            bytes_before=sum(one.bytes_before for one in seen),
+            bytes_after=sum(one.bytes_after for one in seen),
+            representation=seen[0].representation,
+            changed=changed,
+            why="" if changed else why_left(path, shaped, self._layout, self._recipe),
+            zeros=float(np.mean([one.zeros for one in seen])) if changed else 0.0,
+            errors=tuple(error for one in seen for error in one.errors),
+        )
+
+    def _abstract(self, path: str) -> Any:
+        tree: Any = self._outline.pretrained.params
+        for part in path.split("/"):
+            tree = tree[part]
+        return tree
+
+    def _job(self, place: Place) -> Job:
+        source = self._outline.pretrained.source
+        operands = [Operand(source, place.stored, self._model.name)]
+        for i, other in enumerate(self._others):
+            [own] = [p for p in other.places if p.written == place.written]
+            operands.append(Operand(other.pretrained.source, own.stored, f"models[{i}]"))
+        path = place.rule.path
+        steps = [tx for step in self._recipe.steps if (tx := step.on(path)) is not None]
+        tx = chain(*steps) if steps else None
+        layout = dataclasses.replace(
+            self._layout,
+            entries=tuple(entry for entry in self._layout.entries if entry[0] == path),
+            unclear=tuple(entry for entry in self._layout.unclear if entry[0] == path),
+            seen=tuple(seen for seen in self._layout.seen if seen == path),
+        )
+        shape = source.shape(place.stored)
+        return Job(
+            place.written,
+            shape,
+            source.dtype(place.stored),
+            tuple(operands),
+            self._compute(place, tx, layout),
+            temporaries=_WIDE_BYTES * len(operands),
+        )
+
+    def _compute(
+        self, place: Place, tx: Transform | None, layout: Layout
+    ) -> Callable[[Sequence[Any], int], np.ndarray]:
+        path = place.rule.path
+
+        def compute(arrays: Sequence[Any], start: int) -> np.ndarray:
+            del start
+            leaf, *others = [self._to_leaf(place, array) for array in arrays]
+            if np.issubdtype(leaf.dtype, np.floating) or leaf.dtype.name == "bfloat16":
+                bad = not np.isfinite(np.asarray(leaf)).all()
+                fail(_NAME, [describe_nonfinite(path, leaf)] if bad else [])
+            new = leaf
+            if tx is not None:
+                models = [{path: other} for other in others] or None
+                key = jax.random.key(self._recipe.seed)
+                new = apply(tx, {path: leaf}, models=models, key=key, layout=layout)[path]
+            self._look(place, leaf, new)
+            dense = np.array(materialize(new))  # what was read into is used again
+            return place.rule.to_checkpoint(dense if place.layer is None else dense[0])
+
+        return compute
+
+    def _to_leaf(self, place: Place, array: Any) -> jax.Array:
+        """The tensor as a leaf of the model, with a stack of one layer."""
+        part = place.rule.from_checkpoint(np.asarray(array))
+        return jax.numpy.array(part if place.layer is None else part[None])
+
+    def _look(self, place: Place, leaf: Any, new: Any) -> None:
+        """Compares a leaf before and after, and keeps what the report says of it."""
+        path, changed = place.rule.path, new is not leaf
+        axes = self._layout.get(path)
+        errors, zeros, pair = (), 0.0, None
+        if changed:
+            view = None if axes is None else View.of(leaf.shape, axes)
+            found, zero = difference(leaf, new, view)
+            errors, zeros = tuple(np.asarray(found, float).ravel().tolist()), float(zero)
+            middle = self._abstract(path).shape[0] // 2 if place.layer is not None else None
+            if view is not None and self._recipe.output.report and place.layer == middle:
+                pair = (singular_values(leaf, view), singular_values(new, view))
+        one = _Seen(
+            place.layer or 0,
+            leaf_bytes(leaf),
+            leaf_bytes(new),
+            describe_leaf(new),
+            changed,
+            zeros,
+            errors,
+            pair,
+        )
+        with self._lock:
+            self._seen.setdefault(path, []).append(one)
