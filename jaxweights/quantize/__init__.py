@@ -54,6 +54,7 @@ from jaxweights.quantize._same_function import check_same_function as check_same
 from jaxweights.quantize._smooth import smooth as smooth
 from jaxweights.quantize._smooth import smooth_scale as smooth_scale
 from jaxweights.quantize.training import OscillationState as OscillationState
+from jaxweights.quantize.training import QueryKey as QueryKey
 from jaxweights.quantize.training import binary as binary
 from jaxweights.quantize.training import confidence_annealing as confidence_annealing
 from jaxweights.quantize.training import fake_quant as fake_quant
@@ -62,6 +63,8 @@ from jaxweights.quantize.training import lsq_round as lsq_round
 from jaxweights.quantize.training import lsq_step as lsq_step
 from jaxweights.quantize.training import oscillation_monitor as oscillation_monitor
 from jaxweights.quantize.training import pact as pact
+from jaxweights.quantize.training import query_key_logits as query_key_logits
+from jaxweights.quantize.training import query_key_product as query_key_product
 from jaxweights.quantize.training import settle as settle
 from jaxweights.quantize.training import shrink_embedding_gradients as shrink_embedding_gradients
 from jaxweights.quantize.training import shrink_gradient as shrink_gradient

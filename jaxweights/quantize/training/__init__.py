@@ -10,6 +10,9 @@ from jaxweights.quantize.training._lsq import settle as settle
 from jaxweights.quantize.training._oscillation import OscillationState as OscillationState
 from jaxweights.quantize.training._oscillation import oscillation_monitor as oscillation_monitor
 from jaxweights.quantize.training._pact import pact as pact
+from jaxweights.quantize.training._query_key import QueryKey as QueryKey
+from jaxweights.quantize.training._query_key import query_key_logits as query_key_logits
+from jaxweights.quantize.training._query_key import query_key_product as query_key_product
 from jaxweights.quantize.training._shrink_gradient import (
     shrink_embedding_gradients as shrink_embedding_gradients,
 )
