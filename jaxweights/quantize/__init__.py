@@ -47,6 +47,8 @@ from jaxweights.quantize._packed_bytes import packed_bytes as packed_bytes
 from jaxweights.quantize._power import power as power
 from jaxweights.quantize._power import power_errors as power_errors
 from jaxweights.quantize._power import power_matrix as power_matrix
+from jaxweights.quantize._refine import refine as refine
+from jaxweights.quantize._refine import refine_weight as refine_weight
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest

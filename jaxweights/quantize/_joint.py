@@ -17,6 +17,7 @@ from jaxweights.core._layout import is_default_target, is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
+from jaxweights.quantize._around import changed_leaves, quantize_alone
 from jaxweights.quantize._low_rank_of import low_rank_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
@@ -238,11 +239,11 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
         flat, treedef = flatten(params)
         if settings.weighted and any(is_float(x) and len(x.shape) > 1 for x in flat.values()):
             context.require("stats", name)
-        changed = _changed(quantizer, flat, context)
+        changed = changed_leaves(quantizer, flat, context)
         views = _views(name, changed, flat, context, settings)
         new = dict(flat)
         for done, (path, view) in enumerate(views.items(), start=1):
-            quantize = functools.partial(_quantize, quantizer, flat, context, path)
+            quantize = functools.partial(quantize_alone, quantizer, flat, context, path)
             new[path] = _fit_leaf(
                 flat[path], quantize, _gram(context, path, settings), view, settings
             )
@@ -267,21 +268,6 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
         reads_statistics=settings.weighted or quantizer.reads_statistics,
         scope="leaf",
     )
-
-
-def _changed(quantizer: Transform, flat: Flat, context: Context) -> list[Path]:
-    """Leaves that the quantizer represents; what it refuses for its shape, it refuses here."""
-    silent = dataclasses.replace(context, progress=None)
-    changed: list[Path] = []
-
-    def run(arrays: Flat) -> Flat:
-        given = flat | arrays
-        new, _ = quantizer.update(given, quantizer.init(given), silent)
-        changed.extend(path for path in arrays if new[path] is not given[path])
-        return {path: new[path] for path in arrays}
-
-    jax.eval_shape(run, {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")})
-    return changed
 
 
 def _views(
@@ -316,15 +302,6 @@ def _views(
 
 def _gram(context: Context, path: Path, settings: _Settings) -> jax.Array | None:
     return context.stats.get(path, "gram") if settings.weighted and context.stats else None
-
-
-def _quantize(
-    quantizer: Transform, flat: Flat, context: Context, path: Path, value: jax.Array
-) -> Any:
-    """What the quantizer makes of another value of one leaf."""
-    given = {**flat, path: value}
-    one = dataclasses.replace(context, only=frozenset({path}), progress=None)
-    return quantizer.update(given, quantizer.init(given), one)[0][path]
 
 
 def _fit_leaf(

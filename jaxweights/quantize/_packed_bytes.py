@@ -14,8 +14,8 @@ def packed_bytes(leaf: Any) -> int:
     """Bytes of a leaf in a file that stores every code in exactly its bits.
 
     Codes of 3, 5, 6 and 7 bits take 4 or 8 bits each in `Quantized`, which keeps the rows that
-    share a byte whole; GPTQ and compressed-tensors files pack them in 3, 5, 6 and 7. All other
-    arrays, scales among them, count as they are.
+    share a byte whole, and zero points a byte; GPTQ and compressed-tensors files pack both in their
+    own bits. All other arrays, scales among them, count as they are.
 
     Args:
       leaf: Array, abstract array or represented weight, however deeply nested.
@@ -33,8 +33,10 @@ def packed_bytes(leaf: Any) -> int:
     if not is_weight(leaf):
         return leaf_bytes(leaf)
     if isinstance(leaf, Quantized):
-        codes = -(-leaf.size * leaf.bits // 8)
-        return leaf_bytes(leaf) - leaf_bytes(leaf.codes) + codes
+        packed = [x for x in (leaf.codes, leaf.zero_point) if x is not None]
+        integers = leaf.size + (0 if leaf.zero_point is None else leaf.zero_point.size)
+        loose = sum(leaf_bytes(x) for x in packed)
+        return leaf_bytes(leaf) - loose - (-integers * leaf.bits // 8)
     fields = (
         getattr(leaf, field.name)
         for field in dataclasses.fields(leaf)

@@ -111,6 +111,7 @@ CASES = [
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
     Case("quantize.smooth", _Q.smooth),
+    Case("quantize.refine", lambda: _Q.refine(_Q.gptq(bits=3, group_size=8), sweeps=2), noise=5),
     Case("quantize.loftq", lambda: _Q.loftq(_Q.round_to_nearest(bits=4), rank=2, iterations=2)),
     Case(
         "quantize.low_rank_residual",

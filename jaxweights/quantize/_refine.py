@@ -1,0 +1,290 @@
+"""refine: codes and scales of a quantized weight improved by turns for the layer's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxweights.core._context import Context
+from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._paths import Params, fail, flatten, unflatten
+from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._transform import Transform, stateless
+from jaxweights.quantize._around import changed_leaves, quantize_alone
+from jaxweights.quantize._grid import Grid, decode, encode
+from jaxweights.weights._axes import View
+from jaxweights.weights._quantized import Quantized, pack_codes
+from jaxweights.weights._weight import is_weight
+
+_NAME = "quantize.refine"
+_GRAM = frozenset({"gram", "count"})
+_BLOCK = 32  # rows whose changes are gathered before they are spread over all others
+_RIDGE = 1e-6  # of the mean diagonal: groups whose codes are all zero have no scale to find
+
+_matmul = functools.partial(jnp.matmul, precision="highest")
+
+
+def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
+    r"""Improves what a quantizer makes: codes and scales by turns, never for the worse.
+
+    Minimises :math:`\operatorname{tr}(D^\top H D)`, :math:`D = W - \hat W`, with H the Gram matrix
+    of the layer's inputs. In each sweep first every code becomes the best one given all others, row
+    after row; then, with the codes as they are, the scales of each output become those of the
+    least error, by a small linear system. Zero points, groups and bits stay, and so do the bytes.
+    Each output keeps the best it has had. Where `gptq` looks at each row once, this looks again:
+    at 3 bits a fifth to a third of GPTQ's error goes.
+
+    Args:
+      quantizer: A transform to `Quantized` weights with one scale for each output or less, such as
+        `gptq` or `round_to_nearest`. Leaves that it does not change stay as they are.
+      sweeps: How often, at least 1.
+
+    Returns:
+      A transform from dense matrices to `Quantized` ones. It needs the statistics "gram" and
+      "count".
+
+    Raises:
+      TypeError: If the quantizer is no transform.
+      ValueError: If a setting is out of range; on a tree, as the quantizer, or if it makes
+        something else than `Quantized` weights with scales of single outputs.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> x = jax.random.normal(jax.random.key(1), (256, 16)) @ jnp.eye(16, 64, 8)
+      >>> tx = jw.quantize.refine(jw.quantize.gptq(bits=3, group_size=32))
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> stats = jw.calibrate(fn, params, [x], needs=tx.needs(params))
+      >>> jw.apply(tx, params, stats=stats)["kernel"].bits
+      3
+
+    Source: Behdin et al. 2023, arXiv:2309.01885 (QuantEase), Algorithm 1, for the codes.
+    Differs: (1) Scales are refitted between sweeps. (2) It starts from another quantizer's result.
+    """
+    if not isinstance(quantizer, Transform):
+        raise TypeError(
+            f"{_NAME}: quantizer={quantizer!r} is no transform. Pass one such as "
+            "quantize.gptq(bits=3, group_size=64)."
+        )
+    if quantizer.moves_inputs:
+        raise ValueError(
+            f"{_NAME}: {quantizer.name} moves or rescales inputs, so that what it makes is no "
+            "approximation of the weight itself. Apply it before."
+        )
+    if not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"{_NAME}: sweeps={sweeps!r} must be a positive integer.")
+
+    def update(params: Params, context: Context) -> Params:
+        flat, treedef = flatten(params)
+        if any(is_float(leaf) and len(leaf.shape) > 1 for leaf in flat.values()):
+            context.require("stats", _NAME)
+        stats: Any = context.stats
+        changed = changed_leaves(quantizer, flat, context)
+        fail(_NAME, [stats.why_missing(p, "gram") for p in changed if stats.get(p, "gram") is None])
+        new, problems = dict(flat), []
+        for done, path in enumerate(changed, start=1):
+            start = quantize_alone(quantizer, flat, context, path, flat[path])
+            if problem := _unfit(start):
+                problems.append(f"{path!r}: {problem}")
+                continue
+            new[path] = refine_weight(start, flat[path], stats.get(path, "gram"), sweeps=sweeps)
+            if context.progress is not None:
+                context.progress(path, done, len(changed))
+        fail(_NAME, problems)
+        return unflatten(treedef, new)
+
+    def needs(params: Params, *, named: bool = False) -> Needs:
+        own: Needs = {
+            path: _GRAM
+            for path, leaf in flatten(params)[0].items()
+            if is_float(leaf) and len(leaf.shape) > 1 and (named or is_default_target(path))
+        }
+        return union_needs([quantizer.needs(params, named=named), own])
+
+    return stateless(
+        update,
+        name=f"{_NAME}({quantizer.name})",
+        needs=needs,
+        reads_statistics=True,
+        scope="leaf",
+    )
+
+
+def _unfit(weight: Any) -> str | None:
+    if not isinstance(weight, Quantized):
+        kind = type(weight).__name__ if is_weight(weight) else "dense array"
+        return (
+            f"the quantizer makes a {kind} of it. Refine quantizers to integers with scales, or "
+            "leave this one out with `partition`."
+        )
+    if weight.scale.shape[-1] != weight.codes.shape[-1]:
+        return (
+            f"scales of shape {tuple(weight.scale.shape)} are shared by several outputs, which "
+            "then cannot be refitted one by one. Choose an integer group_size, or None."
+        )
+    return None
+
+
+class _Columns(NamedTuple):
+    """Codes, scales and error of each output."""
+
+    codes: jax.Array  # (in, out), int32
+    scale: jax.Array  # (rows, out)
+    error: jax.Array  # (out,)
+
+
+@functools.partial(jax.jit, static_argnames=("sweeps",))
+def refine_weight(
+    weight: Quantized, value: jax.Array, gram: jax.Array, *, sweeps: int = 4
+) -> Quantized:
+    """Improves a quantized weight as an approximation of a value, as `refine` does.
+
+    Args:
+      weight: Where to start; a scale belongs to one output.
+      value: Of the shape of the weight, floating.
+      gram: `(*stack, in, in)`.
+      sweeps: As in `refine`.
+
+    Returns:
+      The weight with other codes and scales.
+    """
+    view: View = weight._fitted().view
+    stack = weight.codes.shape[:-2]
+    operands = {
+        "codes": weight.codes_matrix().astype(jnp.int32),
+        "scale": weight.scale,
+        "zero_point": weight.zero_point,
+        "offset": weight.offset,
+        "group_index": weight.group_index,
+        "value": view.to_matrix(value).astype(jnp.float32),
+        "gram": gram.astype(jnp.float32),
+    }
+    one = functools.partial(_refine_matrix, bits=weight.bits, sweeps=sweeps)
+    if stack:
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
+        codes, scale = (x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(one, flat))
+    else:
+        codes, scale = one(operands)
+    signed = weight.zero_point is None and weight.offset is None
+    packed = pack_codes(codes, weight.codes_per_byte, signed=signed)
+    return dataclasses.replace(weight, codes=packed, scale=scale)
+
+
+def _refine_matrix(
+    operands: dict[str, Any], *, bits: int, sweeps: int
+) -> tuple[jax.Array, jax.Array]:
+    codes, scale, zero, offset, value, gram = (
+        operands[name] for name in ("codes", "scale", "zero_point", "offset", "value", "gram")
+    )
+    in_dim = codes.shape[0]
+    of_row = operands["group_index"]
+    of_row = jnp.arange(in_dim) // (in_dim // scale.shape[0]) if of_row is None else of_row
+    if offset is not None:
+        value = value - offset[of_row].astype(jnp.float32)
+        zero = jnp.zeros(scale.shape, jnp.uint8)
+    zeros = None if zero is None else zero[of_row]
+    grid = Grid("affine" if zeros is not None else "full", bits, scale_dtype=scale.dtype)
+    mean = jnp.mean(jnp.diagonal(gram))
+    gram = gram / jnp.where(mean > 0, mean, 1)
+    error_of = lambda codes, scale: _errors(codes, scale[of_row], zeros, value, gram)  # noqa: E731
+
+    def sweep(_: int, best: _Columns) -> _Columns:
+        moved = _descend(best.codes, best.scale[of_row], zeros, value, gram, grid)
+        best = _keep(best, moved, best.scale, error_of(moved, best.scale))
+        fitted = _fit_scales(best.codes, best.scale, zeros, of_row, value, gram)
+        return _keep(best, best.codes, fitted, error_of(best.codes, fitted))
+
+    start = _Columns(codes, scale, error_of(codes, scale))
+    best = jax.lax.fori_loop(0, sweeps, sweep, start)
+    return best.codes, best.scale
+
+
+def _keep(best: _Columns, codes: jax.Array, scale: jax.Array, error: jax.Array) -> _Columns:
+    """Of each output the better."""
+    better = error < best.error
+    return _Columns(
+        jnp.where(better[None], codes, best.codes),
+        jnp.where(better[None], scale, best.scale),
+        jnp.where(better, error, best.error),
+    )
+
+
+def _errors(
+    codes: jax.Array, scale: jax.Array, zero: jax.Array | None, value: jax.Array, gram: jax.Array
+) -> jax.Array:
+    left = value - decode(codes, scale, zero)
+    return jnp.sum(left * _matmul(gram, left), axis=0)
+
+
+def _descend(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    value: jax.Array,
+    gram: jax.Array,
+    grid: Grid,
+) -> jax.Array:
+    """Every code, row after row, the best one given all others; `(in, out)`."""
+    in_dim = codes.shape[0]
+    block = next(d for d in range(min(_BLOCK, in_dim), 0, -1) if in_dim % d == 0)
+    diagonal = jnp.diagonal(gram)
+    dequantized = decode(codes, scale, zero)
+    cut = jax.lax.dynamic_slice_in_dim
+    pull = _matmul(gram, value - dequantized)  # what each entry would have to give, times H_ii
+
+    def block_step(pull: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = cut(cut(gram, start, block), start, block, axis=1)
+        own = [cut(x, start, block) for x in (dequantized, scale, diagonal)]
+        zeros = None if zero is None else cut(zero, start, block)
+        here = cut(pull, start, block)
+
+        def row_step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
+            codes, change = state
+            now, step, weight = (x[i] for x in own)
+            force = here[i] - _matmul(inside[i], change)
+            # A dead input's entry has no pull: it stays where it is.
+            wish = now + force / jnp.where(weight > 0, weight, 1)
+            at = None if zeros is None else zeros[i]
+            code = encode(wish, step, at, grid)
+            moved = decode(code, step, at) - now
+            return codes.at[i].set(code), change.at[i].set(moved)
+
+        state = jnp.zeros(here.shape, jnp.int32), jnp.zeros_like(here)
+        new, change = jax.lax.fori_loop(0, block, row_step, state)
+        return pull - _matmul(cut(gram, start, block, axis=1), change), new
+
+    _, new = jax.lax.scan(block_step, pull, jnp.arange(0, in_dim, block))
+    return new.reshape(codes.shape)
+
+
+def _fit_scales(
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    of_row: jax.Array,
+    value: jax.Array,
+    gram: jax.Array,
+) -> jax.Array:
+    """The scales of the least error for given codes, `(rows, out)`, in the scales' dtype."""
+    rows, out_dim = scale.shape
+    steps = decode(codes, jnp.ones((1, 1)), zero)  # (in, out), multiples of a scale
+    by_group = lambda x: jax.ops.segment_sum(x, of_row, num_segments=rows)  # noqa: E731
+    target = by_group(steps * _matmul(gram, value))  # (rows, out)
+
+    def against(group: jax.Array) -> jax.Array:
+        own = jnp.where((of_row == group)[:, None], steps, 0)
+        return by_group(steps * _matmul(gram, own))
+
+    system = jax.lax.map(against, jnp.arange(rows))  # (rows, rows, out)
+    system = jnp.moveaxis(system, -1, 0)
+    mean = jnp.trace(system, axis1=-2, axis2=-1) / rows
+    ridge = _RIDGE * jnp.where(mean > 0, mean, 1)
+    # The ridge pulls to the old scales, which a group without codes then keeps.
+    system = system + ridge[:, None, None] * jnp.eye(rows)[None]
+    target = target.T + ridge[:, None] * scale.astype(jnp.float32).T
+    found = jnp.linalg.solve(system, target[..., None])[..., 0].T.reshape(rows, out_dim)
+    return found.astype(scale.dtype)
