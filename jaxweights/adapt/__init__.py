@@ -11,3 +11,4 @@ from jaxweights.adapt._merge import MergeLoss as MergeLoss
 from jaxweights.adapt._merge import merge_adapters as merge_adapters
 from jaxweights.adapt._merge import unmerge as unmerge
 from jaxweights.adapt._merge_deltas import merge_adapter_deltas as merge_adapter_deltas
+from jaxweights.adapt._truncate import truncate as truncate

@@ -5,6 +5,7 @@ from jaxweights.weights._axes import EMBEDDING as EMBEDDING
 from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
 from jaxweights.weights._codebook import Codebook as Codebook
+from jaxweights.weights._factored import Factored as Factored
 from jaxweights.weights._hadamard import hadamard_matrix as hadamard_matrix
 from jaxweights.weights._hadamard import hadamard_order as hadamard_order
 from jaxweights.weights._hadamard import hadamard_transform as hadamard_transform

@@ -141,6 +141,8 @@ CASES = [
     Case("sparsify.wanda", lambda: _S.wanda(sparsity=0.5)),
     Case("sparsify.wanda 2:4", lambda: _S.wanda(keep=2, of=4), elementwise=True),
     Case("adapt.lora", lambda: _A.lora(rank=3), keyed=True, per_slice=False),
+    Case("adapt.truncate", lambda: _A.truncate(rank=3), noise=50),
+    Case("adapt.truncate dense", lambda: _A.truncate(energy=0.9, form="dense"), noise=50),
     Case("adapt.rslora", lambda: _A.rslora(rank=3), keyed=True, per_slice=False),
     Case("merge.mean", _M.mean, models=2, elementwise=True),
     Case("merge.task_arithmetic", _M.task_arithmetic, models=2, elementwise=True),
