@@ -1,5 +1,8 @@
 """Integers in place of floats: grids, rounding and what calibration adds to it."""
 
+from jaxweights.quantize._adadim import AxisChoice as AxisChoice
+from jaxweights.quantize._adadim import adadim as adadim
+from jaxweights.quantize._adaround import adaround as adaround
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
 from jaxweights.quantize._allocate import Allocation as Allocation
@@ -8,6 +11,7 @@ from jaxweights.quantize._allocate import LeafChoice as LeafChoice
 from jaxweights.quantize._allocate import allocate as allocate
 from jaxweights.quantize._allocate import allocation_needs as allocation_needs
 from jaxweights.quantize._allocation_figure import allocation_figure as allocation_figure
+from jaxweights.quantize._auto_round import auto_round as auto_round
 from jaxweights.quantize._awq import AwqMatrix as AwqMatrix
 from jaxweights.quantize._awq import awq as awq
 from jaxweights.quantize._awq import awq_matrix as awq_matrix
@@ -42,6 +46,7 @@ from jaxweights.quantize._nf4 import NF4_LEVELS as NF4_LEVELS
 from jaxweights.quantize._nf4 import four_bit_matrix as four_bit_matrix
 from jaxweights.quantize._nf4 import fp4 as fp4
 from jaxweights.quantize._nf4 import nf4 as nf4
+from jaxweights.quantize._nupes import nupes as nupes
 from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._packed_bytes import packed_bytes as packed_bytes
 from jaxweights.quantize._power import power as power

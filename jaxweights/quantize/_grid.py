@@ -234,6 +234,18 @@ def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | No
       The scale, `(rows, 1, out)` (or `(1, 1, 1)` per tensor) in `grid.scale_dtype`; the zero
       point likewise in uint8, or None.
     """
+    groups, low, high = range_of(groups, grid)
+    if grid.search == "mse":
+        return _least_error(groups, low, high, grid)
+    return scale_of_range(low, high, grid)
+
+
+def range_of(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The groups that share a scale, `(rows, group, out)`, and where their ranges end.
+
+    Returns:
+      The groups, all in one per tensor, and `low <= 0` and `high >= 0`, `(rows, 1, out)`.
+    """
     if grid.group_size == "tensor":
         groups = groups.reshape(1, -1, 1)
     if groups.size == 0:
@@ -245,10 +257,7 @@ def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | No
     else:
         low = high = largest_magnitude(groups)
     # 0 lies on every grid: pruned weights and padding stay exact zeros.
-    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    if grid.search == "mse":
-        return _least_error(groups, low, high, grid)
-    return scale_of_range(low, high, grid)
+    return groups, jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
 
 
 def scale_of_range(

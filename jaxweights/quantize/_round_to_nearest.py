@@ -11,7 +11,15 @@ from jax.typing import DTypeLike
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import Codes, GridKind, GroupSize, Search, make_grid, round_matrix
+from jaxweights.quantize._grid import (
+    Codes,
+    GridKind,
+    GroupAxis,
+    GroupSize,
+    Search,
+    make_grid,
+    round_matrix,
+)
 from jaxweights.quantize._leaves import (
     REFUSAL,
     describe_bad_scales,
@@ -29,6 +37,7 @@ def round_to_nearest(
     *,
     bits: int,
     group_size: GroupSize = None,
+    group_axis: GroupAxis = "input",
     grid: GridKind | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
@@ -42,8 +51,10 @@ def round_to_nearest(
 
     Args:
       bits: Bits per code, 2 to 8. Codes of 4 bits and fewer share bytes.
-      group_size: Input rows sharing one scale; None gives one per output channel, "tensor" one per
-        matrix.
+      group_size: Rows (or columns) sharing one scale; None gives one per output (or per input),
+        "tensor" one per matrix.
+      group_axis: "input" for groups of rows of one output, which runtimes read; "output" for groups
+        of columns of one input, which keep an outlying input to itself.
       grid: "narrow", "full", "half", "signed_max", "affine" or "gptq_sym", see `Grid`; None gives
         "narrow" at 8 bits, as other runtimes do, and "signed_max" below, whose error on normally
         distributed weights is the least of the symmetric grids (0.77 of "narrow"'s at 4 bits).
@@ -74,7 +85,13 @@ def round_to_nearest(
       group has only one; the authors' code then clips half of the range.
     """
     settings = make_grid(
-        _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype, search=search
+        _NAME,
+        bits=bits,
+        group_size=group_size,
+        group_axis=group_axis,
+        grid=grid,
+        scale_dtype=scale_dtype,
+        search=search,
     )
 
     def quantize(weight: jax.Array) -> Codes:

@@ -25,6 +25,7 @@ class Case:
         devices have to tell each other.
       per_slice: Whether a stack is transformed as its slices are (not so for global thresholds
         and for random draws, which differ between slices).
+      traceable: Whether it may be traced. A method that chooses shapes by the data may not.
       noise: Multiplies the tolerances for rounding, where it is magnified: singular vectors of
         neighbouring singular values turn into each other by far more than the rounding of their
         matrix; and a delta as large as its base may cancel it.
@@ -36,6 +37,7 @@ class Case:
     keyed: bool = False
     elementwise: bool = False
     per_slice: bool = True
+    traceable: bool = True
     noise: float = 1
 
 
@@ -96,6 +98,17 @@ CASES = [
     Case("quantize.power leaf", lambda: _Q.power(bits=4, group_size=8, scope="leaf")),
     Case("quantize.gptq", lambda: _Q.gptq(bits=4, group_size=8)),
     Case("quantize.gptq ordered", lambda: _Q.gptq(bits=3, act_order=True, static_groups=True)),
+    Case("quantize.gptq groups", lambda: _Q.gptq(bits=4, group_size=8, act_order="groups")),
+    Case("quantize.gptq columns", lambda: _Q.gptq(bits=4, group_size=4, group_axis="output")),
+    Case(
+        "quantize.adadim",
+        lambda: _Q.adadim(bits=3, group_size=8),
+        per_slice=False,
+        traceable=False,
+    ),
+    Case("quantize.adaround", lambda: _Q.adaround(bits=3, steps=20, learning_rate=0.1)),
+    Case("quantize.auto_round", lambda: _Q.auto_round(bits=3, group_size=16, steps=5)),
+    Case("quantize.nupes", lambda: _Q.nupes(bits=3, steps=5, learning_rate=0.1)),
     Case("quantize.ternary", _Q.ternary),
     Case("quantize.ternary output", lambda: _Q.ternary(share="output", scale="least_squares")),
     Case("quantize.binary", _Q.binary),

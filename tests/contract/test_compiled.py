@@ -7,7 +7,7 @@ import jaxweights as jw
 from tests.contract._trees import assert_same, cases, eager, make_params, run
 
 
-@cases()
+@cases(lambda case: case.traceable)
 def test_jit_equals_eager(case):
     params, context, result = eager(case, ("attention", "stack"))
     compiled = jax.jit(lambda p, c: run(case, p, **c))(params, context)
@@ -15,7 +15,7 @@ def test_jit_equals_eager(case):
     assert_same(compiled, result, rtol=case.noise * 2e-6, atol=case.noise * 1e-7)
 
 
-@cases()
+@cases(lambda case: case.traceable)
 def test_vmap_over_whole_trees_equals_a_loop(case):
     first, context, alone_first = eager(case, ("dense",))
     second = make_params(seed=1, parts=("dense",))

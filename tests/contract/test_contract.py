@@ -38,7 +38,7 @@ def test_every_public_transform_is_registered():
     assert public == registered
 
 
-@cases()
+@cases(lambda case: case.traceable)
 def test_abstract_evaluation_tells_the_shapes_of_the_run(case):
     params, context, real = eager(case)
     abstract = jax.eval_shape(lambda p, c: run(case, p, **c), params, context)

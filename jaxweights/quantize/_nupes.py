@@ -1,0 +1,234 @@
+"""nupes: codes and the exponent of a power grid, learned together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxweights.core._paths import Path
+from jaxweights.core._transform import Transform
+from jaxweights.quantize._blocks import (
+    Block,
+    block_counts,
+    block_max,
+    check_block,
+    in_units,
+    stored_scale,
+    unfit_block,
+)
+from jaxweights.quantize._calibrated import OnFailure, ReportLeaf
+from jaxweights.quantize._grid import divide, make_grid
+from jaxweights.quantize._learned import (
+    Learned,
+    Moments,
+    adam_step,
+    check_steps,
+    learned_transform,
+    of_unit_mean,
+    output_losses,
+    relative,
+    round_through,
+)
+from jaxweights.quantize._leaves import check_scale_dtype, describe_bad_blocks, unfit_values
+from jaxweights.weights._axes import View
+from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._masked import Masked
+from jaxweights.weights._scaled import combine
+
+_NAME = "quantize.nupes"
+
+_LEAST_EXPONENT = 0.1
+# Where learning may start: the objective is flat about its minimum. 1 is plain rounding.
+_EXPONENTS = tuple(float(a) for a in np.round(np.linspace(0.24, 1, 20), 2))
+
+
+class _Latent(NamedTuple):
+    """What is learned of one matrix.
+
+    Attributes:
+      units: Codes before they are rounded, `(in, out)`.
+      exponent: The logit of where the exponent lies between its ends.
+    """
+
+    units: jax.Array
+    exponent: jax.Array
+
+
+def nupes(
+    *,
+    bits: int,
+    group_size: Block = None,
+    steps: int = 1000,
+    learning_rate: float = 1e-3,
+    exponent_rate: float = 1e-4,
+    scale_dtype: DTypeLike = jnp.float32,
+    on_failure: OnFailure = "error",
+    report: ReportLeaf | None = None,
+) -> Transform:
+    r"""Learns the codes of a power grid, over their whole range, together with its exponent.
+
+    Levels are :math:`\mathrm{sign}(q)\, amax\, (|q| / Q)^{1/a}` with :math:`Q = 2^{bits-1} - 1`. A
+    number before rounding is learned for each code, and a for each matrix, by Adam from
+    :math:`\operatorname{tr}(D^\top H D)`, which is the layer's squared error on the calibration
+    tokens; rounding passes gradients on. Where `adaround` chooses between two neighbours, codes
+    here may go anywhere. It starts at the best of twenty exponents, 1 among them, and keeps the
+    best that it meets: so it never does worse than the "narrow" grid of `round_to_nearest`.
+
+    Args:
+      bits: Bits per code, 2 to 8.
+      group_size: Input rows of one output sharing a scale; None for all of an output's, "tensor"
+        for all of the matrix's, a pair for tiles of (rows, columns).
+      steps: Steps; each costs a product with the Gram matrix and a few passes.
+      learning_rate: Of Adam, for codes.
+      exponent_rate: Of Adam, for the exponent.
+      scale_dtype: Dtype that scales are stored in.
+      on_failure: As in `auto_round`.
+      report: As in `gptq`.
+
+    Returns:
+      A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype;
+      each matrix of a stack has its own table. It needs the statistics "gram" and "count".
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: If a setting is out of range; when it sees a tree, as `nf4`, or if a statistic is
+        missing.
+
+    Warns:
+      UserWarning: If a matrix was rounded to nearest and no report was asked for.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 8))}
+      >>> x = jax.random.normal(jax.random.key(1), (256, 64))
+      >>> tx = jw.quantize.nupes(bits=3, steps=20)
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> stats = jw.calibrate(fn, params, [x], needs=tx.needs(params))
+      >>> jw.apply(tx, params, stats=stats)["kernel"].table.shape
+      (7,)
+
+    Source: Yvinec et al. 2023, arXiv:2308.05600, sections 3.2 and 3.3.
+    Differs: (1) Layers are learned from Gram matrices, not batches. (2) Exponents lie in (0.1, 1);
+      their gradient skips codes of 0. (3) The best is kept. (4) Activations stay as they are.
+    """
+    # Of the integer grids only the bounds of the settings matter here.
+    make_grid(_NAME, bits=bits, scale_dtype=scale_dtype)
+    check_block(_NAME, group_size)
+    check_scale_dtype(_NAME, scale_dtype)
+    check_steps(_NAME, steps, learning_rate=learning_rate, exponent_rate=exponent_rate)
+
+    def learn(
+        weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None
+    ) -> Learned:
+        del tokens
+        gram = of_unit_mean(gram)
+        matrix, loss = nupes_matrix(
+            weight,
+            gram,
+            mask,
+            bits=bits,
+            group_size=group_size,
+            steps=steps,
+            rates=(learning_rate, exponent_rate),
+            scale_dtype=scale_dtype,
+        )
+        return Learned(matrix, relative(loss, weight, gram))
+
+    def put(leaf: Any, matrix: Codebook, view: View) -> Any:
+        matrix = dataclasses.replace(matrix, view=view, dtype=np.dtype(leaf.dtype))
+        return Masked(matrix, leaf.mask) if isinstance(leaf, Masked) else matrix
+
+    def bad_scales(path: Path, matrix: Codebook) -> str | None:
+        return describe_bad_blocks(path, matrix)
+
+    return learned_transform(
+        learn,
+        name=_NAME,
+        put=put,
+        check=lambda leaf, view: (
+            unfit_values(leaf) or unfit_block(group_size, view.in_dim, view.out_dim)
+        ),
+        bad_scales=bad_scales,
+        on_failure=on_failure,
+        report=report,
+    )
+
+
+def nupes_matrix(
+    weight: jax.Array,
+    gram: jax.Array,
+    mask: jax.Array | None,
+    *,
+    bits: int,
+    group_size: Block,
+    steps: int,
+    rates: tuple[float, float],
+    scale_dtype: DTypeLike,
+) -> tuple[Codebook, jax.Array]:
+    """One float32 matrix on its power grid, and its loss."""
+    top = 2 ** (bits - 1) - 1
+    scale = stored_scale(block_max(weight, block_counts(group_size, *weight.shape)), scale_dtype)
+    amax = scale.astype(jnp.float32)
+    shares = in_units(weight, scale)  # between -1 and 1
+
+    def loss(latent: _Latent) -> jax.Array:
+        codes = round_through(jnp.clip(latent.units, -top, top))
+        levels = _level(codes, _exponent(latent.exponent), top)
+        values = combine(levels, amax, jnp.multiply)
+        values = values if mask is None else jnp.where(mask, values, 0)
+        return jnp.sum(output_losses(weight - values, gram))
+
+    def begin(exponent: jax.Array) -> _Latent:
+        return _Latent(_power(shares, exponent) * top, _logit(exponent))
+
+    speeds = _Latent(*(jnp.float32(rate) for rate in rates))
+
+    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
+        latent, best, least, moments = carry
+        now, gradient = jax.value_and_grad(loss)(latent)
+        better = now < least
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), latent, best)
+        moved, moments = adam_step(latent, gradient, moments, i, speeds)
+        return (moved, best, jnp.where(better, now, least), moments), None
+
+    exponents = jnp.asarray(_EXPONENTS, jnp.float32)
+    tried = jax.lax.map(lambda a: loss(begin(a)), exponents)
+    # NaN is never least: then the last, plain rounding, is where it stays.
+    chosen = jnp.argmin(jnp.where(jnp.isfinite(tried), tried, jnp.inf)[::-1])
+    start = begin(exponents[::-1][chosen])
+    moments = Moments(*(jax.tree.map(jnp.zeros_like, start) for _ in range(2)))
+    carry = (start, start, loss(start), moments)
+    (_, best, least, _), _ = jax.lax.scan(step, carry, jnp.arange(steps + 1))
+
+    codes = jnp.round(jnp.clip(best.units, -top, top)).astype(jnp.int32) + top
+    codes = codes if mask is None else jnp.where(mask, codes, jnp.int32(top))
+    table = _level(jnp.arange(-top, top + 1, dtype=jnp.float32), _exponent(best.exponent), top)
+    return Codebook.from_codes(codes, table, scale, bits=bits), least
+
+
+def _power(shares: jax.Array, exponent: jax.Array) -> jax.Array:
+    """sign(x) |x|^a; x itself for a = 1."""
+    size = jnp.abs(shares)
+    curved = jnp.exp(exponent * jnp.log(jnp.where(size == 0, 1.0, size)))
+    curved = jnp.where(size == 0, 0.0, jnp.where(exponent == 1, size, curved))
+    return jnp.sign(shares) * curved
+
+
+def _level(codes: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
+    """sign(q) (|q| / Q)^(1/a); the derivative by a is 0 for q = 0, where there is none."""
+    return _power(divide(codes, top), 1 / exponent)
+
+
+def _exponent(logit: jax.Array) -> jax.Array:
+    return _LEAST_EXPONENT + (1 - _LEAST_EXPONENT) * jax.nn.sigmoid(logit)
+
+
+def _logit(exponent: jax.Array) -> jax.Array:
+    """The inverse; infinite for 1, where sigmoid is exactly 1 and has no derivative."""
+    share = (exponent - _LEAST_EXPONENT) / (1 - _LEAST_EXPONENT)
+    return jnp.log(share / (1 - share))

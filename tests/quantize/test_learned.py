@@ -1,0 +1,226 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxweights.core import Layout, Stats, apply
+from jaxweights.quantize import adaround, auto_round, nupes, output_error, round_to_nearest
+from jaxweights.quantize._learned import output_losses
+from jaxweights.weights import Axes, Codebook, Masked, Quantized
+
+# Few steps with large rates: what is learned shows, and the tests stay short.
+METHODS = {
+    "adaround": lambda bits=3, **k: adaround(
+        bits=bits, group_size=16, steps=150, learning_rate=0.05, search="absmax", **k
+    ),
+    "auto_round": lambda bits=3, **k: auto_round(bits=bits, group_size=16, steps=60, **k),
+    "nupes": lambda bits=3, **k: nupes(
+        bits=bits, group_size=16, steps=60, learning_rate=0.02, exponent_rate=0.01, **k
+    ),
+}
+# What each starts from and never does worse than.
+PLAIN = {
+    "adaround": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="affine"),
+    "auto_round": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="affine"),
+    "nupes": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="narrow"),
+}
+methods = pytest.mark.parametrize("name", list(METHODS))
+
+
+def problem(seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(128, 8)) @ rng.normal(size=(8, 32)) + 0.3 * rng.normal(size=(128, 32))
+    return jnp.asarray(rng.normal(size=(32, 12)), jnp.float32), jnp.asarray(x.T @ x, jnp.float32)
+
+
+def stats_of(gram, count=128, **axes):
+    return Stats(
+        {"kernel": {"gram": gram, "count": jnp.asarray(count)}}, layout=Layout.of(axes or {})
+    )
+
+
+def test_losses_and_their_gradient_are_those_of_the_quadratic_form():
+    weight, gram = problem()
+    losses, pull = jax.vjp(lambda d: output_losses(d, gram), weight)
+    expected = np.einsum("io,ij,jo->o", weight, gram, weight, dtype=np.float64)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    shares = jnp.arange(12, dtype=jnp.float32)
+    (gradient,) = pull(shares)
+    direct = jax.grad(lambda d: jnp.sum(jnp.einsum("io,ij,jo->o", d, gram, d) * shares))(weight)
+    np.testing.assert_allclose(gradient, direct, rtol=1e-4, atol=1e-2)
+
+
+@methods
+def test_it_errs_far_less_than_plain_rounding(name):
+    weight, gram = problem()
+    report = {}
+    learned, plain = (
+        apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"].materialize()
+        for tx in (METHODS[name](report=report.__setitem__), PLAIN[name]())
+    )
+    errors = [float(output_error(weight, w, gram, relative=True)) for w in (learned, plain)]
+    # Between two levels on a fixed grid there is less to choose from.
+    assert errors[0] < (0.75 if name == "adaround" else 0.5) * errors[1]
+    assert float(report["kernel"].error) == pytest.approx(errors[0], rel=1e-3)
+    assert str(report["kernel"].status) == name
+
+
+@pytest.mark.parametrize("name", ["adaround", "auto_round"])
+def test_no_output_does_worse_than_plain_rounding(name):
+    weight, gram = problem()
+    # A rate so large that learning only does harm.
+    wild = {
+        "adaround": adaround(bits=4, steps=3, learning_rate=1e3, search="absmax"),
+        "auto_round": auto_round(bits=4, steps=3, learning_rate=1.0),
+    }[name]
+    plain = round_to_nearest(bits=4, grid="affine")
+    losses = [
+        np.asarray(
+            output_losses(
+                weight - apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"].matrix(),
+                gram,
+            )
+        )
+        for tx in (wild, plain)
+    ]
+    assert np.all(losses[0] <= losses[1] * (1 + 1e-5))
+
+
+def test_no_exponent_and_no_code_makes_nupes_worse_than_its_start():
+    weight, gram = problem()
+    tx = nupes(bits=4, steps=3, learning_rate=1e3, exponent_rate=1e3)
+    learned, plain = (
+        apply(t, {"kernel": weight}, stats=stats_of(gram))["kernel"].materialize()
+        for t in (tx, round_to_nearest(bits=4, grid="narrow"))
+    )
+    assert output_error(weight, learned, gram) <= output_error(weight, plain, gram) * (1 + 1e-5)
+
+
+def test_adaround_rounds_every_entry_up_or_down():
+    weight, gram = problem()
+    params, stats = {"kernel": weight}, stats_of(gram)
+    learned = apply(METHODS["adaround"](), params, stats=stats)["kernel"]
+    plain = apply(PLAIN["adaround"](), params, stats=stats)["kernel"]
+    assert np.array_equal(learned.scale, plain.scale)
+    steps = np.repeat(np.asarray(plain.scale), 16, axis=0)
+    assert np.all(np.abs(weight - learned.materialize()) < steps * (1 + 1e-5))
+    assert np.mean(learned.codes_matrix() != plain.codes_matrix()) > 0.02
+
+
+def test_auto_round_moves_entries_by_half_a_step_and_ends_of_ranges_inwards():
+    weight, gram = problem()
+    params, stats = {"kernel": weight}, stats_of(gram)
+    learned = apply(METHODS["auto_round"](), params, stats=stats)["kernel"]
+    plain = apply(PLAIN["auto_round"](), params, stats=stats)["kernel"]
+    assert np.all(np.asarray(learned.scale) <= np.asarray(plain.scale) * (1 + 1e-6))
+    assert np.any(np.asarray(learned.scale) < np.asarray(plain.scale) * 0.99)
+
+
+@pytest.mark.parametrize("grid", ["narrow", "half", "signed_max", "gptq_sym"])
+def test_auto_round_works_on_every_grid(grid):
+    weight, gram = problem()
+    params, stats = {"kernel": weight}, stats_of(gram)
+    learned = apply(auto_round(bits=4, grid=grid, steps=20), params, stats=stats)["kernel"]
+    plain = apply(round_to_nearest(bits=4, grid=grid), params)["kernel"]
+    errors = [output_error(weight, w.materialize(), gram) for w in (learned, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_nupes_learns_levels_and_codes_beyond_the_neighbours():
+    weight, gram = problem()
+    params, stats = {"kernel": weight}, stats_of(gram)
+    tx = nupes(bits=4, steps=300, learning_rate=0.2, exponent_rate=0.1)
+    learned = apply(tx, params, stats=stats)["kernel"]
+    assert isinstance(learned, Codebook)
+    table = np.asarray(learned.table)
+    assert table.shape == (15,)
+    assert np.all(np.diff(table) > 0)
+    assert np.array_equal(table, -table[::-1])
+    assert (table[7], table[14]) == (0, 1)
+    codes = np.asarray(learned.codes_matrix(), np.int32)
+    above = np.searchsorted(table, np.asarray(weight / learned.scale))
+    assert np.any((codes < above - 1) | (codes > above))  # as adaround never does
+
+
+@methods
+def test_a_stack_equals_its_matrices_one_by_one(name):
+    pairs = [problem(seed) for seed in range(2)]
+    weights, grams = (jnp.stack(x) for x in zip(*pairs, strict=True))
+    tx = METHODS[name]()
+    stats = stats_of(grams, jnp.full(2, 128), kernel=Axes())
+    stacked = apply(tx, {"kernel": weights}, stats=stats)["kernel"].materialize()
+    for i, (weight, gram) in enumerate(pairs):
+        alone = apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"].materialize()
+        # Signs of gradients near zero may turn with the last bit of a product.
+        assert np.mean(np.abs(stacked[i] - alone) < 1e-5) > 0.95
+
+
+@methods
+def test_pruned_weights_stay_zero(name):
+    weight, gram = problem()
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, weight.shape)
+    new = apply(METHODS[name](), {"kernel": Masked(weight, mask)}, stats=stats_of(gram))["kernel"]
+    assert isinstance(new, Masked)
+    assert isinstance(new.base, Quantized | Codebook)
+    assert np.all(np.asarray(new.base.materialize())[~np.asarray(mask)] == 0)
+
+
+@methods
+def test_experts_that_no_token_reached_are_refused_or_rounded_and_told(name):
+    weight, gram = problem()
+    params = {"kernel": jnp.stack([weight, weight])}
+    stats = stats_of(jnp.stack([gram, 0 * gram]), jnp.array([128, 0]), kernel=Axes())
+    with pytest.raises(
+        ValueError, match=rf"quantize\.{name}: 'kernel': no calibration token.*\[1\]"
+    ):
+        apply(METHODS[name](), params, stats=stats)
+    report = {}
+    tx = METHODS[name](on_failure="round_to_nearest", report=report.__setitem__)
+    new = apply(tx, params, stats=stats)["kernel"].materialize()
+    assert report["kernel"].status.tolist() == [name, "round_to_nearest:no_tokens"]
+    plain = apply(PLAIN[name](), {"kernel": weight}, stats=stats)["kernel"].materialize()
+    np.testing.assert_allclose(new[1], plain, atol=1e-6)
+    with pytest.warns(UserWarning, match=r"'kernel': was rounded to nearest \(no_tokens\)"):
+        apply(METHODS[name](on_failure="round_to_nearest"), params, stats=stats)
+
+
+@methods
+def test_a_gram_matrix_that_is_not_finite_is_refused(name):
+    weight, gram = problem()
+    with pytest.raises(ValueError, match="'kernel': its Gram matrix is not positive definite"):
+        apply(METHODS[name](), {"kernel": weight}, stats=stats_of(gram.at[0, 0].set(jnp.nan)))
+
+
+@methods
+def test_groups_of_zeros_and_dead_inputs_keep_their_plain_rounding(name):
+    weight, gram = problem()
+    weight = weight.at[:16, 2].set(0)
+    gram = gram.at[5].set(0).at[:, 5].set(0)
+    new = apply(METHODS[name](), {"kernel": weight}, stats=stats_of(gram))["kernel"].materialize()
+    assert np.all(np.asarray(new)[:16, 2] == 0)
+    assert np.all(np.isfinite(new))
+
+
+@pytest.mark.parametrize(
+    "factory, settings, words",
+    [
+        (auto_round, {"steps": 0}, r"quantize\.auto_round: steps=0 must be a positive integer"),
+        (auto_round, {"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+        (adaround, {"regularization": 0.0}, "regularization=0.0 must be positive"),
+        (adaround, {"bits": 1}, r"quantize\.adaround: bits=1 must lie between 2 and 8"),
+        (nupes, {"bits": 9}, r"quantize\.nupes: bits=9 must lie between 2 and 8"),
+        (nupes, {"on_failure": "skip"}, "on_failure='skip' is unknown"),
+    ],
+)
+def test_settings_are_checked_when_built(factory, settings, words):
+    with pytest.raises(ValueError, match=words):
+        factory(**({"bits": 4} | settings))
+
+
+def test_it_asks_for_statistics_and_refuses_quantized_leaves():
+    weight, gram = problem()
+    for make in METHODS.values():
+        assert make().needs({"kernel": weight}) == {"kernel": frozenset({"gram", "count"})}
+        quantized = apply(round_to_nearest(bits=4), {"kernel": weight})
+        with pytest.raises(ValueError, match=r"is already a Quantized\. Quantizing it again"):
+            apply(make(), quantized, stats=stats_of(gram))
