@@ -25,9 +25,8 @@ from jaxweights.checkpoint._saved_tree import CONFIG, MANIFEST, SavedTree
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.checkpoint._untrusted import contained, refuse_pickle
 from jaxweights.checkpoint.exchange._gguf_codes import INTEGER_TYPES, unpack_gguf
-from jaxweights.checkpoint.exchange._module import Part
+from jaxweights.checkpoint.exchange._module import Part, Represented
 from jaxweights.checkpoint.exchange._settings import Module, UnknownFormat, quantized_modules
-from jaxweights.weights._quantized import Quantized
 
 # What travels along with the weights of a Hugging Face checkpoint.
 _COMPANIONS = (
@@ -118,7 +117,7 @@ class Checkpoint(abc.ABC):
     def read(self, name: str) -> np.ndarray:
         """A tensor; quantized ones as the numbers they stand for."""
 
-    def represented(self, name: str) -> np.ndarray | Quantized:
+    def represented(self, name: str) -> np.ndarray | Represented:
         """A tensor as it is stored: quantized ones as represented weights of NumPy arrays."""
         return self.read(name)
 
@@ -265,8 +264,7 @@ class _SafetensorsCheckpoint(Checkpoint):
 
     def dtype(self, name: str) -> np.dtype:
         if name in self.modules:
-            tensors = self.modules[name].tensors
-            name = next((t for part, t in tensors.items() if "scale" in part), name)
+            return self._module_dtype(name)
         stored = self._reader[name].dtype
         # A packed dtype has no NumPy equal; reading it says so in full.
         return DTYPES[stored] if stored in DTYPES else self._reader.read(name).dtype
@@ -275,10 +273,9 @@ class _SafetensorsCheckpoint(Checkpoint):
         if name not in self.modules:
             return self._reader.read(name)
         weight = self.represented(name)
-        assert isinstance(weight, Quantized)
-        return np.asarray(weight.materialize())
+        return weight if isinstance(weight, np.ndarray) else np.asarray(weight.materialize())
 
-    def represented(self, name: str) -> np.ndarray | Quantized:
+    def represented(self, name: str) -> np.ndarray | Represented:
         if name not in self.modules:
             return self._reader.read(name)
         with self._blaming(name):
@@ -305,6 +302,14 @@ class _SafetensorsCheckpoint(Checkpoint):
         module = self.modules.get(name)
         tensors = (name,) if module is None else tuple(module.tensors.values())
         return sum(self._reader[tensor].nbytes for tensor in tensors)
+
+    def _module_dtype(self, name: str) -> np.dtype:
+        """What a module materialises to: told by its scales, or else by reading it."""
+        for suffix, tensor in self.modules[name].tensors.items():
+            stored = DTYPES.get(self._reader[tensor].dtype)
+            if "scale" in suffix and stored is not None and stored.kind != "u":
+                return stored
+        return np.dtype(self.represented(name).dtype)
 
     def _parts(self, name: str) -> dict[str, Part]:
         def part(tensor: str) -> Part:
@@ -355,7 +360,7 @@ class _GGUFCheckpoint(Checkpoint):
     def read(self, name: str) -> np.ndarray:
         return self._reader.read(name)
 
-    def represented(self, name: str) -> np.ndarray | Quantized:
+    def represented(self, name: str) -> np.ndarray | Represented:
         info = self._reader[name]
         if info.block_type.name in INTEGER_TYPES and len(info.shape) == 2:
             rows, columns = info.shape

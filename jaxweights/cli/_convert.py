@@ -7,12 +7,22 @@ from pathlib import Path
 from typing import Any
 
 # As `recipes._write.Format` has them, which is imported only when there is something to write.
-FORMATS = ("safetensors", "orbax", "gptq", "gptq_v2", "awq", "compressed-tensors", "gguf")
+FORMATS = (
+    "safetensors",
+    "orbax",
+    "gptq",
+    "gptq_v2",
+    "awq",
+    "compressed-tensors",
+    "bitsandbytes",
+    "gguf",
+)
 SUMMARY = "write a checkpoint in another format"
 DESCRIPTION = """\
 Writes a checkpoint of any format that can be read (safetensors, GPTQ, AWQ, compressed-tensors,
-GGUF, a result of `jaxweights run`) as safetensors under the names that other tools read, as Orbax,
-or as a checkpoint that transformers, vLLM or llama.cpp load. Config and tokenizer travel along.
+bitsandbytes, GGUF, a result of `jaxweights run`) as safetensors under the names that other tools
+read, as Orbax, or as a checkpoint that transformers, vLLM or llama.cpp load. Config and tokenizer
+travel along.
 
 Represented weights become dense in safetensors and stay as they are in Orbax. The quantized formats
 hold the integers of quantized weights as they are: nothing is rounded again, and a checkpoint that

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._weight import is_weight
 
 
-def in_one_form(layers: list[Any]) -> list[Quantized] | None:
+def in_one_form(layers: list[Any]) -> list[Any] | None:
     """Layers that stand for the same numbers and have equal structure, shapes and dtypes.
 
     Codes are widened to the most bits, signed ones get a zero point where others have one, and
@@ -24,10 +25,12 @@ def in_one_form(layers: list[Any]) -> list[Quantized] | None:
       The layers, or None where that cannot be: dense ones among them, offsets beside none, or
       indices of groups beside groups of another size.
     """
-    if not all(isinstance(layer, Quantized) for layer in layers):
+    if not all(is_weight(layer) for layer in layers):
         return None
     if len({_structure(layer) for layer in layers}) == 1:
         return layers
+    if not all(isinstance(layer, Quantized) for layer in layers):
+        return None
     offsets = {layer.offset is not None for layer in layers}
     indexed = any(layer.group_index is not None for layer in layers)
     groups = {layer.scale.shape[-2:] for layer in layers}

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxweights.weights._axes import EMBEDDING, View
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._scaled import Scaled
 from jaxweights.weights._weight import is_weight
 
 Convention = Literal["huggingface", "gguf"]
@@ -46,7 +47,7 @@ class TensorRule:
 
     def from_checkpoint(self, tensor: Any) -> Any:
         """The tree's orientation and order of a checkpoint tensor; a view where possible."""
-        if isinstance(tensor, Quantized):
+        if is_weight(tensor):
             return self._from_quantized(tensor)
         if self.interleaved_heads:
             # (out, ...) -> (heads, pairs, 2, ...) -> halves behind each other
@@ -56,7 +57,7 @@ class TensorRule:
 
     def to_checkpoint(self, leaf: Any) -> Any:
         """The inverse of `from_checkpoint`, contiguous."""
-        if isinstance(leaf, Quantized):
+        if isinstance(leaf, Quantized | Scaled):
             return self._to_quantized(leaf)
         if is_weight(leaf):  # whoever writes it says what it cannot hold
             return leaf
@@ -66,7 +67,7 @@ class TensorRule:
             tensor = split.swapaxes(1, 2).reshape(tensor.shape)
         return np.ascontiguousarray(tensor)
 
-    def _from_quantized(self, tensor: Quantized) -> Quantized:
+    def _from_quantized(self, tensor: Any) -> Any:
         if self.interleaved_heads:
             # Output i of the checkpoint belongs at this place of the tree.
             halves = np.arange(tensor.out_dim).reshape(self.interleaved_heads, -1, 2)
@@ -75,11 +76,11 @@ class TensorRule:
             return dataclasses.replace(tensor, view=View.of(self.shape))
         return dataclasses.replace(tensor, view=View.of(self.shape, EMBEDDING))
 
-    def _to_quantized(self, leaf: Quantized) -> Quantized:
+    def _to_quantized(self, leaf: Any) -> Any:
         kind = leaf.view.axes.kind
         axes = dataclasses.replace(EMBEDDING, kind="linear") if kind == "linear" else EMBEDDING
         tensor = dataclasses.replace(leaf, view=View.of(self.checkpoint_shape, axes))
-        if self.interleaved_heads:
+        if self.interleaved_heads and isinstance(tensor, Quantized):
             pairs = np.arange(tensor.out_dim).reshape(self.interleaved_heads, 2, -1)
             tensor = reorder_outputs(tensor, pairs.swapaxes(1, 2).reshape(-1))
         return tensor

@@ -10,7 +10,16 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-Format = Literal["orbax", "safetensors", "gptq", "gptq_v2", "awq", "compressed-tensors", "gguf"]
+Format = Literal[
+    "orbax",
+    "safetensors",
+    "gptq",
+    "gptq_v2",
+    "awq",
+    "compressed-tensors",
+    "bitsandbytes",
+    "gguf",
+]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 

@@ -10,7 +10,7 @@ import pytest
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, open_safetensors, write_safetensors
 from jaxweights.models import export_checkpoint, load_pretrained
-from jaxweights.weights import LowRank, Masked, Quantized, materialize
+from jaxweights.weights import LowRank, Masked, Quantized, is_weight, materialize
 from tests.checkpoint.exchange._oracles import awq_words, stream_along, stream_down
 
 HIDDEN, INNER, VOCAB, GROUP, LAYERS = 128, 256, 96, 128, 2
@@ -384,3 +384,40 @@ def test_masked_weights_are_written_with_the_code_of_zero(dense_model, tmp_path)
     export_checkpoint(tmp_path / "out", params, dense_model.config, form="compressed-tensors")
     got = load_pretrained(tmp_path / "out").params["layers"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(got.materialize(), np.where(mask, kernel.materialize(), 0))
+
+
+FLOATS = {
+    "nf4": (jw.quantize.nf4(), "bitsandbytes"),
+    "nf4 with quantized scales": (jw.quantize.nf4(double_quantization=True), "bitsandbytes"),
+    "fp4": (jw.quantize.fp4(group_size=128), "bitsandbytes"),
+    "fp8": (jw.quantize.fp8(), "compressed-tensors"),
+    "fp8 in tiles": (jw.quantize.fp8(group_size=(64, 64)), "compressed-tensors"),
+    "mxfp4": (jw.quantize.mx(element="e2m1"), "compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_narrow_floats_come_back_and_run(dense_model, tmp_path, case):
+    method, form = FLOATS[case]
+    params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", method)])
+    export_checkpoint(tmp_path / "out", params, dense_model.config, form=form)
+    got = load_pretrained(tmp_path / "out")
+    for path, kernel in kernels(params).items():
+        again = kernels(got.params)[path]
+        assert type(again) is type(kernel), path
+        if is_weight(kernel):
+            again, kernel = again.astype(jnp.float32).materialize(), kernel.materialize()
+        np.testing.assert_array_equal(again, kernel, err_msg=path)
+    np.testing.assert_allclose(
+        logits(got, got.params), logits(dense_model, params), rtol=1e-5, atol=1e-5
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == form
+    skipped = config.get("ignore") or config.get("llm_int8_skip_modules")
+    assert {"lm_head", "model.layers.1.self_attn.q_proj"} <= set(skipped)
+
+
+def test_a_table_of_levels_is_no_integer_grid(dense_model, tmp_path):
+    params = rounded(dense_model, rules=[("layers/mlp/up/kernel", jw.quantize.nf4())])
+    with pytest.raises(ValueError, match=r"up_proj.weight' is a Codebook, and gptq holds only int"):
+        export_checkpoint(tmp_path / "out", params, dense_model.config, form="gptq")

@@ -12,7 +12,9 @@ import numpy as np
 
 from jaxweights.checkpoint._write_safetensors import LazyTensor
 from jaxweights.weights._axes import Axes, View
+from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
+from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._quantized import Quantized, codes_per_byte
 
 TORCH_LINEAR = Axes(inputs=(-1,), outputs=(-2,))  # torch keeps (out, in)
@@ -43,6 +45,9 @@ class Part:
 
 
 Parts = Mapping[str, Part]
+
+
+Represented = Quantized | Codebook | NarrowFloat
 
 
 class HostCodes(NamedTuple):
@@ -100,7 +105,7 @@ def host_weight(
     per_byte = codes_per_byte(bits, in_dim)
     signed = zero_point is None and offset is None
     weight = Quantized(
-        codes=_share_bytes(codes, per_byte, signed=signed),  # type: ignore[arg-type]
+        codes=share_bytes(codes, per_byte, signed=signed),  # type: ignore[arg-type]
         scale=np.ascontiguousarray(scale),  # type: ignore[arg-type]
         zero_point=None if zero_point is None else zero_point.astype(np.uint8),  # type: ignore
         group_index=group_index,  # type: ignore[arg-type]
@@ -113,7 +118,7 @@ def host_weight(
     return weight
 
 
-def _share_bytes(codes: np.ndarray, per_byte: int, *, signed: bool) -> np.ndarray:
+def share_bytes(codes: np.ndarray, per_byte: int, *, signed: bool) -> np.ndarray:
     """`weights._quantized.pack_codes`, on the host."""
     if per_byte == 1:
         return np.ascontiguousarray(codes, np.int8 if signed else np.uint8)

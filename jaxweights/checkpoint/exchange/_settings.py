@@ -8,16 +8,23 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxweights.checkpoint.exchange._awq import unpack_awq
+from jaxweights.checkpoint.exchange._bitsandbytes import (
+    SUFFIXES,
+    dense_shape,
+    unpack_bitsandbytes,
+)
 from jaxweights.checkpoint.exchange._compressed_tensors import (
     unpack_int_quantized,
     unpack_pack_quantized,
 )
 from jaxweights.checkpoint.exchange._gptq import BITS, unpack_gptq
-from jaxweights.checkpoint.exchange._module import Parts
-from jaxweights.weights._quantized import Quantized
+from jaxweights.checkpoint.exchange._module import Parts, Represented
+from jaxweights.checkpoint.exchange._narrow_floats import unpack_float_quantized, unpack_mxfp4
 
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
 
 
@@ -31,12 +38,12 @@ class Module:
 
     Args:
       tensors: Names of its tensors in the files, by what they are in the module.
-      unpack: Reads it as a weight of shape `(out, in)`.
+      unpack: Reads it as a weight of shape `(out, in)`, or as an array where no weight can be it.
       shape: Its dense shape `(out, in)`, from the shapes of its tensors alone.
     """
 
     tensors: Mapping[str, str]
-    unpack: Callable[[Parts], Quantized]
+    unpack: Callable[[Parts], Represented | np.ndarray]
     shape: Callable[[Parts], tuple[int, int]]
 
 
@@ -60,6 +67,8 @@ def quantized_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[s
         return _awq_modules(config, names)
     if method == "compressed-tensors":
         return _compressed_modules(config, names)
+    if method == "bitsandbytes":
+        return _bitsandbytes_modules(config, names)
     raise UnknownFormat(
         f"quant_method={method!r:.80} cannot be read. Known are {', '.join(METHODS)}"
     )
@@ -107,7 +116,7 @@ def _awq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, M
 def _by_suffix(
     names: Iterable[str],
     suffixes: tuple[str, ...],
-    unpack: Callable[[Parts], Quantized],
+    unpack: Callable[[Parts], Represented],
     shape: Callable[[Parts], tuple[int, int]],
 ) -> dict[str, Module]:
     """Modules that have a tensor of the first suffix."""
@@ -119,6 +128,24 @@ def _by_suffix(
             tensors = {s: f"{stem}.{s}" for s in suffixes if f"{stem}.{s}" in known}
             found[f"{stem}.weight"] = Module(tensors, unpack, shape)
     return found
+
+
+def _bitsandbytes_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    if config.get("load_in_4bit") is not True:
+        raise UnknownFormat(
+            "bitsandbytes is read where 'load_in_4bit' is true; its 8-bit weights are not"
+        )
+    known = set(names)
+    stems = [n.removesuffix(".weight.quant_map") for n in names if n.endswith(".weight.quant_map")]
+    return {
+        f"{stem}.weight": Module(
+            {s: f"{stem}.{s}" for s in SUFFIXES if f"{stem}.{s}" in known},
+            unpack_bitsandbytes,
+            dense_shape,
+        )
+        for stem in stems
+        if f"{stem}.weight" in known
+    }
 
 
 def _compressed_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
@@ -167,9 +194,17 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise UnknownFormat("'weights' of a config group must be a dict")
+    if form == "float-quantized":
+        _number(weights, "num_bits", (8,))
+        suffixes = ("weight", "weight_scale")
+        return unpack_float_quantized, suffixes, lambda parts: _two(parts, "weight")
+    if form == "mxfp4-pack-quantized":
+        suffixes = ("weight_packed", "weight_scale")
+        return unpack_mxfp4, suffixes, _halved_shape
     if weights.get("type", "int") != "int":
         raise UnknownFormat(
-            f"the format {form!r:.80} holds {weights.get('type')!r:.80} weights; only 'int' is read"
+            f"the format {form!r:.80} holds {weights.get('type')!r:.80} weights, which are read in "
+            "float-quantized and mxfp4-pack-quantized only"
         )
     symmetric = weights.get("symmetric", True) is True
     if form == "pack-quantized":
@@ -191,8 +226,8 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
         suffixes = ("weight", "weight_scale", "weight_zero_point")
         return unpack, suffixes, lambda parts: _two(parts, "weight")
     raise UnknownFormat(
-        f"the format {form!r:.80} of compressed-tensors cannot be read. Known are pack-quantized "
-        "and int-quantized"
+        f"the format {form!r:.80} of compressed-tensors cannot be read. Known are "
+        "pack-quantized, int-quantized, float-quantized and mxfp4-pack-quantized"
     )
 
 
@@ -202,6 +237,11 @@ def _packed_shape(parts: Parts) -> tuple[int, int]:
         raise ValueError("'weight_shape' is missing or not two integers. The file is damaged")
     out_dim, in_dim = (int(n) for n in part.read())
     return out_dim, in_dim
+
+
+def _halved_shape(parts: Parts) -> tuple[int, int]:
+    out_dim, half = _two(parts, "weight_packed")
+    return out_dim, 2 * half
 
 
 def _two(parts: Parts, suffix: str) -> tuple[int, int]:

@@ -10,6 +10,11 @@ from typing import Any, Literal
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
 from jaxweights.checkpoint.exchange._awq import pack_awq, unfit_awq
+from jaxweights.checkpoint.exchange._bitsandbytes import (
+    pack_bitsandbytes,
+    unfit_bitsandbytes,
+)
+from jaxweights.checkpoint.exchange._bitsandbytes import settings as bitsandbytes_settings
 from jaxweights.checkpoint.exchange._compressed_tensors import (
     pack_int_quantized,
     pack_pack_quantized,
@@ -17,12 +22,20 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
     unfit_compressed_tensors,
 )
 from jaxweights.checkpoint.exchange._gptq import group_setting, pack_gptq, unfit_gptq
+from jaxweights.checkpoint.exchange._module import Represented
+from jaxweights.checkpoint.exchange._narrow_floats import (
+    pack_float_quantized,
+    pack_mxfp4,
+    unfit_floats,
+)
 from jaxweights.core._paths import fail
+from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
-Form = Literal["gptq", "gptq_v2", "awq", "compressed-tensors"]
-Weights = Mapping[str, Quantized]  # by module
+Form = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes"]
+Weights = Mapping[str, Any]  # by module
 _ASKER = "checkpoint.write_quantized"
 
 
@@ -37,8 +50,8 @@ class _Writer:
       uniform: Whether bits and group size must be the same for all.
     """
 
-    unfit: Callable[[Quantized], list[str]]
-    pack: Callable[[Quantized], Mapping[str, LazyTensor]]
+    unfit: Callable[[Any], list[str]]
+    pack: Callable[[Any], Mapping[str, LazyTensor]]
     settings: Callable[[Weights, list[str]], dict[str, Any]]
     uniform: bool
 
@@ -56,17 +69,19 @@ def write_quantized(
     max_shard_bytes: int | None = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Writes a folder that GPTQ, AWQ or compressed-tensors readers load.
+    """Writes a folder that readers of GPTQ, AWQ, compressed-tensors or bitsandbytes load.
 
     Everything is checked first, and all that does not fit is listed; nothing is written then.
     One tensor at a time is in memory.
 
     Args:
       destination: The folder to make.
-      tensors: By name, as torch calls and orients them: `Quantized` weights of shape `(out, in)`
-        under `<module>.weight`, and arrays for the rest.
-      form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM) or `compressed-tensors`
-        (pack-quantized, or int-quantized where all codes have 8 bits and none moves its groups).
+      tensors: By name, as torch calls and orients them: `Quantized`, `Codebook` or `NarrowFloat`
+        weights of shape `(out, in)` under `<module>.weight`, and arrays for the rest.
+      form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM), `bitsandbytes` (NF4 and FP4) or
+        `compressed-tensors`, whose format is chosen for each weight: int-quantized for 8 bits
+        without moved groups, pack-quantized for other integers, float-quantized for FP8, and
+        mxfp4-pack-quantized.
       config: The model's `config.json`; `quantization_config` is put into it.
       target: "vllm" also demands what its Marlin kernels need.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had.
@@ -86,7 +101,7 @@ def write_quantized(
     if target not in (None, "vllm"):
         raise ValueError(f"{_ASKER}: target={target!r} must be 'vllm' or None.")
     writer = WRITERS[form]
-    quantized = {n: t for n, t in tensors.items() if isinstance(t, Quantized)}
+    quantized = {n: t for n, t in tensors.items() if isinstance(t, Represented)}
     fail(_ASKER, _misfits(tensors, quantized, writer, form, target))
     written: dict[str, Any] = {}
     for name, tensor in tensors.items():
@@ -123,10 +138,17 @@ def _misfits(
     for name, tensor in tensors.items():
         if is_weight(tensor) and name not in quantized:
             problems.append(
-                f"{name!r} is a {type(tensor).__name__}, and {form} holds only integers with "
+                f"{name!r} is a {type(tensor).__name__}, and {form} holds only narrow numbers with "
                 "scales. Merge factors and masks into the weight, or save with Orbax."
             )
+    integers = {n: w for n, w in quantized.items() if isinstance(w, Quantized)}
     for name, weight in quantized.items():
+        if writer.uniform and name not in integers:
+            problems.append(
+                f"{name!r} is a {type(weight).__name__}, and {form} holds only integers. Quantize "
+                "with round_to_nearest, gptq or awq, or write bitsandbytes or compressed-tensors."
+            )
+            continue
         faults = list(writer.unfit(weight))
         if not name.endswith(".weight") or weight.view.axes.kind != "linear":
             faults.append(
@@ -134,17 +156,17 @@ def _misfits(
                 "Leave it out with `partition`, or dequantize it with `materialize`"
             )
         if target == "vllm":
-            faults += _unfit_marlin(weight)
+            faults += _unfit_marlin(weight) if name in integers else []
         problems += [f"{name!r} {fault}." for fault in faults]
     if not quantized:
         problems.append(
             f"no tensor is quantized, so there is nothing that {form} could hold. Quantize "
             "first (quantize.round_to_nearest, quantize.gptq), or write safetensors."
         )
-    all_bits = {weight.bits for weight in quantized.values()}
-    if writer.uniform and (len(all_bits) > 1 or common_group(quantized) is None):
+    all_bits = {weight.bits for weight in integers.values()}
+    if writer.uniform and (len(all_bits) > 1 or common_group(integers) is None):
         kinds: dict[Any, list[str]] = {}
-        for name, weight in quantized.items():
+        for name, weight in integers.items():
             kinds.setdefault((weight.bits, group_setting(weight)), []).append(name)
         listed = "; ".join(
             f"bits={bits}, group_size={group}: {len(names)} such as {names[0]!r}"
@@ -252,7 +274,7 @@ def _compressed_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
         groups[f"group_{i}"] = {
             "targets": ["Linear"] if len(schemes) == 1 else names,
             "format": form,
-            "weights": {**values, "type": "int", "dynamic": False},
+            "weights": {**values, "dynamic": False},
             "input_activations": None,
             "output_activations": None,
         }
@@ -272,12 +294,25 @@ def _is_plain_int8(weight: Quantized) -> bool:
     return weight.bits == 8 and weight.group_index is None
 
 
-def _scheme(weight: Quantized) -> tuple[tuple[str, Any], ...]:
+def _scheme(weight: Any) -> tuple[tuple[str, Any], ...]:
+    if isinstance(weight, NarrowFloat):
+        return _float_scheme(weight)
+    if isinstance(weight, Codebook):
+        return (
+            ("format", "mxfp4-pack-quantized"),
+            ("num_bits", 4),
+            ("type", "float"),
+            ("symmetric", True),
+            ("strategy", "group"),
+            ("group_size", 32),
+            ("scale_dtype", "torch.uint8"),
+        )
     group = group_setting(weight)
     strategy = "group" if group != -1 else "tensor" if scales_tensor(weight) else "channel"
     return (
         ("format", "int-quantized" if _is_plain_int8(weight) else "pack-quantized"),
         ("num_bits", weight.bits),
+        ("type", "int"),
         ("symmetric", weight.zero_point is None),
         ("strategy", strategy),
         ("group_size", group if strategy == "group" else None),
@@ -285,8 +320,38 @@ def _scheme(weight: Quantized) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _pack_compressed(weight: Quantized) -> Mapping[str, LazyTensor]:
+def _float_scheme(weight: NarrowFloat) -> tuple[tuple[str, Any], ...]:
+    rows, cols = weight.scale.shape[-2:]
+    block = None
+    if (rows, cols) == (1, 1):
+        strategy = "tensor"
+    elif cols == weight.out_dim:
+        strategy = "channel" if rows == 1 else "group"
+    else:
+        strategy, block = "block", [weight.out_dim // cols, weight.in_dim // rows]
+    return (
+        ("format", "float-quantized"),
+        ("num_bits", 8),
+        ("type", "float"),
+        ("symmetric", True),
+        ("strategy", strategy),
+        ("group_size", weight.in_dim // rows if strategy == "group" else None),
+        ("block_structure", None if block is None else tuple(block)),
+    )
+
+
+def _pack_compressed(weight: Any) -> Mapping[str, LazyTensor]:
+    if isinstance(weight, NarrowFloat):
+        return pack_float_quantized(weight)
+    if isinstance(weight, Codebook):
+        return pack_mxfp4(weight)
     return pack_int_quantized(weight) if _is_plain_int8(weight) else pack_pack_quantized(weight)
+
+
+def _unfit_compressed(weight: Any) -> list[str]:
+    if isinstance(weight, Quantized):
+        return unfit_compressed_tensors(weight)
+    return unfit_floats(weight)
 
 
 def _gptq_writer(version: int) -> _Writer:
@@ -303,6 +368,9 @@ WRITERS: dict[str, _Writer] = {
     "gptq_v2": _gptq_writer(2),
     "awq": _Writer(unfit_awq, pack_awq, _awq_settings, uniform=True),
     "compressed-tensors": _Writer(
-        unfit_compressed_tensors, _pack_compressed, _compressed_settings, uniform=False
+        _unfit_compressed, _pack_compressed, _compressed_settings, uniform=False
+    ),
+    "bitsandbytes": _Writer(
+        unfit_bitsandbytes, pack_bitsandbytes, bitsandbytes_settings, uniform=False
     ),
 }

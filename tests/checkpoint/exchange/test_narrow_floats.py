@@ -1,0 +1,97 @@
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxweights.checkpoint.exchange import (
+    Part,
+    pack_float_quantized,
+    pack_mxfp4,
+    unpack_float_quantized,
+    unpack_mxfp4,
+)
+from jaxweights.checkpoint.exchange._narrow_floats import E2M1, unfit_floats
+from jaxweights.quantize._fp8 import fp8_matrix
+from jaxweights.quantize._mx import mx_matrix
+
+
+def parts(arrays):
+    return {name: Part.of(array) for name, array in arrays.items()}
+
+
+def made(tensors):
+    return {name: tensor() for name, tensor in tensors.items()}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert got[name].dtype == array.dtype and got[name].shape == array.shape, name
+        assert got[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("scales", [(1,), (8, 1), (8, 4), (2, 2)])
+def test_fp8_stands_for_the_numbers_and_comes_back(scales):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(8, 64)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.5, 1, scales).astype(np.float32)
+    weight = unpack_float_quantized(parts({"weight": values, "weight_scale": scale}))
+    grid = scale.reshape(1, 1) if scales == (1,) else scale
+    spread = np.kron(grid, np.ones((8 // grid.shape[0], 64 // grid.shape[1]), np.float32))
+    np.testing.assert_array_equal(weight.materialize(), values.astype(np.float32) * spread)
+    assert not unfit_floats(weight)
+    ours = made(pack_float_quantized(weight))
+    assert_same(
+        {n: np.ascontiguousarray(a) for n, a in ours.items()},
+        {"weight": values, "weight_scale": scale},
+    )
+
+
+def test_mxfp4_stands_for_the_numbers_and_comes_back():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 16, (4, 64)).astype(np.uint8)
+    exponents = rng.integers(120, 134, (4, 2)).astype(np.uint8)
+    stored = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": exponents}
+    weight = unpack_mxfp4(parts(stored))
+    want = E2M1[codes] * np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, axis=1)
+    np.testing.assert_array_equal(weight.materialize(), want)
+    assert not unfit_floats(weight)
+    assert_same(made(pack_mxfp4(weight)), stored)
+
+
+def test_the_package_reads_four_bit_floats_in_the_same_order():
+    torch = pytest.importorskip("torch")
+    helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    weight = mx_matrix(jnp.linspace(-6, 6, 128).reshape(32, 4), element="e2m1")
+    packed = made(pack_mxfp4(weight))["weight_packed"]
+    theirs = helpers.unpack_fp4_from_uint8(torch.from_numpy(packed), 4, 32)
+    np.testing.assert_array_equal(theirs.float().numpy().T, weight.units())
+
+
+def test_what_these_formats_cannot_hold_is_said():
+    values = jnp.linspace(-1, 1, 256).reshape(64, 4)
+    cases = {
+        "holds float8_e5m2, but this format has e4m3": fp8_matrix(values, element="e5m2"),
+        "has scales in float8_e8m0fnu": mx_matrix(values, element="e4m3"),
+        "has levels that this format does not know": mx_matrix(values, element="e2m3"),
+        "MXFP4 has powers of two for every 32": mx_matrix(values, element="e2m1", block=16),
+    }
+    for words, weight in cases.items():
+        assert [words in problem for problem in unfit_floats(weight)] == [True], words
+
+
+def test_damaged_modules_are_refused():
+    values = np.ones((8, 64), ml_dtypes.float8_e4m3fn)
+    scale = np.ones((3, 1), np.float32)
+    with pytest.raises(ValueError, match=r"is \(3, 1\), which does not tile \(8, 64\)"):
+        unpack_float_quantized(parts({"weight": values, "weight_scale": scale}))
+    with pytest.raises(ValueError, match=r"'weight' is uint8 \(8, 64\), expected float8_e4m3fn"):
+        unpack_float_quantized(parts({"weight": values.view(np.uint8), "weight_scale": scale}))
+    packed = {
+        "weight_packed": np.ones((2, 32), np.uint8),
+        "weight_scale": np.ones((2, 3), np.uint8),
+    }
+    with pytest.raises(
+        ValueError, match=r"'weight_scale' is uint8 \(2, 3\), expected uint8 \(2, 2\)"
+    ):
+        unpack_mxfp4(parts(packed))
