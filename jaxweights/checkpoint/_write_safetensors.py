@@ -20,6 +20,7 @@ from jaxweights.checkpoint._untrusted import contained
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK_BYTES = 1 << 26
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,8 @@ def head_of(
         }
         position += plan.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    # Readers on CPUs use the file's memory in place where it lies on such a boundary.
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     return head, [(plan, len(head) + start) for plan, start in zip(plans, starts, strict=True)]
 

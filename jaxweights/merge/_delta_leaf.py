@@ -259,14 +259,14 @@ def _takes_part(
         if row.normalize == "entries":
             return [delta != 0 for delta in weighted]
         return [jnp.ones(delta.shape, bool) for delta in weighted]
-    elected = jnp.sign(sum(weighted))
+    total = jnp.asarray(sum(weighted))
     if row.asks_majority and sign is None:
-        axes = tuple(a for a in range(elected.ndim) if a not in plan.stack)
-        sign = jnp.sum(elected, axis=axes, keepdims=True)
-    positive = jnp.asarray(True) if sign is None else sign >= 0
-    otherwise = jnp.where(positive, 1, -1).astype(elected.dtype)
-    elected = jnp.where(elected == 0, otherwise, elected)
-    return [jnp.sign(delta) == elected for delta in weighted]
+        axes = tuple(a for a in range(total.ndim) if a not in plan.stack)
+        sign = jnp.sum(jnp.sign(total), axis=axes, keepdims=True)
+    lowers = total < 0
+    if sign is not None:
+        lowers = lowers | ((total == 0) & (sign < 0))
+    return [jnp.where(lowers, delta < 0, delta > 0) for delta in weighted]
 
 
 def _combine(deltas: list[jax.Array], row: Row) -> jax.Array:

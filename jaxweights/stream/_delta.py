@@ -18,7 +18,8 @@ from jaxweights.merge._models import compute_dtype, per_model
 from jaxweights.stream._draws import drawn_mask
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._ranks import RankSurvey, Target, among
-from jaxweights.stream._sums import PartialSums, partial_sums, refuse_nonfinite
+from jaxweights.stream._store import checked, stored
+from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,10 @@ def delta_job(
             np.asarray(settings.scale, wide),
             bounds,
         )
-        merged, finite = _merge_slice(
+        merged = _merge_slice(
             base, tuple(models), numbers, tuple(masks), sign, row=row, dtype=dtype
         )
-        if not np.asarray(finite).all():
-            refuse_nonfinite(name, operands, arrays)
-        return np.asarray(merged)
+        return checked(name, operands, arrays, merged)
 
     job = Job(
         name,
@@ -175,7 +174,7 @@ def _merge_slice(
     *,
     row: Row,
     dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     deltas = [_delta(base, model) for model in models]
     sparse = [_thinned(delta, i, numbers, masks[i], row) for i, delta in enumerate(deltas)]
     weighted = [numbers.weights[i] * delta for i, delta in enumerate(sparse)]
@@ -183,12 +182,10 @@ def _merge_slice(
     merged = _combine([jnp.where(m, d, 0) for m, d in zip(takes_part, weighted, strict=True)], row)
     if row.normalize != "none":
         merged = merged / _divisor(takes_part, numbers.weights, row)
-    stored = (base.astype(merged.dtype) + numbers.scale * merged).astype(dtype)
     # A delta that is NaN may have been dropped, so that the result alone proves nothing.
     thinned = row.sparsifier != "none" or row.consensus != "none"
-    looked_at = (stored, *(deltas if thinned else ()))
-    # One byte an entry, which NumPy reduces ten times faster than XLA does on a CPU.
-    return stored, functools.reduce(jnp.logical_and, map(jnp.isfinite, looked_at))
+    new = base.astype(merged.dtype) + numbers.scale * merged
+    return stored(new, dtype, *(deltas if thinned else ()))
 
 
 def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
@@ -306,10 +303,10 @@ class _DeltaNorms(Survey):
         masks = [_mask(self._settings, self._name, i, start, base.size) for i in range(len(models))]
         if count >= job.entries:  # the same worker makes the slice next
             self._drawn[start] = masks
-        return np.stack([np.asarray(x) for x in _partial_norms(base, tuple(models), tuple(masks))])
+        return run_sums(_partial_norms(base, tuple(models), tuple(masks)))
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
-        self._sums.add(start, job.entries, seen)
+        self._sums.add(seen)
 
     def decide(self) -> bool:
         return False

@@ -16,7 +16,8 @@ from jaxweights.stream._jobs import Job, Operand, Piece, cut
 from jaxweights.stream._memory import Budget
 from jaxweights.stream._pipeline import Progress, _add, _Flow, _look, _Meter
 from jaxweights.stream._ranks import RankSurvey, Target
-from jaxweights.stream._sums import partial_sums, refuse_nonfinite
+from jaxweights.stream._store import refuse_nonfinite
+from jaxweights.stream._sums import partial_sums
 
 _TASK = "Comparing deltas"
 _NOTHING = np.dtype("V0")  # what is written of a tensor
@@ -327,7 +328,8 @@ def _squares_above(base: Any, model: Any, high: jax.Array) -> jax.Array:
 
 
 def _total(parts: jax.Array) -> float:
-    return float(np.asarray(parts).sum(dtype=np.float64))
+    with np.errstate(invalid="ignore"):  # what left the range of float32 is summed up anew
+        return float(np.asarray(parts).sum(dtype=np.float64))
 
 
 def _square_sum(patterns: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,6 +21,7 @@ from jaxweights.checkpoint._write_safetensors import copy_files
 JOURNAL = "journal.jsonl"
 _HASH_CHUNK = 1 << 24
 _OPEN_FILES = 64
+_FLUSHED = 1 << 26  # bytes after which a file's are sent to the disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +113,8 @@ class Destination:
         digest.update(data)
         done = 0
         for file, where, count in place.spans(position, data.size):
-            with self._files.opened(file) as descriptor:
-                _write_all(descriptor, data[done : done + count].data, where)
+            with self._files.opened(file) as opened:
+                opened.write(data[done : done + count].data, where)
             done += count
         self._open[name][0] += data.size
         if position + data.size == place.nbytes:
@@ -127,41 +129,70 @@ class Destination:
         os.close(self._journal)
 
 
-class _OpenFiles:
-    """Files that are written to, of which few are open at a time; for several threads."""
+class _OpenFile:
+    """A file that several threads write to."""
 
-    def __init__(self) -> None:
-        self._open: dict[Path, list[int]] = {}  # descriptor, and number of users
+    def __init__(self, path: Path):
+        self.users = 0
+        self.unflushed = 0
+        self.descriptor = os.open(path, os.O_WRONLY)
         self._lock = threading.Lock()
 
-    @contextlib.contextmanager
-    def opened(self, file: Path) -> Iterator[int]:
-        """A descriptor for writing, which stays open until the end of the block."""
+    def write(self, data: memoryview, where: int) -> None:
+        """Writes bytes from a place on."""
+        # The system lets one thread write to a file, and others burn their time until they may.
         with self._lock:
-            idle = [path for path, (_, users) in self._open.items() if not users and path != file]
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self.descriptor, data[done:], where + done)
+            self.unflushed += done
+
+
+class _OpenFiles:
+    """Files that are written to, of which few are open at a time.
+
+    A thread sends what was written to the disk meanwhile, so that little is left for the end.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Path, _OpenFile] = {}
+        self._lock = threading.Lock()
+        self._ready: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._flusher = threading.Thread(target=self._flush, daemon=True)
+        self._flusher.start()
+
+    @contextlib.contextmanager
+    def opened(self, path: Path) -> Iterator[_OpenFile]:
+        """A file, which stays open until the end of the block."""
+        with self._lock:
+            idle = [p for p, file in self._open.items() if not file.users and p != path]
             while len(self._open) >= _OPEN_FILES and idle:
-                os.close(self._open.pop(idle.pop(0))[0])
-            if file not in self._open:
-                self._open[file] = [os.open(file, os.O_WRONLY), 0]
-            entry = self._open[file]
-            entry[1] += 1
+                os.close(self._open.pop(idle.pop(0)).descriptor)
+            file = self._open[path] if path in self._open else _OpenFile(path)
+            self._open[path] = file
+            file.users += 1
         try:
-            yield entry[0]
+            yield file
         finally:
             with self._lock:
-                entry[1] -= 1
+                file.users -= 1
+                if file.unflushed >= _FLUSHED:
+                    file.unflushed = 0
+                    self._ready.put(path)
+
+    def _flush(self) -> None:
+        while (path := self._ready.get()) is not None:
+            # Whatever fails here fails again, and is told, when all is flushed at the end.
+            with contextlib.suppress(OSError), self.opened(path) as file:
+                os.fsync(file.descriptor)
 
     def close(self) -> None:
         """Closes all of them."""
-        for descriptor, _ in self._open.values():
-            os.close(descriptor)
+        self._ready.put(None)
+        self._flusher.join()
+        for file in self._open.values():
+            os.close(file.descriptor)
         self._open = {}
-
-
-def _write_all(descriptor: int, data: memoryview, where: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], where + done)
 
 
 @contextlib.contextmanager

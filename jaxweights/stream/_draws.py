@@ -38,9 +38,20 @@ def drawn_mask(
     bits = draw(seed, path, model, start, count)
     mask = bits < np.uint8(edge)
     if rest:
-        places = np.flatnonzero(bits == np.uint8(edge))
+        places = true_places(bits == np.uint8(edge))
         mask[places] = _uniform(seed, path, model, start + places) < rest
     return mask
+
+
+def true_places(mask: np.ndarray) -> np.ndarray:
+    """Where a mask that is mostly False is True, looked for by eight entries at once."""
+    whole = mask.size // 8 * 8
+    words = mask[:whole].view(np.uint64)
+    # Booleans: other dtypes are looked through ten times slower.
+    hit = np.flatnonzero(words != 0)
+    found = np.flatnonzero(words[hit].view(np.bool_))
+    places = 8 * hit[found >> 3] + (found & 7)
+    return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
 def draw(seed: int, path: str, model: str, start: int, count: int) -> np.ndarray:

@@ -12,8 +12,9 @@ import numpy as np
 # A piece takes a few milliseconds: long beside what starting it costs, short beside a disk's
 # bandwidth times the memory that pieces in flight may hold.
 PIECE_ENTRIES = 1 << 20
-# Ends of tensors are padded to one of these, so that a handful of programs serves all shapes.
-_PADDED = (1 << 10, 1 << 18)
+# Ends of tensors are cut into pieces of an eighth, so that two programs serve all shapes.
+_SMALL = 8
+_SMALLEST = 1 << 10
 
 
 class Tensors(Protocol):
@@ -168,9 +169,14 @@ def cut(job: Job, budget: int) -> Iterator[Piece]:
         yield Piece(job, 0, job.entries, None)
         return
     size = PIECE_ENTRIES
-    while size > _PADDED[0] and Piece(job, 0, size, size).cost > budget:
+    while size > _SMALLEST and Piece(job, 0, size, size).cost > budget:
         size //= 2
-    for start in range(0, max(job.entries, 1), size):
-        count = min(size, job.entries - start)
-        padded = next(n for n in (*(p for p in _PADDED if p < size), size) if n >= count)
+    small = max(size // _SMALL, 1)
+    start = 0
+    while start < job.entries or start == 0:
+        left = job.entries - start
+        # Padding a large piece costs no more than the last two small ones.
+        padded = size if left > size - 2 * small else small
+        count = min(padded, left)
         yield Piece(job, start, count, padded)
+        start += padded

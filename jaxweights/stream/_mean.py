@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.merge._mean import weighted_mean, with_first
 from jaxweights.merge._models import check_weights, compute_dtype
 from jaxweights.stream._jobs import Job, Operand
-from jaxweights.stream._sums import refuse_nonfinite
+from jaxweights.stream._store import checked, stored
 
 # Wide copies that a compiler may make.
 _WIDE_BYTES = 4
@@ -50,10 +49,8 @@ def mean_job(
         del start
         others = (*arrays[:pivot], *arrays[pivot + 1 :])
         wide = numbers.astype(compute_dtype(arrays[0]))
-        stored, finite = _mean(arrays[pivot], others, wide, normalize=normalize, dtype=dtype)
-        if not np.asarray(finite).all():
-            refuse_nonfinite(name, operands, arrays)
-        return np.asarray(stored)
+        merged = _mean(arrays[pivot], others, wide, normalize=normalize, dtype=dtype)
+        return checked(name, operands, arrays, merged)
 
     temporaries = _WIDE_BYTES * (len(operands) + 1)
     return Job(name, operands[0].shape, dtype, operands, compute, True, temporaries)
@@ -62,7 +59,5 @@ def mean_job(
 @functools.partial(jax.jit, static_argnames=("normalize", "dtype"))
 def _mean(
     pivot: Any, others: tuple[Any, ...], weights: jax.Array, *, normalize: bool, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    stored = weighted_mean(pivot, others, weights, normalize=normalize).astype(dtype)
-    # One byte an entry, which NumPy reduces ten times faster than XLA does on a CPU.
-    return stored, jnp.isfinite(stored)
+) -> jax.Array:
+    return stored(weighted_mean(pivot, others, weights, normalize=normalize), dtype)

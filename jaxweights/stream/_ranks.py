@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core._select import magnitude_bits
+from jaxweights.stream._draws import true_places
 from jaxweights.stream._jobs import Job
 
 # Primes, so that a sample does not keep step with rows.
@@ -129,7 +130,7 @@ class RankSurvey:
         places = _split(self._values, tuple(arrays), brackets, which)
         seen = []
         for target, (above, inside) in zip(self._open, places, strict=True):
-            found = _true_places(np.asarray(inside)[:count])
+            found = true_places(np.asarray(inside)[:count])
             chosen = {i: _wide(_taken(host[i], found)) for i in (0, target.model + 1)}
             patterns = _patterns(self._values(chosen, target.model))
             number = int(np.count_nonzero(np.asarray(above)[:count]))
@@ -206,16 +207,6 @@ def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     if array.dtype != _BFLOAT16:
         return array[places]
     return array.view(np.uint16)[places].view(_BFLOAT16)
-
-
-def _true_places(mask: np.ndarray) -> np.ndarray:
-    """Where a mask that is mostly False is True, looked for by eight entries at once."""
-    whole = mask.size // 8 * 8
-    # Booleans: other dtypes are looked through ten times slower.
-    hit = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
-    found = np.flatnonzero(mask[:whole].reshape(-1, 8)[hit].reshape(-1))
-    places = 8 * hit[found >> 3] + (found & 7)
-    return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
