@@ -32,7 +32,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxweights as jw
 from jaxweights.core import flatten
@@ -66,17 +68,23 @@ class Bench:
     group: int
     _stats: Any = None
 
-    def stats(self, *transforms: jw.Transform) -> Any:
+    def stats(self) -> Any:
         """Statistics of the float model, collected once a draw for all rows."""
         if self._stats is None:
             wanted: dict[str, frozenset[str]] = {}
-            for tx in (jw.quantize.gptq(bits=4), *transforms):
+            for tx in (jw.quantize.gptq(bits=4), jw.quantize.awq()):
                 for path, names in tx.needs(self.model.params).items():
                     wanted[path] = wanted.get(path, frozenset()) | names
             self._stats = jw.calibrate(
                 self.model.forward, self.model.params, self.batches, needs=wanted
             )
         return self._stats
+
+    def folds(self) -> Any:
+        """Who may take over the scales of whom."""
+        config = self.model.pretrained.config
+        q = jw.quantize
+        return q.llama_folds(config) if self.model.is_decoder else q.bert_folds(config)
 
     def apply(self, tx: jw.Transform) -> Any:
         """One transform, with the statistics of the float model."""
@@ -94,22 +102,131 @@ def rows(bits: int, group: int) -> dict[str, Row]:
     q = jw.quantize
     at: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
     rtn, gptq = q.round_to_nearest, q.gptq
-    best = {"act_order": True, "static_groups": True, "search": "mse"}
+    ordered = {"act_order": True, "static_groups": True}
+    searched = ordered | {"search": "mse"}
+    best = q.refine(gptq(**searched, **at))
     return {
-        "rounded, affine": Row(lambda b: b.apply(rtn(grid="affine", **at)), False),
-        "rounded, signed_max": Row(lambda b: b.apply(rtn(**at)), False),
-        "rounded, affine, mse": Row(
-            lambda b: b.apply(rtn(grid="affine", search="mse", **at)), False
-        ),
+        "rounded": Row(lambda b: b.apply(rtn(grid="affine", **at)), False),
+        "rounded, symmetric": Row(lambda b: b.apply(rtn(**at)), False),
+        "rounded, mse": Row(lambda b: b.apply(rtn(grid="affine", search="mse", **at)), False),
+        "gptq, its authors' code": Row(_authors_gptq),
         "gptq": Row(lambda b: b.apply(gptq(**at))),
-        "gptq, act-order static": Row(
-            lambda b: b.apply(gptq(act_order=True, static_groups=True, **at))
-        ),
-        "gptq, mse": Row(lambda b: b.apply(gptq(search="mse", **at))),
-        "gptq, act-order mse": Row(lambda b: b.apply(gptq(**best, **at))),
+        "gptq, ordered": Row(lambda b: b.apply(gptq(**ordered, **at))),
+        "gptq, ordered, mse": Row(lambda b: b.apply(gptq(**searched, **at))),
         "gptq, blocks": Row(lambda b: b.in_blocks(gptq(**at))),
-        "gptq, act-order mse, blocks": Row(lambda b: b.in_blocks(gptq(**best, **at))),
+        "awq, its authors' code": Row(_authors_awq),
+        "awq": Row(lambda b: b.apply(q.awq(bits=bits, group_size=group, scale_dtype="float16"))),
+        "awq, folded": Row(lambda b: b.apply(q.awq(folds=b.folds(), **at))),
+        "rounded, refined": Row(
+            lambda b: b.apply(q.refine(rtn(grid="affine", search="mse", **at), sweeps=8))
+        ),
+        "gptq, refined": Row(lambda b: b.apply(best)),
+        "gptq, refined, blocks": Row(lambda b: b.in_blocks(best)),
+        "gptq + rank 4": Row(lambda b: b.apply(q.low_rank_residual(gptq(**at), rank=4))),
+        "gptq + 0.5 % outliers + rank 4": Row(
+            lambda b: b.apply(q.joint(gptq(**at), rank=4, outliers=0.005, sweeps=2))
+        ),
+        "allocated, refined": Row(_allocated),
+        "gptq, scales distilled": Row(lambda b: distil(b, b.apply(gptq(**at)))),
+        "gptq, refined, scales distilled": Row(lambda b: distil(b, b.apply(best))),
+        "allocated, refined, scales distilled": Row(lambda b: distil(b, _allocated(b))),
     }
+
+
+def _allocated(bench: Bench) -> Any:
+    """Refined GPTQ, a bit less or more for each kind of matrix, in the bytes of plain GPTQ."""
+    q, group = jw.quantize, bench.group
+    settings: dict[str, Any] = {"act_order": True, "static_groups": True, "search": "mse"}
+    settings |= {"group_size": group, "scale_dtype": "float16"}
+    candidates = {
+        f"{bits} bits": q.refine(q.gptq(bits=bits, **settings))
+        for bits in range(max(bench.bits - 1, 2), bench.bits + 2)
+    }
+    # Codes, and for each group a scale of 16 bits and a zero point as wide as a code.
+    each = bench.bits + (16 + bench.bits) / group
+    found = q.allocate(
+        bench.model.params,
+        candidates,
+        bits_per_weight=each,
+        size="packed",
+        stats=bench.stats(),
+    )
+    print(found, file=sys.stderr)
+    return bench.apply(found.transform)
+
+
+def distil(bench: Bench, params: Any, *, steps: int = 128, rate: float = 3e-3) -> Any:
+    """Trains scales, norms and biases to give the float model's outputs on the calibration data.
+
+    Codes, zero points and so the bytes stay. Scales move relative to their own size.
+    """
+    forward, dense = bench.model.forward, bench.model.params
+    teach = jax.jit(forward)
+    trainable, frozen = jw.split(params, r".*/(scale|bias)")
+    start = {path: x.astype(jnp.float32) for path, x in trainable.items()}
+    unit = {
+        path: jnp.abs(x) if path.endswith("kernel/scale") else jnp.sqrt(jnp.mean(jnp.square(x)))
+        for path, x in start.items()
+    }
+    moved = lambda change: {path: start[path] + unit[path] * change[path] for path in start}  # noqa: E731
+    adam = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def loss(change: Any, tokens: Any, target: Any) -> Any:
+        out = jw.lift(forward)(jw.combine(moved(change), frozen), tokens)
+        if not bench.model.is_decoder:
+            return jnp.mean(jnp.square(out - target)) / jnp.mean(jnp.square(target))
+        wanted = jax.nn.softmax(target.astype(jnp.float32))
+        return optax.softmax_cross_entropy(out.astype(jnp.float32), wanted).mean()
+
+    @jax.jit
+    def step(change: Any, state: Any, tokens: Any, target: Any) -> Any:
+        updates, state = adam.update(jax.grad(loss)(change, tokens, target), state)
+        return optax.apply_updates(change, updates), state
+
+    change = jax.tree.map(jnp.zeros_like, start)
+    state = adam.init(change)
+    for i in range(steps):
+        (tokens,) = bench.batches[i % len(bench.batches)]
+        change, state = step(change, state, tokens, teach(dense, tokens))
+    done = {path: x.astype(trainable[path].dtype) for path, x in moved(change).items()}
+    return jw.combine(done, frozen)
+
+
+def _authors_gptq(bench: Bench) -> Any:
+    from authors_quantizers import gptq
+
+    def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
+        gram = np.asarray(bench.stats().get(path, "gram"))[place]
+        return gptq(weight, gram, bits=bench.bits, group=bench.group)
+
+    return _by_matrix(bench, one)
+
+
+def _authors_awq(bench: Bench) -> Any:
+    """Each matrix with a scale of its own, as our `awq` without folds."""
+    from authors_quantizers import awq
+
+    def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
+        gram, total, count = (
+            np.asarray(bench.stats().get(path, name))[place]
+            for name in ("gram", "abs_sum", "count")
+        )
+        clip = [not re.search("/[qk]/", path)]
+        mean = (total / count).astype(np.float32)
+        return awq([weight], gram, mean, bits=bench.bits, group=bench.group, clip=clip)[0]
+
+    return _by_matrix(bench, one)
+
+
+def _by_matrix(bench: Bench, fn: Callable[..., np.ndarray]) -> Any:
+    """Dense weights, each matrix of each stack by a function of path, weight and place."""
+    flat, treedef = flatten(bench.model.params)
+    for path in [path for path in flat if path.endswith("/kernel")]:
+        stack = np.array(flat[path])
+        for i in range(len(stack)):
+            stack[i] = fn(path, stack[i], (i,))
+        flat[path] = jnp.asarray(stack)
+    return jax.tree.unflatten(treedef, list(flat.values()))
 
 
 def recipe_of(model: str, options: argparse.Namespace) -> Any:
@@ -147,10 +264,9 @@ def draws_of(recipe: Any, model: Any, draws: int) -> list[list[tuple[np.ndarray]
     return [[(part[i : i + size],) for i in range(0, len(part), size)] for part in parts]
 
 
-def matrices_bytes(params: Any, dense: Any) -> int:
-    """Packed bytes of the leaves that differ from the float model's."""
-    old, new = flatten(dense)[0], flatten(params)[0]
-    return sum(packed_bytes(leaf) for path, leaf in new.items() if leaf is not old[path])
+def matrices_bytes(params: Any) -> int:
+    """Packed bytes of the represented leaves."""
+    return sum(packed_bytes(leaf) for leaf in flatten(params)[0].values() if jw.is_weight(leaf))
 
 
 def run(model_name: str, bits: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -168,7 +284,7 @@ def run(model_name: str, bits: int, options: argparse.Namespace) -> dict[str, An
             jax.block_until_ready(jax.tree.leaves(params))
             entry = found.setdefault(name, {"scores": [], "seconds": []})
             entry["seconds"].append(time.perf_counter() - start)
-            entry["bytes"] = matrices_bytes(params, model.params)
+            entry["bytes"] = matrices_bytes(params)
             entry["scores"].append(measure.score(params, name))
             print(f"draw {draw}: {name}: {_short(entry)}", file=sys.stderr, flush=True)
             del params
@@ -216,7 +332,7 @@ def table(found: dict[str, Any]) -> str:
         scores = entry["scores"]
         first = [s["perplexity"] if is_decoder else s["recall_at_1"] for s in scores]
         lost = [s["nll"] - dense["nll"] if is_decoder else 1 - s["cosine"] for s in scores]
-        size = f"{entry['bytes'] / 1e6:.2f}" if "bytes" in entry else ""
+        size = f"{entry['bytes'] / 1e6:.3f}" if entry.get("bytes") else ""
         lines.append(f"| {name} | {size} | {_mean(first, 3)} | {_mean(lost, 4)} |")
     return "\n".join(lines)
 

@@ -58,6 +58,7 @@ from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
 from jaxweights.quantize._same_function import check_same_function as check_same_function
+from jaxweights.quantize._scales import scales as scales
 from jaxweights.quantize._smooth import smooth as smooth
 from jaxweights.quantize._smooth import smooth_scale as smooth_scale
 from jaxweights.quantize.training import OscillationState as OscillationState

@@ -14,11 +14,13 @@ from jaxweights.core._stats import Stats
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._requantize import (
     Requantized,
+    before_change,
     requantize,
     view_of,
     why_not_requantizable,
 )
 from jaxweights.weights._axes import View
+from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._weight import is_weight, materialize
 
 _NAME = "quantize.add_deltas"
@@ -169,7 +171,8 @@ def loss_of(
     loss = MergeLoss((norm / max(change.size, 1) ** 0.5).astype(jnp.float32), survived)
     if gram is None or view is None:
         return loss
-    energy = lambda x: _stack_energy(view.to_matrix(x), gram)  # noqa: E731
+    seen = lambda x: before_change(base, x) if isinstance(base, InputChange) else x  # noqa: E731
+    energy = lambda x: _stack_energy(view.to_matrix(seen(x)), gram)  # noqa: E731
     total = energy(change)
     share = jnp.sqrt(energy(lost) / jnp.where(total > 0, total, 1))
     return loss._replace(output_survived=jnp.where(total > 0, 1 - share, 1))

@@ -15,6 +15,7 @@ from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.weights._axes import View
+from jaxweights.weights._input_changes import InputChange, Rescaled, Rotated
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._outliers import Outliers
 from jaxweights.weights._quantized import Quantized, pack_codes
@@ -58,10 +59,11 @@ def requantize(
     nearest level. Works under `jit`.
 
     Args:
-      weight: `Quantized`, or a `Masked` or `Outliers` over one: what is masked stays zero, and
-        the outliers are kept as they are.
+      weight: `Quantized`, or a `Masked`, `Outliers`, `Rescaled` or `Rotated` over one: what is
+        masked stays zero, outliers are kept as they are, and inputs are changed as they were.
       value: The value to store, of the shape of the weight, floating.
-      gram: Gram matrices of the inputs, `(*stack, in, in)`, or None.
+      gram: Gram matrices of the inputs, `(*stack, in, in)`, or None; of a `Rescaled` or `Rotated`
+        those of the changed inputs, as `calibrate` gives them.
       damping: Ridge for them, as in `gptq`.
       rescale: Whether each group's scale may be multiplied by the number from 0.85 to 2 with which
         it errs least; otherwise values beyond its range are clipped.
@@ -96,7 +98,7 @@ def requantize(
 def why_not_requantizable(weight: Any) -> str | None:
     """Why a weight has no integer grid to go back to; None if it has one."""
     inner = weight
-    while isinstance(inner, Masked | Outliers):
+    while isinstance(inner, Masked | Outliers | Rescaled | Rotated):
         inner = inner.base
     if isinstance(inner, Quantized):
         return None
@@ -124,6 +126,10 @@ def _requantize(
         return result._replace(weight=Masked(result.weight, weight.mask))
     if isinstance(weight, Outliers):
         result = inner(weight.base, value - weight.sparse_part().astype(value.dtype), mask=mask)
+        return result._replace(weight=dataclasses.replace(weight, base=result.weight))
+    if isinstance(weight, Rescaled | Rotated):
+        kept = None if mask is None else _refuse_mask(weight)
+        result = inner(weight.base, before_change(weight, value), mask=kept)
         return result._replace(weight=dataclasses.replace(weight, base=result.weight))
     # The arrays' own lengths: of a shard they are not those of the view.
     view = weight._fitted().view
@@ -224,6 +230,24 @@ def _stretched(
 
     (_, found), _ = jax.lax.scan(attempt, error_of(stretches[0]), stretches[1:])
     return found
+
+
+def before_change(weight: InputChange, value: jax.Array) -> jax.Array:
+    """What the base of a weight must hold, for the weight to have a value; float32."""
+    matrix = weight.view.to_matrix(value).astype(jnp.float32)
+    if isinstance(weight, Rescaled):
+        scale = weight.scale.astype(jnp.float32)
+        base = matrix / jnp.where(scale == 0, 1, scale)
+    else:  # an orthogonal map: its transpose is its inverse
+        base = jnp.swapaxes(weight.change(jnp.swapaxes(matrix, -1, -2)), -1, -2)
+    return weight.view.from_matrix(base)
+
+
+def _refuse_mask(weight: Any) -> None:
+    raise TypeError(
+        f"{_NAME}: a Masked over a {type(weight).__name__} has zeros that its quantized base does "
+        "not know of. Put the mask under it."
+    )
 
 
 def view_of(weight: Any) -> View:

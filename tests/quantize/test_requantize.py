@@ -18,7 +18,17 @@ from jaxweights.quantize import (
     requantize,
     round_to_nearest,
 )
-from jaxweights.weights import Axes, LowRank, Masked, Outliers, Quantized, View, materialize
+from jaxweights.weights import (
+    Axes,
+    LowRank,
+    Masked,
+    Outliers,
+    Quantized,
+    Rescaled,
+    Rotated,
+    View,
+    materialize,
+)
 
 
 def correlated(in_dim=32, tokens=256, seed=0):
@@ -177,6 +187,33 @@ def test_outliers_are_kept_and_the_rest_is_rounded():
     new = requantize(outliers, value).weight
     chex.assert_trees_all_equal((new.values, new.index), (outliers.values, outliers.index))
     assert float(jnp.max(jnp.abs(new.materialize() - value))) < 0.5
+
+
+@pytest.mark.parametrize("kind", ["rescaled", "rotated"])
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_inputs_that_are_changed_stay_changed_and_the_base_is_rounded(kind, with_gram):
+    dense, gram = draw(1, 32, 16), correlated()
+    scale = jnp.abs(draw(2, 32)) + 0.3
+    if kind == "rescaled":
+        start = Rescaled.of(dense / scale[:, None], scale)
+        gram_of_base = gram * scale[:, None] * scale[None]
+    else:
+        start = Rotated.of(dense)
+        turned = start.change(start.change(gram).T)  # R^T G R
+        gram_of_base = turned
+    base = apply(round_to_nearest(bits=3, group_size=8), {"k": start.base})["k"]
+    weight = dataclasses.replace(start, base=base)
+    given = gram_of_base if with_gram else None
+    new = requantize(weight, dense, given).weight
+    expected = requantize(base, start.base, given).weight
+    same = np.mean(np.asarray(new.base.codes_matrix() == expected.codes_matrix()))
+    assert type(new) is type(weight) and same > 0.97  # ties may fall the other way
+    stats = Stats({"k": {"gram": gram_of_base, "count": jnp.asarray(256)}})
+    delta = {"k": draw(3, 32, 16) * 0.3}
+    after, report = add_deltas({"k": weight}, delta, rounding="gptq", stats=stats)
+    lost = after["k"].materialize() - weight.materialize() - delta["k"]
+    ratio = output_error(lost, 0 * lost, gram) / output_error(delta["k"], 0 * lost, gram)
+    np.testing.assert_allclose(report["k"].output_survived, 1 - jnp.sqrt(ratio), atol=1e-3)
 
 
 def test_a_task_vector_is_added_in_one_compiled_call_and_its_loss_is_told():
