@@ -34,6 +34,10 @@ from jaxweights.quantize._int8_product import int8_static as int8_static
 from jaxweights.quantize._joint import joint as joint
 from jaxweights.quantize._joint import loftq as loftq
 from jaxweights.quantize._joint import low_rank_residual as low_rank_residual
+from jaxweights.quantize._kv import QuantizedKV as QuantizedKV
+from jaxweights.quantize._kv import dequantize_kv as dequantize_kv
+from jaxweights.quantize._kv import quantize_kv as quantize_kv
+from jaxweights.quantize._kv import update_kv as update_kv
 from jaxweights.quantize._low_rank_of import low_rank_of as low_rank_of
 from jaxweights.quantize._model_folds import bert_folds as bert_folds
 from jaxweights.quantize._model_folds import llama_folds as llama_folds
