@@ -38,6 +38,8 @@ from jaxweights.quantize._kv import QuantizedKV as QuantizedKV
 from jaxweights.quantize._kv import dequantize_kv as dequantize_kv
 from jaxweights.quantize._kv import quantize_kv as quantize_kv
 from jaxweights.quantize._kv import update_kv as update_kv
+from jaxweights.quantize._learn_rotations import LearnedRotations as LearnedRotations
+from jaxweights.quantize._learn_rotations import learn_rotations as learn_rotations
 from jaxweights.quantize._low_rank_of import low_rank_of as low_rank_of
 from jaxweights.quantize._model_folds import bert_folds as bert_folds
 from jaxweights.quantize._model_folds import llama_folds as llama_folds
@@ -50,9 +52,17 @@ from jaxweights.quantize._nf4 import NF4_LEVELS as NF4_LEVELS
 from jaxweights.quantize._nf4 import four_bit_matrix as four_bit_matrix
 from jaxweights.quantize._nf4 import fp4 as fp4
 from jaxweights.quantize._nf4 import nf4 as nf4
+from jaxweights.quantize._norms import fuse_norms as fuse_norms
+from jaxweights.quantize._norms import untie_head as untie_head
 from jaxweights.quantize._nupes import nupes as nupes
+from jaxweights.quantize._outlier_tune import ActivationSteps as ActivationSteps
+from jaxweights.quantize._outlier_tune import RoundingErrors as RoundingErrors
+from jaxweights.quantize._outlier_tune import activation_steps as activation_steps
+from jaxweights.quantize._outlier_tune import outlier_tune as outlier_tune
+from jaxweights.quantize._outlier_tune import outlier_tune_errors as outlier_tune_errors
 from jaxweights.quantize._output_error import output_error as output_error
 from jaxweights.quantize._packed_bytes import packed_bytes as packed_bytes
+from jaxweights.quantize._pad_hidden import pad_hidden as pad_hidden
 from jaxweights.quantize._power import power as power
 from jaxweights.quantize._power import power_errors as power_errors
 from jaxweights.quantize._power import power_matrix as power_matrix
@@ -60,6 +70,9 @@ from jaxweights.quantize._refine import refine as refine
 from jaxweights.quantize._refine import refine_weight as refine_weight
 from jaxweights.quantize._requantize import Requantized as Requantized
 from jaxweights.quantize._requantize import requantize as requantize
+from jaxweights.quantize._rotate import rotate as rotate
+from jaxweights.quantize._rotation import Rotation as Rotation
+from jaxweights.quantize._rotation import random_rotation as random_rotation
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
 from jaxweights.quantize._same_function import check_same_function as check_same_function
 from jaxweights.quantize._scales import scales as scales
