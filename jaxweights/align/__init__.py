@@ -4,6 +4,7 @@ from jaxweights.align._activation_matching import ActivationMatching as Activati
 from jaxweights.align._activation_matching import activation_matching as activation_matching
 from jaxweights.align._barrier import Barrier as Barrier
 from jaxweights.align._barrier import loss_barrier as loss_barrier
+from jaxweights.align._curve_figure import loss_curve_figure as loss_curve_figure
 from jaxweights.align._figure import alignment_figure as alignment_figure
 from jaxweights.align._infer import infer_permutations as infer_permutations
 from jaxweights.align._match_many import MatchedMany as MatchedMany

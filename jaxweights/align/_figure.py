@@ -11,7 +11,7 @@ from jaxweights.align._singular_vectors import SingularVectorAlignment
 _BEFORE, _AFTER, _RULE = "#9aa5b1", "#2563a8", "#d5dae0"
 _MOST = 40  # matrices that one figure names; beyond them the names would overlap
 
-_SETTINGS: Any = {
+SETTINGS: Any = {
     "font.size": 9,
     "axes.edgecolor": _RULE,
     "axes.titlesize": 9.5,
@@ -50,7 +50,7 @@ def alignment_figure(found: SingularVectorAlignment) -> Any:
 
     names, before, after, ratios = _rows(found)
     height = 0.8 + 0.2 * min(len(names), _MOST)
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         columns = len(found.gammas) + 1
         figure = Figure(figsize=(2.2 + 2.2 * columns, height), layout="constrained")
         FigureCanvasAgg(figure)

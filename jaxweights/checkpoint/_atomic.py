@@ -116,6 +116,7 @@ def check_destination(
       The destination with links resolved, so that its siblings lie on the same disk.
     """
     path = Path(os.path.realpath(destination))
+    _refuse_unwritable(function, destination, path.parent)
     if not os.path.lexists(path):
         return path
     if not overwrite:
@@ -135,6 +136,21 @@ def check_destination(
             "home directory. Nothing was written. Choose another destination."
         )
     return path
+
+
+def _refuse_unwritable(function: str, destination: str | os.PathLike[str], parent: Path) -> None:
+    """Refuses a destination whose folder cannot be made or written to."""
+    nearest = next(place for place in (parent, *parent.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"{function}: '{destination}' cannot be made, because '{nearest}' is no folder. "
+            "Nothing was written. Choose another destination."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{function}: '{destination}' cannot be made, because '{nearest}' may not be written "
+            "to. Nothing was written. Choose another destination, or change its permissions."
+        )
 
 
 def refuse_unrelated(function: str, destination: str | os.PathLike[str]) -> None:

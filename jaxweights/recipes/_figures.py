@@ -19,6 +19,7 @@ _COLOURS = {
     "#050505": "var(--card)",
 }
 _INK, _RULE, _BEFORE, _AFTER, _CARD = _COLOURS
+_CURVES = (_AFTER, "#e08a1e", "#2f9e77", "#c65b8f", "#8272c4")
 
 _WIDTH = 9.3  # inches, at which text is as large as the page's small print
 
@@ -166,6 +167,30 @@ def spectra(panels: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> st
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         axes[0].legend(loc="lower left", handlelength=1.4, fontsize=8.5)
+    return out[0]
+
+
+def loss_curves(alphas: Sequence[float], curves: Mapping[str, Sequence[float]], loss: str) -> str:
+    """A loss along the lines from one model to others.
+
+    Args:
+      alphas: Shares of the other model.
+      curves: Losses there, by the other model's name.
+      loss: What they are called.
+
+    Returns:
+      SVG.
+    """
+    with _figure("curves", 5.0, 2.6, 1, 1) as (out, (axis,)):
+        for i, (name, losses) in enumerate(curves.items()):
+            colour = _CURVES[i % len(_CURVES)]
+            axis.plot(alphas, losses, color=colour, label=name, linewidth=1.8, marker="o", ms=3)
+        axis.set_xlabel("share of the other model")
+        axis.set_ylabel(loss)
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        axis.tick_params(length=2)
+        axis.legend(loc="best", handlelength=1.4, fontsize=8.5)
     return out[0]
 
 

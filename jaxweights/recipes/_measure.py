@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxweights.merge import iterate_path
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._evaluate import embed, passages, perplexity, retrieval, sequences, windows
 from jaxweights.recipes._model import Model
@@ -147,6 +148,29 @@ def _retrieval(section: Retrieval, model: Model, progress: Progress) -> Measure:
         return dataclasses.asdict(found)
 
     return Measure("retrieval", definition, score)
+
+
+def measure_curves(
+    measure: Measure, base: Any, others: Sequence[Any], points: int
+) -> dict[str, Any]:
+    """Perplexities on the straight lines from a model to others.
+
+    Args:
+      measure: Perplexity.
+      base: Parameters at 0.
+      others: Parameters at 1, one line each.
+      points: Points on each line, ends included.
+
+    Returns:
+      Shares of the other model, and perplexities by line.
+    """
+    alphas = np.linspace(0.0, 1.0, points)
+    curves = {}
+    for i, other in enumerate(others):
+        path = iterate_path(base, other, alphas)
+        scores = [measure.score(params, f"at {alpha:.2f} of models[{i}]") for alpha, params in path]
+        curves[f"models[{i}]"] = [score["perplexity"] for score in scores]
+    return {"alphas": alphas.tolist(), "perplexity": curves}
 
 
 def _same_text(first: Any, second: Calibrate) -> bool:

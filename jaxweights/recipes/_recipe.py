@@ -177,10 +177,21 @@ class Evaluate:
     Attributes:
       perplexity: For language models.
       retrieval: For sentence encoders.
+      curve: At how many points of the straight line from the model to each of `models`, ends
+        included, the perplexity is measured too; the report draws it.
     """
 
     perplexity: Perplexity | None = None
     retrieval: Retrieval | None = None
+    curve: int | None = None
+
+    def faults(self) -> Faults:
+        """What is wrong beyond the types."""
+        if self.curve is None:
+            return []
+        if self.perplexity is None:
+            return [("curve", "the curve is one of perplexity. Add `perplexity`, or remove it.")]
+        return _at_least(self, curve=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +358,13 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
                     f"{step.method} reads statistics of the model's inputs, but the recipe has no "
                     "`calibrate` section. Add one, or take a method that needs none.",
                 )
+    evaluate = sections.get("evaluate")
+    if evaluate is not None and evaluate.curve is not None and not sections.get("models"):
+        problems.add(
+            root.keys["evaluate"],
+            "evaluate.curve is measured on the way to `models`, but the recipe has none. Add them, "
+            "or remove it.",
+        )
     calibrate = sections.get("calibrate")
     if calibrate is None or calibrate.again == "never":
         _check_chain(steps, problems)

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxweights.recipes._evaluate import PerplexityScore, relative_change
-from jaxweights.recipes._figures import bars, heatmap, spectra
+from jaxweights.recipes._figures import bars, heatmap, loss_curves, spectra
 from jaxweights.recipes._leaves import LeafResult, error_grid
 
 _STYLE = """
@@ -75,6 +77,7 @@ def render_report(result: Mapping[str, Any], leaves: Sequence[LeafResult]) -> st
         f'<p class="lead">{_summary(result)}</p>',
         _cards(result),
         _section("Before and after", _before_after(result)),
+        _section("On the way to the other models", _curves(result)),
         _section("What was done", _steps(result)),
         _section("Error of every matrix", _errors(leaves)),
         _section("Spectra", _spectra(result.get("spectra", {}))),
@@ -125,6 +128,25 @@ def measured(
         if field == "perplexity":  # the delta method carries the error of the mean through exp
             errors = [s["perplexity"] * s["error"] for s in (before, after)]
         yield label, spec, before[field], after[field], errors[0], errors[1], less
+
+
+def _curves(result: Mapping[str, Any]) -> str:
+    found = result.get("curves")
+    if found is None:
+        return ""
+    rises = []
+    for name, losses in found["perplexity"].items():
+        logs, alphas = np.log(losses), np.asarray(found["alphas"])
+        heights = logs - ((1 - alphas) * logs[0] + alphas * logs[-1])
+        top = int(np.argmax(heights))
+        rises.append(
+            f"{name}: the loss rises {heights[top]:.3g} above the straight line between its ends, "
+            f"at {alphas[top]:.2g}."
+            if heights[top] > 0
+            else f"{name}: the loss rises nowhere above the straight line between its ends."
+        )
+    drawn = loss_curves(found["alphas"], found["perplexity"], "perplexity")
+    return _figure(drawn, f"Perplexity on the straight lines between models. {' '.join(rises)}")
 
 
 def _summary(result: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ from jaxweights.recipes._leaves import (
 )
 from jaxweights.recipes._measure import (
     CalibrationData,
+    measure_curves,
     prepare_calibration,
     prepare_measures,
 )
@@ -127,6 +128,10 @@ def run_recipe(
         for measure in measures:
             scores[measure.name]["after"] = measure.score(after, "after")
             scores[measure.name]["definition"] = measure.definition
+        points, curves = recipe.evaluate.curve, None
+        if points is not None:
+            [scored] = [m for m in measures if m.name == "perplexity"]
+            curves = measure_curves(scored, before, others, points)
     with clock("compare"):
         report("Comparing", 0, 1)
         leaves = compare_leaves(before, after, layout, recipe)
@@ -136,6 +141,8 @@ def run_recipe(
     provenance = _provenance(recipe, model, leaves)
     sizes = {"before": tree_bytes(before), "after": tree_bytes(after)}
     summary = _summarize(recipe, model, sizes, scores, data, leaves, provenance)
+    if curves is not None:
+        summary["curves"] = curves
     with atomic_directory(directory, overwrite=overwrite) as folder:
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)

@@ -150,3 +150,53 @@ def test_eight_bit_floats_are_refused_not_copied(folder):
 def test_a_model_that_stands_twice_in_a_slice_is_refused(folder):
     config = {"merge_method": "linear", "models": _models("ft1", "ft1", "ft2")}
     _refused(folder, config, r"\['ft1'\] stand twice in one slice. Add their weights")
+
+
+def test_an_index_that_lies_is_refused(folder):
+    write_safetensors(folder / "liar", arrays("ft1"), max_shard_bytes=40_000)
+    index = folder / "liar" / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    name = "model.norm.weight"
+    shards = sorted(set(said["weight_map"].values()))
+    said["weight_map"][name] = next(s for s in shards if s != said["weight_map"][name])
+    index.write_text(json.dumps(said))
+    config = {"merge_method": "linear", "models": _models("liar", "ft2")}
+    _refused(folder, config, r"liar.*model.norm.weight")
+
+
+def test_another_architecture_is_refused(folder):
+    other = {f"encoder.layer.{i}.dense.weight": np.ones((4, 4), np.float32) for i in range(2)}
+    write_safetensors(folder / "other", other, files={"config.json": "{}"})
+    config = {"merge_method": "linear", "models": _models("ft1", "other")}
+    _refused(folder, config, r"other has \['encoder.layer.0.*which ft1 lacks.*one architecture")
+
+
+def test_a_destination_that_cannot_be_made_is_refused_before_anything_is_read(folder):
+    (folder / "file.txt").write_text("mine")
+    path = write_config(folder, {"merge_method": "linear", "models": _models("ft1")}, "wrong.yml")
+    with pytest.raises(OSError, match=r"jaxweights merge: .*file.txt/out' cannot be made"):
+        run_merge(path, folder / "file.txt" / "out")
+    assert (folder / "file.txt").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(folder, monkeypatch):
+    from jaxweights.checkpoint import _atomic
+
+    # A superuser, as whom tests may run, may write anywhere.
+    monkeypatch.setattr(_atomic.os, "access", lambda path, mode: False)
+    config = {"merge_method": "linear", "models": _models("ft1", "ft2")}
+    _refused(folder, config, r"never' cannot be made, because .* may not be written to")
+
+
+def test_a_disk_that_becomes_full_is_said_and_nothing_is_left(folder, file_limit):
+    config = {"merge_method": "linear", "models": _models("ft1", "ft2")}
+    _refused(folder, config, "the disk is full while writing")
+
+
+def test_a_disk_that_is_too_full_is_refused_before_anything_is_written(folder, monkeypatch):
+    from jaxweights.checkpoint import _atomic
+
+    free = _atomic.shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(_atomic.shutil, "disk_usage", lambda path: free)
+    config = {"merge_method": "linear", "models": _models("ft1", "ft2")}
+    _refused(folder, config, r"never' needs \d+ bytes, but only 1000 are free")

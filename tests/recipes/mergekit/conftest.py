@@ -1,0 +1,3 @@
+"""Fixtures that the tests of merging configurations share."""
+
+from tests.stream.conftest import file_limit as file_limit
