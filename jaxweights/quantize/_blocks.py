@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,6 +11,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.quantize._grid import divide, largest_magnitude
 from jaxweights.weights._scaled import combine
+
+_SLICES = 64
 
 # Input rows of one output, all rows of an output, the whole matrix, or a tile (rows, columns).
 Block = int | Literal["tensor"] | tuple[int, int] | None
@@ -106,3 +109,25 @@ def stored_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
 def in_units(weight: jax.Array, scale: jax.Array) -> jax.Array:
     """Every entry of a float32 `(in, out)` matrix, divided by the scale of its block."""
     return combine(weight, scale.astype(jnp.float32), divide)
+
+
+def add_up(groups: jax.Array, measure: Callable[[jax.Array], Any]) -> Any:
+    """Adds up what a function makes of slices of `(rows, group, out)` along the middle axis.
+
+    XLA on CPU stores what it reduces. Slice after slice, what it stores stays in the cache, and a
+    search takes no memory to speak of. Every slice has entries of all groups, so that no sharded
+    matrix is gathered.
+
+    Args:
+      groups: The entries.
+      measure: From `(rows, some, out)` to a pytree of arrays.
+
+    Returns:
+      The sum of the pytrees.
+    """
+    rows, size, out_dim = groups.shape
+    count = max((d for d in range(1, min(size, _SLICES) + 1) if size % d == 0), default=1)
+    slices = groups.reshape(rows, size // count, count, out_dim)
+    at = lambda i: measure(jax.lax.dynamic_index_in_dim(slices, i, axis=2, keepdims=False))  # noqa: E731
+    add = lambda i, total: jax.tree.map(jnp.add, total, at(i))  # noqa: E731
+    return jax.lax.fori_loop(1, count, add, at(0))

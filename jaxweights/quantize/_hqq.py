@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxweights.core._transform import Transform
+from jaxweights.quantize._blocks import add_up
 from jaxweights.quantize._grid import GroupSize, divide, extremes, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize.training._ordered_sum import ordered_sum
@@ -99,7 +100,7 @@ def hqq(
         steps=steps,
         shrinkage=shrinkage,
     )
-    return represented(matrix, name=_NAME, group_size=group_size)
+    return represented(matrix, name=_NAME, group_size=group_size, mapping="map")
 
 
 def hqq_matrix(
@@ -141,27 +142,32 @@ def hqq_matrix(
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # of equal weights, codes are 0
     step = scale.astype(jnp.float32)
 
-    def encode(offset: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(divide(groups - offset, step)), 0, top)
-
     def move(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         offset, best, least = state
         stored = offset.astype(scale_dtype).astype(jnp.float32)
-        values = encode(stored) * step
-        missed = groups - (values + stored)
-        error = _mean(jnp.abs(missed))
-        better = error < least
         beta = shrinkage.beta * shrinkage.growth ** i.astype(jnp.float32)
-        next_offset = _mean(groups - _shrink(missed, beta, shrinkage.norm) - values)
+
+        def sums(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            codes = jnp.clip(jnp.round((values - stored) / step), 0, top)
+            missed = values - (codes * step + stored)
+            # Few weights have errors that are large enough: mostly there is no power to take.
+            some = jnp.any(jnp.abs(missed) > beta ** (1 / (shrinkage.norm - 2)))
+            shrink = functools.partial(_shrink, beta=beta, norm=shrinkage.norm)
+            kept = missed - jax.lax.cond(some, shrink, jnp.zeros_like, missed)
+            return jax.vmap(ordered_sum)(jnp.abs(missed)), jax.vmap(ordered_sum)(kept)
+
+        error, moved = add_up(groups, sums)
+        better = error < least
         return (
-            next_offset,
+            stored + moved / groups.shape[1],
             jnp.where(better, stored, best),
             jnp.where(better, error, least),
         )
 
     start = (low, low.astype(scale_dtype).astype(jnp.float32), jnp.full_like(low, jnp.inf))
-    _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start)
-    codes = encode(offset).reshape(weight.shape).astype(jnp.int32)
+    _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if weight.size else start
+    codes = jnp.clip(jnp.round(divide(groups - offset, step)), 0, top).astype(jnp.int32)
+    codes = codes.reshape(weight.shape)
     return Quantized.from_codes(
         codes, scale[:, 0], bits=bits, offset=offset[:, 0].astype(scale_dtype)
     )
@@ -172,8 +178,3 @@ def _shrink(missed: jax.Array, beta: Any, norm: float) -> jax.Array:
     size = jnp.abs(missed)
     # 0 to a negative power is infinite, and so nothing is left of it.
     return jnp.sign(missed) * jnp.maximum(size - size ** (norm - 1) / beta, 0.0)
-
-
-def _mean(groups: jax.Array) -> jax.Array:
-    """Over the middle axis of `(rows, group, out)`, in an order that no compiler changes."""
-    return divide(jax.vmap(ordered_sum)(groups), max(groups.shape[1], 1))

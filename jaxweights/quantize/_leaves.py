@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +57,7 @@ def represented(
     group_size: Block = None,
     word: str | None = None,
     shared: Shared | None = None,
+    mapping: Literal["vmap", "map"] = "vmap",
 ) -> Transform:
     """A transform from the representation of one matrix, for methods that need no data.
 
@@ -66,6 +67,7 @@ def represented(
       group_size: Blocks that must tile every leaf.
       word: What errors call these blocks; `group_size=...` by default.
       shared: As in `leafwise`.
+      mapping: As in `leafwise`.
     """
 
     def wrap(leaf: Any, weight: Any, view: View) -> Any:
@@ -88,6 +90,7 @@ def represented(
         accepts=(Masked,),
         refusal=REFUSAL,
         shared=shared,
+        mapping=mapping,
         check=check,
         verify=verify,
         checks_finite=False,

@@ -20,7 +20,7 @@ from jaxweights.quantize._blocks import (
 )
 from jaxweights.quantize._double import quantize_scales
 from jaxweights.quantize._leaves import check_scale_dtype, represented
-from jaxweights.quantize._levels import nearest_code
+from jaxweights.quantize._levels import nearest_code, signed_code, signs
 from jaxweights.weights._codebook import Codebook
 
 # Quantiles of the normal distribution with an exact zero; appendix E of the paper.
@@ -149,13 +149,10 @@ def four_bit_matrix(
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(group_size, *weight.shape))
     scale = stored_scale(largest, scale_dtype)
-    units = in_units(wide, scale)
     if levels is FP4_LEVELS:
-        # The sign is a bit of its own, also of numbers that round to zero.
-        code = nearest_code(jnp.abs(units), _FP4_MAGNITUDES)
-        code = code | jnp.where(units < 0, jnp.int32(8), jnp.int32(0))
+        code = signed_code(in_units(jnp.abs(wide), scale), signs(wide), _FP4_MAGNITUDES)
     else:
-        code = nearest_code(units, levels)
+        code = nearest_code(in_units(wide, scale), levels)
     stored = quantize_scales(largest) if double_quantization else scale
     return Codebook.from_codes(code, jnp.asarray(levels), stored, bits=4)
 

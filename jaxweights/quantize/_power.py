@@ -19,6 +19,7 @@ from jaxweights.core._paths import Flat
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
     Block,
+    add_up,
     block_counts,
     block_max,
     check_block,
@@ -27,13 +28,15 @@ from jaxweights.quantize._blocks import (
 )
 from jaxweights.quantize._grid import check_bits, divide
 from jaxweights.quantize._leaves import check_scale_dtype, represented
+from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
-from jaxweights.weights._scaled import combine
 
 _NAME = "quantize.power"
 
 PowerScope = Literal["tree", "leaf"]
+
+_BISECTED_LEVELS = 15
 
 # Twenty, as the objective is flat about its minimum: 0.24, 0.28, ... 1.
 EXPONENTS = tuple(float(a) for a in np.round(np.linspace(0.24, 1, 20), 2))
@@ -184,36 +187,47 @@ def power_errors(
       [1.0, 0.0]
     """
     wide = weight.astype(jnp.float32)
-    steps, scale = _steps(wide, bits, group_size, scale_dtype)
-    step, top = scale.astype(jnp.float32), 2 ** (bits - 1) - 1
+    top = 2 ** (bits - 1) - 1
+    step = _step(wide, bits, group_size, scale_dtype).astype(jnp.float32)
+    if weight.size == 0:
+        return jnp.zeros(len(exponents))
+    step = jnp.repeat(step, weight.shape[1] // step.shape[1], axis=1)[:, None]
 
-    def error(exponent: jax.Array) -> jax.Array:
-        size = _size_of_codes(jnp.abs(steps), exponent, top)
-        missed = combine(_level(size, exponent, top) - jnp.abs(steps), step, jnp.multiply)
-        return jnp.sum(missed * missed)
+    def errors(values: jax.Array) -> jax.Array:
+        size = jnp.abs(values) / step
+        missed = [(_rounded(size, exponent, top) - size) * step for exponent in exponents]
+        return jnp.stack([jnp.sum(m * m) for m in missed])
 
-    return jax.lax.map(error, jnp.asarray(exponents, jnp.float32))
+    return add_up(wide.reshape(len(step), -1, weight.shape[1]), errors)
 
 
 def _encode(
     weight: jax.Array, exponent: jax.Array, *, bits: int, group_size: Block, scale_dtype: DTypeLike
 ) -> Codebook:
     top = 2 ** (bits - 1) - 1
-    steps, scale = _steps(weight.astype(jnp.float32), bits, group_size, scale_dtype)
-    size = _size_of_codes(jnp.abs(steps), exponent, top)
-    codes = jnp.where(steps < 0, -size, size).astype(jnp.int32) + top
+    wide = weight.astype(jnp.float32)
+    scale = _step(wide, bits, group_size, scale_dtype)
+    size = _size_of_codes(in_units(jnp.abs(wide), scale), exponent, top)
+    codes = jnp.where(wide < 0, -size, size).astype(jnp.int32) + top
     levels = _level(jnp.arange(1, top + 1, dtype=jnp.float32), exponent, top)
     table = jnp.concatenate([-levels[::-1], jnp.zeros(1), levels])
     return Codebook.from_codes(codes, table, scale, bits=bits)
 
 
-def _steps(
-    wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-    """Entries in units of a uniform grid's step, and that step: `narrow` rounds just these."""
+def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike) -> jax.Array:
+    """The step of a uniform grid: `narrow` divides by just these."""
     largest = block_max(wide, block_counts(group_size, *wide.shape))
-    scale = stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
-    return in_units(wide, scale), scale
+    return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
+
+
+def _rounded(size: jax.Array, exponent: float, top: int) -> jax.Array:
+    """The levels of magnitudes, in steps; as codes and levels below, but in a fifth of the time."""
+    if top > _BISECTED_LEVELS:
+        return _level(_size_of_codes(size, jnp.float32(exponent), top), jnp.float32(exponent), top)
+    ranks = np.arange(top + 1) / top
+    middles = top * (ranks[1:] - 0.5 / top) ** (1 / exponent)
+    levels = top * ranks ** (1 / exponent)
+    return pick(levels.astype(np.float32), rank_bits(size, middles.astype(np.float32)))
 
 
 def _size_of_codes(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
