@@ -1,29 +1,68 @@
 """Recipes: a file that says what to change, a run that does it, a report of what it cost."""
 
-from jaxweights.recipes._download import DownloadError as DownloadError
-from jaxweights.recipes._evaluate import PerplexityScore as PerplexityScore
-from jaxweights.recipes._evaluate import RetrievalScore as RetrievalScore
-from jaxweights.recipes._evaluate import embed as embed
-from jaxweights.recipes._evaluate import passages as passages
-from jaxweights.recipes._evaluate import perplexity as perplexity
-from jaxweights.recipes._evaluate import relative_change as relative_change
-from jaxweights.recipes._evaluate import retrieval as retrieval
-from jaxweights.recipes._evaluate import sequences as sequences
-from jaxweights.recipes._evaluate import windows as windows
-from jaxweights.recipes._fetch import cache_folder as cache_folder
-from jaxweights.recipes._fetch import fetch as fetch
-from jaxweights.recipes._methods import methods as methods
-from jaxweights.recipes._packages import MODELS as MODELS
-from jaxweights.recipes._packages import TEXTS as TEXTS
-from jaxweights.recipes._packages import Package as Package
-from jaxweights.recipes._recipe import Recipe as Recipe
-from jaxweights.recipes._recipe import load_recipe as load_recipe
-from jaxweights.recipes._recipe import parse_recipe as parse_recipe
-from jaxweights.recipes._run import RunResult as RunResult
-from jaxweights.recipes._run import plan_recipe as plan_recipe
-from jaxweights.recipes._run import run_recipe as run_recipe
-from jaxweights.recipes._texts import Text as Text
-from jaxweights.recipes._texts import load_text as load_text
-from jaxweights.recipes._texts import read_text_file as read_text_file
-from jaxweights.recipes._texts import reflow_paragraphs as reflow_paragraphs
-from jaxweights.recipes._yaml import RecipeError as RecipeError
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxweights.recipes._download import DownloadError as DownloadError
+    from jaxweights.recipes._evaluate import PerplexityScore as PerplexityScore
+    from jaxweights.recipes._evaluate import RetrievalScore as RetrievalScore
+    from jaxweights.recipes._evaluate import embed as embed
+    from jaxweights.recipes._evaluate import passages as passages
+    from jaxweights.recipes._evaluate import perplexity as perplexity
+    from jaxweights.recipes._evaluate import relative_change as relative_change
+    from jaxweights.recipes._evaluate import retrieval as retrieval
+    from jaxweights.recipes._evaluate import sequences as sequences
+    from jaxweights.recipes._evaluate import windows as windows
+    from jaxweights.recipes._fetch import cache_folder as cache_folder
+    from jaxweights.recipes._fetch import fetch as fetch
+    from jaxweights.recipes._methods import methods as methods
+    from jaxweights.recipes._packages import MODELS as MODELS
+    from jaxweights.recipes._packages import TEXTS as TEXTS
+    from jaxweights.recipes._packages import Package as Package
+    from jaxweights.recipes._recipe import Recipe as Recipe
+    from jaxweights.recipes._recipe import load_recipe as load_recipe
+    from jaxweights.recipes._recipe import parse_recipe as parse_recipe
+    from jaxweights.recipes._run import RunResult as RunResult
+    from jaxweights.recipes._run import plan_recipe as plan_recipe
+    from jaxweights.recipes._run import run_recipe as run_recipe
+    from jaxweights.recipes._texts import Text as Text
+    from jaxweights.recipes._texts import load_text as load_text
+    from jaxweights.recipes._texts import read_text_file as read_text_file
+    from jaxweights.recipes._texts import reflow_paragraphs as reflow_paragraphs
+    from jaxweights.recipes._yaml import RecipeError as RecipeError
+
+# Loaded when first used: merging checkpoints needs none of them, and they take as long to import as
+# everything that it needs.
+_LAZY = {
+    "_download": ("DownloadError",),
+    "_evaluate": (
+        "PerplexityScore",
+        "RetrievalScore",
+        "embed",
+        "passages",
+        "perplexity",
+        "relative_change",
+        "retrieval",
+        "sequences",
+        "windows",
+    ),
+    "_fetch": ("cache_folder", "fetch"),
+    "_methods": ("methods",),
+    "_packages": ("MODELS", "TEXTS", "Package"),
+    "_recipe": ("Recipe", "load_recipe", "parse_recipe"),
+    "_run": ("RunResult", "plan_recipe", "run_recipe"),
+    "_texts": ("Text", "load_text", "read_text_file", "reflow_paragraphs"),
+    "_yaml": ("RecipeError",),
+}
+_PLACES = {name: module for module, names in _LAZY.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PLACES]

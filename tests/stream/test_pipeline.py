@@ -1,0 +1,143 @@
+"""Pieces go through in their order, whatever threads do and wherever files keep their bytes."""
+
+import json
+import os
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxweights.checkpoint import open_checkpoint, write_safetensors
+from jaxweights.stream import _jobs, _pipeline
+from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
+from jaxweights.stream._jobs import Job, Operand, Piece
+from jaxweights.stream._mean import mean_job
+from jaxweights.stream._run import stream_jobs
+from jaxweights.stream._turns import Stopped, Turns
+
+SHAPE = (300, 200)
+
+
+def _piece(start, count, entries):
+    job = Job("w", (entries,), np.dtype(np.float32), ())
+    return Piece(job, start, count, count)
+
+
+def _checkpoint(folder, seed, dtype=ml_dtypes.bfloat16, shift=0):
+    draw = np.random.default_rng(seed)
+    # A tensor of odd length in front, so that the others start wherever they happen to.
+    tensors = {"a": np.zeros(shift, np.uint8), "w": draw.normal(size=SHAPE).astype(dtype)}
+    write_safetensors(folder, tensors)
+    if shift:
+        _move_to_front(folder / "model.safetensors", shift)
+    return open_checkpoint(folder)
+
+
+def _move_to_front(file, shift):
+    """Puts the bytes of the last, short tensor first, as other writers order them."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    for name, entry in header.items():
+        if name == "w":
+            entry["data_offsets"] = [n + shift for n in entry["data_offsets"]]
+        elif name == "a":
+            entry["data_offsets"] = [0, shift]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(
+        len(text).to_bytes(8, "little") + text + data[-shift:] + data[: len(data) - shift]
+    )
+
+
+def _mean(folder, checkpoints, **options):
+    operands = tuple(Operand(c, "w", str(i)) for i, c in enumerate(checkpoints))
+    job = mean_job("w", operands[0].dtype, operands, weights=[0.3, 0.7], normalize=True)
+    return stream_jobs("stream", [job], folder, recipe={}, identity={}, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_bytes_that_lie_on_no_boundary_give_the_same_result(tmp_path, dtype):
+    straight = [_checkpoint(tmp_path / f"s{i}", i, dtype) for i in range(2)]
+    crooked = [_checkpoint(tmp_path / f"c{i}", i, dtype, shift=3 + 4 * i) for i in range(2)]
+    for one, other in zip(straight, crooked, strict=True):
+        assert other.mapped("w").start % 2 == 1
+        np.testing.assert_array_equal(one.read("w"), other.read("w"))
+    first, second = _mean(tmp_path / "one", straight), _mean(tmp_path / "two", crooked)
+    assert first.checksums == second.checksums
+    a, b = (c.read("w").astype(np.float64) for c in straight)
+    got = open_checkpoint(tmp_path / "one").read("w").astype(np.float64)
+    step = np.finfo(dtype).eps if dtype == np.float32 else 2**-8
+    np.testing.assert_allclose(got, 0.3 * a + 0.7 * b, rtol=step, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_number_of_threads_changes_no_byte(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_pipeline, "_cores", lambda: workers)
+    # As if the tensor were too long for one thread.
+    monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
+    checkpoints = [_checkpoint(tmp_path / str(i), i, shift=5) for i in range(2)]
+    done = _mean(tmp_path / "out", checkpoints)
+    monkeypatch.undo()
+    assert done.checksums == _mean(tmp_path / "again", checkpoints).checksums
+    names = [tmp_path / name / "jaxweights-provenance.json" for name in ("out", "again")]
+    assert names[0].read_text() == names[1].read_text()
+
+
+def test_a_file_that_becomes_shorter_is_an_error_and_ends_nothing_else(tmp_path):
+    checkpoints = [_checkpoint(tmp_path / str(i), i) for i in range(2)]
+    os.truncate(tmp_path / "1" / "model.safetensors", 1000)
+    with pytest.raises(OSError, match="became shorter while it was being read"):
+        _mean(tmp_path / "out", checkpoints)
+    assert not (tmp_path / "out").exists()
+
+
+def test_turns_come_in_order_whoever_asks_first():
+    turns, order = Turns(), []
+
+    def take(start):
+        with turns.turn("w", _piece(start, 10, 30)):
+            order.append(start)
+
+    for _ in range(2):  # the last piece lets another round begin
+        threads = [threading.Thread(target=take, args=(start,)) for start in (20, 10, 0)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.01)
+        for thread in threads:
+            thread.join(10)
+    assert order == [0, 10, 20] * 2
+
+
+def test_a_turn_that_never_comes_is_given_up():
+    turns, seen = Turns(), []
+
+    def wait():
+        with pytest.raises(Stopped), turns.turn("w", _piece(10, 10, 30)):
+            pass
+        seen.append("stopped")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    turns.stop()
+    thread.join(10)
+    assert seen == ["stopped"]
+
+
+def test_files_that_are_written_to_stay_open_and_few_are(tmp_path):
+    paths = [tmp_path / str(i) for i in range(_OPEN_FILES + 5)]
+    for path in paths:
+        path.write_bytes(b"....")
+    files = _OpenFiles()
+    with files.opened(paths[0]) as first:
+        for path in paths[1:]:
+            with files.opened(path) as file:
+                file.write(memoryview(b"ab"), 1)
+        assert len(files._open) == _OPEN_FILES
+        first.write(memoryview(b"cd"), 2)
+    files.close()
+    assert paths[0].read_bytes() == b"..cd"
+    assert {path.read_bytes() for path in paths[1:]} == {b".ab."}
