@@ -69,6 +69,11 @@ class Row:
         return (ranks or self.asks_majority) and self.scope != "tree"
 
     @property
+    def drops_entries(self) -> bool:
+        """Whether a delta that is NaN may be dropped, so that the result alone proves nothing."""
+        return self.sparsifier != "none" or self.consensus != "none"
+
+    @property
     def draws(self) -> bool:
         """Whether it drops entries by chance."""
         return self.sparsifier in ("bernoulli", "ranked")
@@ -97,7 +102,7 @@ def ranked_values(
     base: Any, model: Any, inputs: LeafInputs, i: int, row: Row, plan: LeafPlan
 ) -> jax.Array:
     """What is ranked of one model: its delta, thinned by chance where that comes first."""
-    return _before_ranking(_delta(base, model), inputs, i, row, plan).astype(jnp.float32)
+    return _before_ranking(delta_of(base, model), inputs, i, row, plan).astype(jnp.float32)
 
 
 def mask_of_leaf(values: jax.Array, skip: int, keep: int, stack: tuple[int, ...]) -> jax.Array:
@@ -139,7 +144,7 @@ def sign_sum(
     base: Any, models: list[Any], inputs: LeafInputs, *, row: Row, plan: LeafPlan
 ) -> jax.Array:
     """Sum of the elected signs of one leaf."""
-    deltas = [_sparse_delta(_delta(base, m), inputs, i, row, plan) for i, m in enumerate(models)]
+    deltas = [_sparse_delta(delta_of(base, m), inputs, i, row, plan) for i, m in enumerate(models)]
     return jnp.sum(jnp.sign(sum(_weighted(deltas, inputs))), dtype=jnp.float32)
 
 
@@ -158,20 +163,48 @@ def merge_delta_leaf(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """The table, for one leaf: merged values, and whether everything was finite."""
-    deltas = [_delta(base, model) for model in models]
+    deltas = [delta_of(base, model) for model in models]
     sparse = [_sparse_delta(delta, inputs, i, row, plan) for i, delta in enumerate(deltas)]
-    weighted = _weighted(sparse, inputs)
+    merged = add_deltas(base, sparse, inputs.weights, scale, row=row, plan=plan, sign=sign)
+    stored = output.store(merged, dtype, key)
+    return stored, all_finite(stored, *(deltas if row.drops_entries else ()))
+
+
+def add_deltas(
+    base: Any,
+    deltas: list[jax.Array],
+    weights: jax.Array,
+    scale: jax.Array,
+    *,
+    row: Row,
+    plan: LeafPlan,
+    sign: jax.Array | None,
+) -> jax.Array:
+    """The base with thinned deltas: weighted, elected, combined and normalised.
+
+    Args:
+      base: One leaf, or a slice of it.
+      deltas: What thinning and rescaling left of each model's.
+      weights: `(models,)`, in the dtype of the computation.
+      scale: λ.
+      row: The method's row of the table.
+      plan: Of the leaf.
+      sign: Sum of the elected signs of all entries, where it decides about those that tie; None
+        sums up those of the leaf.
+
+    Returns:
+      The merged values, in the dtype of the computation.
+    """
+    weighted = [weights[i] * delta for i, delta in enumerate(deltas)]
     takes_part = _takes_part(weighted, row, plan, sign)
     merged = _combine([jnp.where(m, d, 0) for m, d in zip(takes_part, weighted, strict=True)], row)
     if row.normalize != "none":
-        merged = merged / _divisor(takes_part, inputs.weights, row)
-    stored = output.store(base.astype(merged.dtype) + scale * merged, dtype, key)
-    # A delta that is NaN may have been dropped, so that the result alone proves nothing.
-    thinned = row.sparsifier != "none" or row.consensus != "none"
-    return stored, all_finite(stored, *(deltas if thinned else ()))
+        merged = merged / _divisor(takes_part, weights, row)
+    return base.astype(merged.dtype) + scale * merged
 
 
-def _delta(base: Any, model: Any) -> jax.Array:
+def delta_of(base: Any, model: Any) -> jax.Array:
+    """A model's difference to the base, in the dtype of the computation."""
     dtype = compute_dtype(base)
     return jnp.asarray(model).astype(dtype) - jnp.asarray(base).astype(dtype)
 

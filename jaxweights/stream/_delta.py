@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.merge._delta import DeltaMerge
-from jaxweights.merge._delta_leaf import LeafPlan, Row, _combine, _delta, _divisor, _takes_part
+from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
 from jaxweights.merge._models import compute_dtype, per_model
 from jaxweights.stream._draws import drawn_mask
 from jaxweights.stream._jobs import Job, Operand, Survey
@@ -175,17 +175,12 @@ def _merge_slice(
     row: Row,
     dtype: Any,
 ) -> jax.Array:
-    deltas = [_delta(base, model) for model in models]
+    deltas = [delta_of(base, model) for model in models]
     sparse = [_thinned(delta, i, numbers, masks[i], row) for i, delta in enumerate(deltas)]
-    weighted = [numbers.weights[i] * delta for i, delta in enumerate(sparse)]
-    takes_part = _takes_part(weighted, row, LeafPlan((), ()), sign)
-    merged = _combine([jnp.where(m, d, 0) for m, d in zip(takes_part, weighted, strict=True)], row)
-    if row.normalize != "none":
-        merged = merged / _divisor(takes_part, numbers.weights, row)
-    # A delta that is NaN may have been dropped, so that the result alone proves nothing.
-    thinned = row.sparsifier != "none" or row.consensus != "none"
-    new = base.astype(merged.dtype) + numbers.scale * merged
-    return stored(new, dtype, *(deltas if thinned else ()))
+    new = add_deltas(
+        base, sparse, numbers.weights, numbers.scale, row=row, plan=LeafPlan((), ()), sign=sign
+    )
+    return stored(new, dtype, *(deltas if row.drops_entries else ()))
 
 
 def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
@@ -283,7 +278,7 @@ class DeltaRanks(RankSurvey):
 def _elected(base: Any, models: tuple[Any, ...], numbers: _Numbers, *, row: Row) -> jax.Array:
     """Sign of the weighted sum of the thinned deltas, int8."""
     total = sum(
-        numbers.weights[i] * _thinned(_delta(base, model), i, numbers, None, row)
+        numbers.weights[i] * _thinned(delta_of(base, model), i, numbers, None, row)
         for i, model in enumerate(models)
     )
     return jnp.sign(jnp.asarray(total)).astype(jnp.int8)
@@ -324,6 +319,6 @@ class _DeltaNorms(Survey):
 @jax.jit
 def _partial_norms(base: Any, models: tuple[Any, ...], masks: tuple[Any, ...]) -> list[jax.Array]:
     """Sums of |delta| of each model in parts, then those of what is kept."""
-    sizes = [jnp.abs(_delta(base, model)) for model in models]
+    sizes = [jnp.abs(delta_of(base, model)) for model in models]
     left = [x if m is None else jnp.where(m, x, 0) for x, m in zip(sizes, masks, strict=True)]
     return [partial_sums(x) for x in (*sizes, *left)]
