@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -80,15 +81,16 @@ def run_jobs(
 
     users = collections.Counter(id(job.survey) for job in jobs if job.survey is not None)
     with _Flow(budget, _Meter(jobs, todo, progress)) as flow:
-        tasks: list[Callable[[], None]] = []
+        tasks: list[_Task] = []
         surveyed: dict[int, Survey] = {}
         for job in todo:
             own = cuts[job.name]
             alone = job.survey is None or users[id(job.survey)] == 1
             if alone and (len(own) == 1 or _held(job, own) <= share):
-                tasks.append(functools.partial(flow.make_whole, job, own, append))
+                make = functools.partial(flow.make_whole, job, own, append)
+                tasks.append(_Task(_held(job, own), make))
             elif job.survey is None:
-                tasks += [functools.partial(flow.take, piece, _make, append) for piece in own]
+                tasks += flow.each(own, _make, append)
             else:
                 surveyed[id(job.survey)] = job.survey
         flow.run(tasks)
@@ -147,6 +149,14 @@ def _make(piece: Piece, arrays: list[np.ndarray]) -> np.ndarray:
     return result.reshape(-1)[: piece.count].view(np.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What one worker does in one go, and the bytes that it holds meanwhile."""
+
+    cost: int
+    run: Callable[[], None]
+
+
 Work = Callable[[Piece, list[np.ndarray]], Any]
 Sink = Callable[[Piece, Any], None]
 
@@ -177,9 +187,15 @@ class _Flow:
 
     def run_pieces(self, pieces: Sequence[Piece], work: Work, sink: Sink) -> None:
         """Does work on pieces; `sink` gets the results in the order of each tensor's entries."""
-        self.run([functools.partial(self.take, piece, work, sink) for piece in pieces])
+        self.run(self.each(pieces, work, sink))
 
-    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+    def each(self, pieces: Sequence[Piece], work: Work, sink: Sink) -> list[_Task]:
+        """A task for each piece."""
+        return [
+            _Task(piece.cost, functools.partial(self._take, piece, work, sink)) for piece in pieces
+        ]
+
+    def run(self, tasks: Sequence[_Task]) -> None:
         """Runs tasks, begun in their order; the first error ends all of them."""
         left = iter(tasks)
         lock = threading.Lock()
@@ -188,11 +204,17 @@ class _Flow:
         def work() -> None:
             try:
                 while not self._turns.stopped.is_set():
+                    # Room is given in order, too: a piece that waits for its turn holds some.
                     with lock:
                         task = next(left, None)
-                    if task is None:
-                        return
-                    task()
+                        if task is None:
+                            return
+                        if not self._budget.take(task.cost, unless=self._turns.stopped):
+                            return
+                    try:
+                        task.run()
+                    finally:
+                        self._budget.give(task.cost)
             except Stopped:
                 pass
             except BaseException as error:  # it is raised where the tasks are waited for
@@ -214,9 +236,9 @@ class _Flow:
         if errors:
             raise errors[0]
 
-    def take(self, piece: Piece, work: Work, sink: Sink) -> None:
+    def _take(self, piece: Piece, work: Work, sink: Sink) -> None:
         """Takes a piece from reading to writing."""
-        with self._room(piece.cost), self._arrays(piece, work) as arrays:
+        with self._arrays(piece, work) as arrays:
             result = work(piece, arrays)
             with self._turns.turn(("taken", piece.job.name), piece):
                 sink(piece, result)
@@ -225,42 +247,31 @@ class _Flow:
     def make_whole(self, job: Job, pieces: Sequence[Piece], append: Sink) -> None:
         """Takes a tensor through all its passes."""
         survey = job.survey
+        again = survey is not None
         if len(pieces) == 1:
-            with self._room(pieces[0].cost), self._arrays(pieces[0], _make) as arrays:
-                again = survey is not None
+            [piece] = pieces
+            with self._arrays(piece, _make) as arrays:
                 while again and survey is not None:
-                    _add(pieces[0], _look(pieces[0], arrays))
+                    _add(piece, _look(piece, arrays))
                     again = survey.decide()
-                result = _make(pieces[0], arrays)
-                append(pieces[0], result)
+                result = _make(piece, arrays)
+                append(piece, result)
                 self._count(result, arrays)
             return
-        with self._room(_held(job, pieces)):
-            # What is read again stays in reach.
-            again = survey is not None
-            while again and survey is not None:
-                for piece in pieces:
-                    with self._arrays(piece, _look, stays=True) as arrays:
-                        _add(piece, _look(piece, arrays))
-                again = survey.decide()
+        while again and survey is not None:
             for piece in pieces:
-                with self._arrays(piece, _make) as arrays:
-                    result = _make(piece, arrays)
-                    append(piece, result)
-                    self._count(result, arrays)
+                with self._arrays(piece, _look, stays=True) as arrays:
+                    _add(piece, _look(piece, arrays))
+            again = survey.decide()
+        for piece in pieces:
+            with self._arrays(piece, _make) as arrays:
+                result = _make(piece, arrays)
+                append(piece, result)
+                self._count(result, arrays)
 
     def _stop(self) -> None:
         self._turns.stop()
         self._budget.wake()
-
-    @contextlib.contextmanager
-    def _room(self, cost: int) -> Iterator[None]:
-        if not self._budget.take(cost, unless=self._turns.stopped):
-            raise Stopped
-        try:
-            yield
-        finally:
-            self._budget.give(cost)
 
     def _count(self, result: Any, arrays: Sequence[np.ndarray]) -> None:
         written = result.nbytes if isinstance(result, np.ndarray) else 0

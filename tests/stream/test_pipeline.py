@@ -14,6 +14,7 @@ from jaxweights.stream import _jobs, _pipeline
 from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
 from jaxweights.stream._jobs import Job, Operand, Piece
 from jaxweights.stream._mean import mean_job
+from jaxweights.stream._memory import Budget
 from jaxweights.stream._run import stream_jobs
 from jaxweights.stream._turns import Stopped, Turns
 
@@ -141,3 +142,17 @@ def test_files_that_are_written_to_stay_open_and_few_are(tmp_path):
     files.close()
     assert paths[0].read_bytes() == b"..cd"
     assert {path.read_bytes() for path in paths[1:]} == {b".ab."}
+
+
+def test_many_threads_in_little_memory_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_pipeline, "_cores", lambda: 8)
+    monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
+    # Room for two pieces, so that six threads wait for room while one waits for its turn.
+    monkeypatch.setattr(_pipeline, "Budget", lambda limit: Budget(1 << 18))
+    checkpoints = [_checkpoint(tmp_path / str(i), i) for i in range(2)]
+    thread = threading.Thread(target=_mean, args=(tmp_path / "out", checkpoints), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert (tmp_path / "out").exists()
