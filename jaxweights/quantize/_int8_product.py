@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,12 +14,14 @@ from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import Codes, Grid, GridKind, divide, make_grid, round_matrix
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
 from jaxweights.weights._axes import View
+from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import (
     QuantizedProduct,
     unfit_for_product,
     unfit_length,
 )
+from jaxweights.weights._weight import is_weight
 
 
 def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = None) -> Transform:
@@ -27,8 +30,8 @@ def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = 
     Matrices become `QuantizedProduct`: under `lift`, products with them round the activations and
     run on the integer units of the machine, which on CPUs is the one quantized product that is
     faster than the float one. Weights are rounded to the nearest level; those that are `Quantized`
-    already (by `gptq`, or trained) keep their integers. Needs no data. Inside `fake_quant` the
-    forward pass is the integer product itself.
+    already (by `gptq`, or trained) keep their integers, pruned ones their zeros. Needs no data.
+    Inside `fake_quant` the forward pass is the integer product itself.
 
     Args:
       bits: Bits of the weights, 2 to 8. Each takes a byte all the same.
@@ -36,7 +39,7 @@ def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = 
       grid: A symmetric grid, see `Grid`; None gives "narrow" at 8 bits and "signed_max" below.
 
     Returns:
-      A transform from dense or `Quantized` matrices to `QuantizedProduct` ones.
+      A transform from dense, `Masked` or `Quantized` matrices to `QuantizedProduct` ones.
 
     Raises:
       TypeError: If a setting is of the wrong kind.
@@ -109,9 +112,16 @@ def _transform(
 
     def wrap(leaf: Any, result: tuple[Codes, jax.Array | None], view: View) -> QuantizedProduct:
         codes, step = result
-        base = leaf if isinstance(leaf, Quantized) else replace_leaf(leaf, codes, view, settings)
+        base, mask = (leaf.base, leaf.mask) if isinstance(leaf, Masked) else (leaf, None)
+        if not isinstance(base, Quantized):
+            # Zeros have code 0: the mask has no more to do.
+            base, mask = replace_leaf(base, codes, view, settings), None
         assert isinstance(base, Quantized)
-        return QuantizedProduct.of(base, step, input_bits=input_bits)
+        product = QuantizedProduct.of(base, step, input_bits=input_bits)
+        if mask is None:
+            return product
+        kept = jnp.swapaxes(view.to_matrix(mask), -1, -2)
+        return dataclasses.replace(product, codes=jnp.where(kept, product.codes, jnp.int8(0)))
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         problem = _unfit(leaf, view, settings, input_bits)
@@ -122,7 +132,7 @@ def _transform(
         name=name,
         needs=("max", "min") if static else (),
         wrap=wrap,
-        accepts=(Quantized,),
+        accepts=(Quantized, Masked),
         refusal=REFUSAL,
         check=check,
         verify=lambda path, result: describe_bad_scales(path, result[0]),
@@ -138,6 +148,10 @@ def _static_step(*, min: jax.Array, max: jax.Array, input_bits: int) -> jax.Arra
 
 
 def _unfit(leaf: Any, view: View, grid: Grid, input_bits: int) -> str | None:
+    if isinstance(leaf, Masked):
+        leaf = leaf.base
+        if is_weight(leaf) and not isinstance(leaf, Quantized):
+            return f"is already a Masked {type(leaf).__name__}. {REFUSAL}"
     if isinstance(leaf, Quantized):
         return unfit_for_product(leaf, input_bits)
     return unfit_length(view.in_dim, grid.bits, input_bits)

@@ -170,6 +170,25 @@ def test_integers_of_gptq_are_kept():
     np.testing.assert_array_equal(both.weight_only().materialize(), only.materialize())
 
 
+@pytest.mark.parametrize("rounded_first", [False, True])
+def test_pruned_weights_keep_their_zeros(rounded_first):
+    weight = jax.random.normal(jax.random.key(0), (16, 4))
+    pruner, rounding = jw.sparsify.magnitude(sparsity=0.5), round_to_nearest(bits=8)
+    if rounded_first:
+        # The mask comes last, over codes that are no zeros.
+        mask = jw.apply(pruner, {"w": weight})["w"].mask
+        before = {"w": jw.Masked(jw.apply(rounding, {"w": weight})["w"], mask)}
+        assert np.any(np.asarray(before["w"].base.codes)[~np.asarray(mask)] != 0)
+    else:
+        before = jw.apply(jw.chain(pruner, rounding), {"w": weight})
+    after = jw.apply(int8_dynamic(), before)["w"]
+    assert isinstance(after, QuantizedProduct)
+    np.testing.assert_array_equal(after.materialize(), jw.materialize(before)["w"])
+    assert np.mean(after.codes == 0) >= 0.5
+    dense = jw.apply(jw.chain(pruner, int8_dynamic()), {"w": weight})["w"]
+    assert np.all(np.asarray(dense.codes.T)[~np.asarray(before["w"].mask)] == 0)
+
+
 def test_a_table_is_looked_up_as_the_values_it_stands_for():
     table = jax.random.normal(jax.random.key(0), (9, 16))
     tx = jw.partition(("embedding", int8_dynamic()))
