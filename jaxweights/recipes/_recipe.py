@@ -425,17 +425,27 @@ def _read_step(node: Located, where: str, problems: Problems) -> Step | None:
     annotations, required = settings_of(factory)
     patterns = str | tuple[str, ...] | None
     common = {"method": str, "match": patterns, "except": patterns}
+    # A method around another, such as `quantizer: {method: quantize.gptq, bits: 3}`.
+    nested = [key for key, annotation in annotations.items() if annotation is Transform]
+    annotations |= dict.fromkeys(nested, Any)
     values = read_keys(node, common | annotations, required, name, problems)
     if values is MISSING:
         return None
     settings = {key: value for key, value in values.items() if key not in common}
+    inner = {
+        key: _read_step(node.value[key], f"{name}.{key}", problems)
+        for key in nested
+        if key in settings
+    }
+    if None in inner.values():
+        return None
     match, exempt = _patterns(values.get("match")), _patterns(values.get("except"))
     try:
         for key, pattern in [*(("match", p) for p in match), *(("except", p) for p in exempt)]:
             line = node.keys[key]
             check_pattern(name, pattern)
         line = node.keys["method"]
-        plain = factory(**settings)
+        plain = factory(**settings | {key: step.transform for key, step in inner.items() if step})
     except (ValueError, TypeError) as error:
         problems.add(line, str(error))
         return None

@@ -22,9 +22,17 @@ def round_off(
     return stateless(lambda params, context: params, name="quantize.round_off")
 
 
+def around(quantizer: Transform, *, rank: int = 1) -> Transform:
+    return stateless(lambda params, context: params, name=f"quantize.around({quantizer.name})")
+
+
 @pytest.fixture(autouse=True)
 def known_methods(monkeypatch):
-    known = {"sparsify.prune": prune, "quantize.round_off": round_off}
+    known = {
+        "sparsify.prune": prune,
+        "quantize.round_off": round_off,
+        "quantize.around": around,
+    }
     monkeypatch.setattr(methods_module, "methods", lambda: known)
 
 
@@ -243,3 +251,48 @@ def test_a_file_that_is_missing_or_binary_is_refused(tmp_path):
     (tmp_path / "weights.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="not UTF-8"):
         load_recipe(tmp_path / "weights.yaml")
+
+
+NESTED = """\
+model:
+  path: somewhere
+transforms:
+  - method: quantize.around
+    rank: 4
+    quantizer:
+      method: quantize.round_off
+      bits: 3
+output:
+  directory: out
+"""
+
+
+def test_a_method_around_another_takes_it_as_a_step_of_its_own():
+    (step,) = parse_recipe(NESTED).steps
+    assert step.plain.name == "quantize.around(quantize.round_off)"
+    assert step.settings == {
+        "rank": 4,
+        "quantizer": {"method": "quantize.round_off", "bits": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("bits: 3", "bitts: 3", r"r.yaml:8: quantize.round_off: unknown key 'bitts'"),
+        ("round_off", "round_of", r"r.yaml:7: quantize.around.quantizer: there is no method"),
+        (
+            "quantizer:\n      method: quantize.round_off\n      bits: 3",
+            "quantizer: 3",
+            "a step is a",
+        ),
+        (
+            "quantizer:\n      method: quantize.round_off\n      bits: 3",
+            "",
+            "'quantizer' is missing",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_inner_method_is_named_with_its_line(old, new, words):
+    with pytest.raises(RecipeError, match=words):
+        parse_recipe(NESTED.replace(old, new), name="r.yaml")
