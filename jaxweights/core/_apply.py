@@ -74,6 +74,7 @@ def apply(
     """
     flat, treedef = flatten(params)
     unique, representative = _untie(flat)
+    _refuse_torn_ties(tx, representative)
     resolved = resolve_layout(flat, layout, stats)
     _refuse_other_model(flat, resolved)
     context = Context(
@@ -110,6 +111,20 @@ def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = Non
             )
     fail("apply: layout", problems)
     return found.with_stated(stated)
+
+
+def _refuse_torn_ties(tx: Transform, representative: dict[Path, Path]) -> None:
+    """Refuses rules that treat two names of one array differently: only one can be kept."""
+    fail(
+        "apply",
+        (
+            f"{path!r}: is the same array as {first!r}, but {theirs} takes the one and {ours} the "
+            "other. Let one rule name both, or give the tree a copy of its own at one path, such "
+            "as jnp.copy(leaf), which unties them."
+            for path, first in representative.items()
+            if path != first and (ours := tx.rule_of(first)) != (theirs := tx.rule_of(path))
+        ),
+    )
 
 
 def _refuse_other_model(flat: Flat, layout: Layout) -> None:

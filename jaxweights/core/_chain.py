@@ -68,4 +68,5 @@ def chain(*transforms: Transform) -> Transform:
         reads_statistics=any(transform.reads_statistics for transform in transforms),
         moves_inputs=mover is not None,
         scope=widest(transform.scope for transform in transforms),
+        rule_of=lambda path: " and ".join(filter(None, (tx.rule_of(path) for tx in transforms))),
     )

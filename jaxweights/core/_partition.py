@@ -43,7 +43,7 @@ def partition(*rules: Rule) -> Transform:
 
     Raises:
       ValueError: When built, if a pattern is no regular expression or stands behind `...`; when it
-        first sees a tree, if a pattern takes no leaf.
+        first sees a tree, if a pattern takes no leaf, or tied leaves have different rules.
 
     Example:
       >>> import jaxweights as jw
@@ -106,6 +106,14 @@ def partition(*rules: Rule) -> Transform:
             for (pattern, tx), part in zip(rules, parts, strict=True)
         )
 
+    def rule_of(path: Path) -> str:
+        for pattern, tx in rules:
+            if isinstance(pattern, types.EllipsisType) or matching(pattern, [path]):
+                inner = tx.rule_of(path)
+                word = "`...`" if pattern is ... else repr(pattern)
+                return f"rule {word}" + (f", {inner}" if inner else "")
+        return "no rule"
+
     transforms = [tx for _, tx in rules]
     return Transform(
         init,
@@ -114,6 +122,7 @@ def partition(*rules: Rule) -> Transform:
         name=f"partition({', '.join(tx.name for tx in transforms)})",
         reads_statistics=any(tx.reads_statistics for tx in transforms),
         moves_inputs=any(tx.moves_inputs for tx in transforms),
+        rule_of=rule_of,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 from jaxweights.core._context import Context
-from jaxweights.core._paths import Params
+from jaxweights.core._paths import Params, Path
 from jaxweights.core._stats import Needs
 
 State = Any
@@ -21,6 +21,12 @@ class NeedsFn(Protocol):
     def __call__(self, params: Params, *, named: bool = False) -> Needs:
         """Returns the needs; `named` as in `Context`."""
         ...
+
+
+def one_rule(path: Path) -> str:
+    """The rule of every leaf, of a transform that has no rules."""
+    del path
+    return ""
 
 
 def needs_nothing(params: Params, *, named: bool = False) -> Needs:
@@ -47,6 +53,8 @@ class Transform:
         on the same matrix of a stack (or vector, where there is none); `"leaf"`, on the same leaf;
         `"tree"`, on anything. Streams use it.
       settings: What was asked for, where a stream carries it out in another way; else None.
+      rule_of: In words, which of its rules takes a path. Tied leaves, which stay one array, must
+        have one.
     """
 
     init: Callable[[Params], State]
@@ -57,6 +65,7 @@ class Transform:
     moves_inputs: bool = False
     scope: Scope = "tree"
     settings: Any = None
+    rule_of: Callable[[Path], str] = one_rule
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:

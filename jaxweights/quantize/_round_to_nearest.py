@@ -77,7 +77,8 @@ def round_to_nearest(
       >>> quantized["dense"]["kernel"].bits_per_weight
       4.25
 
-    Source: "narrow": Zeng et al. 2022, arXiv:2210.02414, section 3.3; "signed_max": the Q4_0 blocks
+    Source: "narrow": Zeng et al. 2022, arXiv:2210.02414, section 3.3: GLM-130B's INT8 and INT4 are
+      `grid="narrow", scale_dtype=jnp.float16`, one scale per output; "signed_max": the Q4_0 blocks
       of GGUF; "gptq_sym" and the "mse" search: Frantar et al. 2023, arXiv:2210.17323, the authors'
       code.
     Differs: (1) 0 is always on the grid. (2) A group of zeros has scale 1 and zero point 0. (3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.core import Context, apply, flatten, identity, leafwise, partition, stateless
+from jaxweights.core import Context, apply, chain, flatten, identity, leafwise, partition, stateless
 from tests.core._transforms import add, add_noise, counting, matrix, scale_by_rms
 
 
@@ -31,6 +31,26 @@ def test_tied_leaves_are_transformed_once_and_stay_tied():
     new = apply(tx, params)
     assert new["first"] is new["second"] and new["copy"] is not new["first"]
     assert calls == [["copy", "first"]]
+
+
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        ([("head", add(1)), ("table", add(2))], "rule 'table' takes the one and rule 'head' the"),
+        ([("head", add(1)), (..., identity())], "rule `...` takes the one and rule 'head' the"),
+        ([("table", add(1))], "rule 'table' takes the one and no rule the other"),
+    ],
+)
+@pytest.mark.parametrize("chained", [False, True])
+def test_tied_leaves_with_different_rules_are_refused(rules, words, chained):
+    shared = matrix(0, 4, 4)
+    tx = chain(partition(*rules), identity()) if chained else partition(*rules)
+    with pytest.raises(ValueError) as error:
+        apply(tx, {"head": shared, "table": shared})
+    assert f"apply: 'table': is the same array as 'head', but {words}" in str(error.value)
+    assert "Let one rule name both, or give the tree a copy of its own" in str(error.value)
+    untied = apply(partition(("head|table", add(1))), {"head": shared, "table": shared})
+    assert untied["head"] is untied["table"]
 
 
 def test_tied_random_transforms_draw_once():

@@ -285,6 +285,58 @@ def test_gptqs_own_quantizer_is_reproduced(case, bits, sym, over, mse):
     assert off.sum(axis=1).max() <= (1 if sym else 0)
 
 
+TORCHAO = [
+    ("int4_g32_sym", Grid("half", 4, 32)),
+    ("int3_g64_sym", Grid("half", 3, 64)),
+    ("int4_row_sym", Grid("half", 4)),
+    ("int8_weight_only", Grid("half", 8)),
+    ("affine_s8_tensor_sym", Grid("half", 8, "tensor")),
+    ("int4_g32_asym", Grid("affine", 4, 32)),
+    ("int2_g16_asym", Grid("affine", 2, 16)),
+    ("affine_u4_g32_asym", Grid("affine", 4, 32)),
+]
+
+
+@pytest.mark.parametrize("case, grid", TORCHAO, ids=[case for case, _ in TORCHAO])
+def test_torchaos_grids_are_reproduced(case, grid):
+    stored = fixture("quantize/torchao.npz")
+    ours = quantize_matrix(jnp.asarray(stored["W"].T), grid)
+    scale = np.atleast_2d(stored[f"{case}/scale"]).T
+    np.testing.assert_allclose(ours.scale, scale, rtol=1e-6)
+    codes, theirs = np.asarray(ours.codes).astype(int).T, stored[f"{case}/qdata"].astype(int)
+    # Their signed codes of affine grids start at -2**(bits - 1).
+    shift = 2 ** (grid.bits - 1) if ours.zero_point is not None and theirs.min() < 0 else 0
+    # The extreme of a symmetric group lies on a tie between two codes.
+    off = codes != theirs + shift
+    assert off.sum() <= (ours.scale.size if grid.kind == "half" else 0)
+    spread = np.repeat(np.repeat(scale, 128 // scale.shape[0], 0), 64 // scale.shape[1], 1)
+    steps = np.abs(stored["W"] / spread.T)
+    np.testing.assert_allclose(steps[off], 2.0 ** (grid.bits - 1) - 0.5, rtol=1e-6)
+    if ours.zero_point is not None:
+        assert np.array_equal(ours.zero_point.T, stored[f"{case}/zero_point"].astype(int) + shift)
+    dense = dequantized(ours, (128, 64)).T
+    np.testing.assert_allclose(dense[~off], stored[f"{case}/dq"][~off], atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_glm_130b_is_narrow_per_output_with_float16_scales_and_no_code_leaves_the_range(bits):
+    weight = np.random.default_rng(bits).normal(size=(64, 4096)).astype(np.float32)
+    top = 2 ** (bits - 1) - 1
+    amax = np.abs(weight).max(0)
+    scale = (amax / np.float32(top)).astype(np.float16)  # cast first, then divided by
+    steps = np.round(weight / scale.astype(np.float32))
+    ours = quantize_matrix(jnp.asarray(weight), Grid("narrow", bits, scale_dtype=np.float16))
+    assert np.array_equal(np.asarray(ours.scale)[0], scale)
+    assert np.array_equal(ours.codes, np.clip(steps, -top, top))
+    # The extreme of each output gets the extreme code; a denormal scale, rounded down by a third,
+    # would take it beyond, where their release wraps around.
+    assert np.all(np.abs(np.asarray(ours.codes)).max(0) == top)
+    tiny = jnp.full((2, 1), 8.9e-8 * top)
+    small = quantize_matrix(tiny, Grid("narrow", bits, scale_dtype=np.float16))
+    assert round(float(tiny[0, 0]) / float(small.scale[0, 0])) > top
+    assert small.codes.tolist() == [[top], [top]]
+
+
 def test_decode_undoes_a_row_of_codes():
     codes = jnp.array([[0, 15]], jnp.int32)
     dense = decode(codes, jnp.array([[0.5, 2.0]]), jnp.array([[4, 4]], jnp.uint8))
