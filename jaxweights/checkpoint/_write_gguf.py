@@ -89,7 +89,7 @@ def write_gguf(
     Source: the format's specification, `docs/gguf.md` in the ggml repository.
     Differs: (1) scales wider than float16 are rounded to it, once.
     """
-    plans = _plans(tensors)
+    plans = plan_gguf(tensors)
     head = _head(plans, metadata, kinds or {})
     total = len(head) + sum(_padded(plan.nbytes) for plan in plans)
     check_destination(_ASKER, destination, overwrite=overwrite, directory=False)
@@ -114,7 +114,8 @@ def write_plans(path: os.PathLike[str], head: bytes, plans: list[_Tensor]) -> No
             file.write(b"\0" * (_padded(plan.nbytes) - plan.nbytes))
 
 
-def _plans(tensors: Mapping[str, Any]) -> list[_Tensor]:
+def plan_gguf(tensors: Mapping[str, Any]) -> list[_Tensor]:
+    """What will be written for each tensor; refuses what GGUF cannot hold, all at once."""
     problems, strange, plans = [], [], []
     for name, tensor in tensors.items():
         if isinstance(tensor, Quantized):

@@ -8,6 +8,7 @@ from jaxweights.models._cache import init_cache as init_cache
 from jaxweights.models._convert import checkpoint_from_params as checkpoint_from_params
 from jaxweights.models._convert import param_shapes as param_shapes
 from jaxweights.models._convert import params_from_checkpoint as params_from_checkpoint
+from jaxweights.models._export import check_export as check_export
 from jaxweights.models._export import export_checkpoint as export_checkpoint
 from jaxweights.models._generate import generate as generate
 from jaxweights.models._hf_json import config_to_dict as config_to_dict

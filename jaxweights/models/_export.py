@@ -11,7 +11,7 @@ from jaxweights.core._paths import flatten
 from jaxweights.models._arrange import write_tree
 from jaxweights.models._bert import BertConfig
 from jaxweights.models._convert import name_map
-from jaxweights.models._gguf_export import write_gguf_model
+from jaxweights.models._gguf_export import gguf_tensors, write_gguf_model
 from jaxweights.models._hf_json import config_to_dict
 from jaxweights.models._llama_config import LlamaConfig
 from jaxweights.weights._weight import is_weight
@@ -78,11 +78,8 @@ def export_checkpoint(
       4
     """
     from jaxweights.checkpoint.exchange import write_quantized
-    from jaxweights.checkpoint.exchange._module import without_mask
 
-    flat, treedef = flatten(params)
-    plain = [without_mask(leaf) if is_weight(leaf) else leaf for leaf in flat.values()]
-    params = treedef.unflatten(plain)
+    params = _without_masks(params)
     if form == "gguf":
         if target is not None:
             raise ValueError(f"{_ASKER}: target={target!r} is for safetensors, not for gguf.")
@@ -90,8 +87,7 @@ def export_checkpoint(
             destination, params, config, metadata=metadata, files=files or {}, overwrite=overwrite
         )
         return
-    names = name_map(config, "huggingface")
-    tensors = write_tree(params, names, asker=_ASKER, represented=True) | dict(carried or {})
+    tensors = _torch_tensors(params, config) | dict(carried or {})
     rest = dict(files or {})
     write_quantized(
         destination,
@@ -104,6 +100,45 @@ def export_checkpoint(
         metadata=metadata,
         overwrite=overwrite,
     )
+
+
+def check_export(
+    params: Any,
+    config: LlamaConfig | BertConfig,
+    *,
+    form: Form | Literal["gguf"],
+    target: Literal["vllm"] | None = None,
+) -> None:
+    """Refuses what `export_checkpoint` would, and writes nothing.
+
+    Args:
+      params: As there.
+      config: As there.
+      form: As there.
+      target: As there.
+
+    Raises:
+      ValueError: If a weight does not fit the format; all are listed.
+    """
+    from jaxweights.checkpoint._write_gguf import plan_gguf
+    from jaxweights.checkpoint.exchange._write import check_quantized
+
+    params = _without_masks(params)
+    if form == "gguf":
+        plan_gguf(gguf_tensors(params, config))
+    else:
+        check_quantized(_torch_tensors(params, config), form=form, target=target)
+
+
+def _torch_tensors(params: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:
+    return write_tree(params, name_map(config, "huggingface"), asker=_ASKER, represented=True)
+
+
+def _without_masks(params: Any) -> Any:
+    from jaxweights.checkpoint.exchange._module import without_mask
+
+    flat, treedef = flatten(params)
+    return treedef.unflatten([without_mask(x) if is_weight(x) else x for x in flat.values()])
 
 
 def _config_json(given: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:

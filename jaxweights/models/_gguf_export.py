@@ -42,14 +42,8 @@ def write_gguf_model(
     """Writes a file, or a folder with `model.gguf`; see `export_checkpoint`."""
     from jaxweights.checkpoint import atomic_directory, write_gguf
 
-    if isinstance(config, BertConfig):
-        raise ValueError(
-            f"{_ASKER}: GGUF is written for the Llama family, and this is a BERT. Write "
-            "safetensors, and convert them with llama.cpp."
-        )
-    tensors = write_tree(params, name_map(config, "gguf"), asker=_ASKER, represented=True)
-    tensors = {name: _as_read(tensor) for name, tensor in tensors.items()}
-    tensors |= rope_divisors(config)
+    tensors = gguf_tensors(params, config)
+    assert isinstance(config, LlamaConfig)
     pairs = dict(metadata) if metadata else tokenizer_metadata(files)
     if not metadata or _says_other(pairs, tensors, config):
         pairs = {**gguf_metadata(config), **pairs} | gguf_metadata(config)
@@ -65,6 +59,17 @@ def write_gguf_model(
         return
     with atomic_directory(destination, overwrite=overwrite) as folder:
         write_gguf(folder / "model.gguf", tensors, pairs, kinds=_KINDS)
+
+
+def gguf_tensors(params: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:
+    """The tensors of a file, by the names and in the orientation that GGUF has."""
+    if isinstance(config, BertConfig):
+        raise ValueError(
+            f"{_ASKER}: GGUF is written for the Llama family, and this is a BERT. Write "
+            "safetensors, and convert them with llama.cpp."
+        )
+    tensors = write_tree(params, name_map(config, "gguf"), asker=_ASKER, represented=True)
+    return {name: _as_read(tensor) for name, tensor in tensors.items()} | rope_divisors(config)
 
 
 def _says_other(

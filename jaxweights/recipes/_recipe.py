@@ -201,8 +201,8 @@ class Output:
     Attributes:
       directory: A directory that the run makes; relative to where the command is started.
       formats: `orbax` keeps represented weights bit for bit; `safetensors` holds dense weights
-        under the names that other tools read; `gptq`, `gptq_v2`, `awq` and `compressed-tensors`
-        hold the integers of quantized weights as those tools do.
+        under the names that other tools read; `gptq`, `gptq_v2`, `awq`, `compressed-tensors`,
+        `bitsandbytes` and `gguf` hold narrow weights as the programs of these names do.
       report: Whether `report.html` is written too.
     """
 

@@ -48,7 +48,7 @@ from jaxweights.recipes._model import Model, check_fit, load_model
 from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
 from jaxweights.recipes._stream import Streaming, outline_model, streams
-from jaxweights.recipes._write import write_checkpoint
+from jaxweights.recipes._write import check_formats, write_checkpoint
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.weights import materialize
 
@@ -124,6 +124,7 @@ def run_recipe(
     with clock("change"):
         after = _transform(recipe, model, others, layout, data, report)
         jax.block_until_ready(jax.tree.leaves(after))
+        check_formats(recipe.output.formats, model.pretrained, after)
     with clock("measure after"):
         for measure in measures:
             scores[measure.name]["after"] = measure.score(after, "after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -85,6 +85,15 @@ def write_checkpoint(
     dense = jax.tree.map(np.asarray, materialize(params))
     tensors = checkpoint_from_params(dense, pretrained.config) | dict(pretrained.carried)
     write_safetensors(destination, tensors, metadata=metadata, files=files, overwrite=overwrite)
+
+
+def check_formats(formats: Iterable[Format], pretrained: Any, params: Any) -> None:
+    """Refuses parameters that one of the formats cannot hold, before hours are spent on them."""
+    from jaxweights.models import check_export
+
+    for form in formats:
+        if form not in ("orbax", "safetensors"):
+            check_export(params, pretrained.config, form=form)
 
 
 def companion_files(pretrained: Any) -> dict[str, str | Path]:

@@ -212,3 +212,14 @@ def test_converting_dense_weights_to_a_quantized_format_is_refused(capsys, llama
     assert main(arguments) == 1
     assert "no tensor is quantized" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_converting_to_one_gguf_file_and_back(capsys, llama, tmp_path):
+    file = tmp_path / "model.gguf"
+    found = run_json(capsys, "convert", llama, file, "--to", "gguf")
+    assert found["files"] == ["model.gguf"] and file.is_file()
+    run(capsys, "convert", file, tmp_path / "back", "--to", "safetensors", "--quiet")
+    first, again = open_checkpoint(llama), open_checkpoint(tmp_path / "back")
+    assert set(first.names) == set(again.names)
+    for name in first.names:
+        np.testing.assert_array_equal(first.read(name), again.read(name))

@@ -15,6 +15,7 @@ from jaxweights.checkpoint import load_tree, open_checkpoint
 from jaxweights.cli import main
 from jaxweights.models import load_pretrained
 from jaxweights.recipes import RecipeError, parse_recipe, plan_recipe, run_recipe
+from jaxweights.weights import Quantized, materialize
 from tests._tiny_models import BERT, LLAMA, write_tiny
 
 
@@ -395,3 +396,35 @@ def test_a_bad_recipe_is_a_clean_error_of_the_command(tmp_path, capsys):
     err = capsys.readouterr().err
     assert f"{path}:2: recipe: unknown key 'transform'. Did you mean 'transforms'?" in err
     assert "Traceback" not in err
+
+
+EXPORT = """\
+model: {{path: "{model}"}}
+transforms:
+  - method: quantize.round_to_nearest
+    bits: {bits}
+    group_size: 32
+output:
+  directory: "{output}"
+  formats: [compressed-tensors, gguf]
+"""
+
+
+def test_a_recipe_writes_what_transformers_and_llama_cpp_read(llama, tmp_path):
+    text = EXPORT.format(model=llama, output=tmp_path / "out", bits=4)
+    found = run_recipe(parse_recipe(text))
+    want = jax.tree.leaves(materialize(found.params))
+    for name, settings in (("compressed-tensors", {}), ("gguf", {"dequantize": False})):
+        loaded = load_pretrained(tmp_path / "out" / name, **settings)
+        assert isinstance(loaded.params["layers"]["mlp"]["up"]["kernel"], Quantized)
+        for one, other in zip(jax.tree.leaves(materialize(loaded.params)), want, strict=True):
+            # GGUF holds scales in float16.
+            rtol = 1e-3 if name == "gguf" else 0
+            np.testing.assert_allclose(one, other, rtol=rtol, atol=0)
+
+
+def test_weights_that_a_format_cannot_hold_are_refused_before_they_are_measured(llama, tmp_path):
+    text = EXPORT.format(model=llama, output=tmp_path / "out", bits=4).replace("32", "16")
+    with pytest.raises(ValueError, match=r"'blk.0.attn_q.weight' has groups of 16 inputs"):
+        run_recipe(parse_recipe(text))
+    assert not (tmp_path / "out").exists()

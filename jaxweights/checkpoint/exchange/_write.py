@@ -96,13 +96,8 @@ def write_quantized(
 
     Differs: (1) GPTQ and AWQ files hold scales in float16: wider ones are rounded to it, once.
     """
-    if form not in WRITERS:
-        raise ValueError(f"{_ASKER}: form={form!r} must be one of {', '.join(WRITERS)}.")
-    if target not in (None, "vllm"):
-        raise ValueError(f"{_ASKER}: target={target!r} must be 'vllm' or None.")
+    quantized = check_quantized(tensors, form=form, target=target)
     writer = WRITERS[form]
-    quantized = {n: t for n, t in tensors.items() if isinstance(t, Represented)}
-    fail(_ASKER, _misfits(tensors, quantized, writer, form, target))
     written: dict[str, Any] = {}
     for name, tensor in tensors.items():
         if name in quantized:
@@ -125,6 +120,19 @@ def write_quantized(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
+
+
+def check_quantized(
+    tensors: Mapping[str, Any], *, form: str, target: str | None = None
+) -> dict[str, Represented]:
+    """Refuses what `write_quantized` would, and returns the quantized ones of the tensors."""
+    if form not in WRITERS:
+        raise ValueError(f"{_ASKER}: form={form!r} must be one of {', '.join(WRITERS)}.")
+    if target not in (None, "vllm"):
+        raise ValueError(f"{_ASKER}: target={target!r} must be 'vllm' or None.")
+    quantized = {n: t for n, t in tensors.items() if isinstance(t, Represented)}
+    fail(_ASKER, _misfits(tensors, quantized, WRITERS[form], form, target))
+    return quantized
 
 
 def _misfits(
