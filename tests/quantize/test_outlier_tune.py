@@ -155,3 +155,14 @@ def test_what_cannot_be_tuned_is_refused():
     )
     with pytest.raises(ValueError, match="none of the folds has a norm's gain as its writer"):
         jw.apply(kernel, tree, stats=stats)
+
+
+def test_integer_products_with_one_step_err_less_on_tuned_activations():
+    fn, params, x = layer()
+    truth = fn(params, x)
+    stages = [outlier_tune(folds=FOLD), jw.quantize.int8_static()]
+    tuned = jw.pipeline(fn, params, [x], stages)
+    plain = jw.pipeline(fn, params, [x], stages[1:])
+    error = lambda p: float(jnp.linalg.norm(jw.lift(fn)(p, x)[0] - truth[0]))  # noqa: E731
+    np.testing.assert_allclose(tuned["q"]["kernel"].input_scale, 1, rtol=1e-4)
+    assert error(tuned) < 0.8 * error(plain)
