@@ -78,9 +78,27 @@ def permute_flat(
             continue
         factors = [f for axis in spec.factors(path, leaf.shape) for f in axis]
         moves, order = moves_of(spec, factors, permutations)
-        if moves.steps:
-            new[path] = _permute_jit(leaf, [permutations[name] for name in order], moves=moves)
+        indices = [permutations[name] for name in order]
+        if moves.steps and on_host(leaf, *indices):
+            new[path] = jax.device_put(_take_host(np.asarray(leaf), moves, indices), _device(leaf))
+        elif moves.steps:
+            new[path] = _permute_jit(leaf, indices, moves=moves)
     return new
+
+
+def on_host(leaf: Any, *others: Any) -> bool:
+    """Whether NumPy reads a leaf in place: it then spares a program for every shape."""
+    if any(isinstance(x, jax.core.Tracer) for x in (leaf, *others)):
+        return False
+    if not isinstance(leaf, jax.Array):
+        return jax.default_backend() == "cpu"
+    devices = leaf.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _device(leaf: Any) -> Any:
+    # An array that was free to go anywhere stays so: programs are compiled for one or the other.
+    return leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None
 
 
 def moves_of(
@@ -162,14 +180,19 @@ def _follow(spec: PermutationSpec, name: str, index: np.ndarray, then: Permutati
     """One permutation after others were applied behind it."""
     names = (*spec.over.get(name, ()), name)
     factors = [Factor(n, spec.length(n)) for n in names]
-    return _take_host(np.asarray(index), *moves_of(spec, factors, then), then)
+    moves, order = moves_of(spec, factors, then)
+    return _take_host(np.asarray(index), moves, [then[name] for name in order])
 
 
-def _take_host(array: np.ndarray, moves: Moves, order: list[str], then: Permutations) -> np.ndarray:
-    for step, name in zip(moves.steps, order, strict=True):
-        index = np.asarray(then[name])
-        array = np.take_along_axis(array, _aligned(index, step, array.ndim), axis=step.axis)
-    return array
+def _take_host(array: np.ndarray, moves: Moves, indices: Sequence[Any]) -> np.ndarray:
+    """As `permute_leaf`, by NumPy."""
+    parts = array.reshape(moves.shape)
+    for step, index in zip(moves.steps, map(np.asarray, indices), strict=True):
+        if not step.over:
+            parts = np.take(parts, index, axis=step.axis)
+        else:
+            parts = np.take_along_axis(parts, _aligned(index, step, parts.ndim), axis=step.axis)
+    return parts.reshape(array.shape)
 
 
 def invert(spec: PermutationSpec, permutations: Permutations) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.align._permute import on_host
 from jaxweights.align._spec import Factor, PermutationSpec
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Path
@@ -163,11 +164,19 @@ def inner_products(
 def inner_product(ours: Mapping[Path, Any], theirs: Mapping[Path, Any]) -> float:
     """Sum over the floating leaves of ⟨A, B⟩."""
     paths = [path for path, leaf in ours.items() if is_float(leaf)]
-    parts = [_dot(ours[path], theirs[path]) for path in paths]
-    return float(sum(np.asarray(part, np.float64) for part in parts))
+    return float(sum(np.asarray(_dot(ours[p], theirs[p]), np.float64) for p in paths))
+
+
+def _dot(a: Any, b: Any) -> Any:
+    dtype = compute_dtype(a)
+    if on_host(a, b) and on_host(b):
+        wide = [np.asarray(x).astype(dtype, copy=False).reshape(-1) for x in (a, b)]
+        with np.errstate(all="ignore"):  # whoever asks looks whether it is finite
+            return np.dot(*wide)
+    return _dot_on_device(a, b)
 
 
 @jax.jit
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot_on_device(a: jax.Array, b: jax.Array) -> jax.Array:
     dtype = compute_dtype(a)
     return jnp.vdot(a.astype(dtype), b.astype(dtype), precision="highest")

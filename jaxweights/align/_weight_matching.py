@@ -111,7 +111,7 @@ def _orders(
                 f"{name}: key is missing: the order of the permutations is drawn. Pass "
                 "key=jax.random.key(...), or order."
             )
-        seed = np.asarray(jax.random.bits(key, (4,), "uint32"))
+        seed = np.asarray(jax.random.key_data(key)).reshape(-1)
         return draw_orders(spec, np.random.default_rng(seed))
     names = spec.names
     problems = [
