@@ -22,6 +22,7 @@ from jaxweights.quantize._calibrated import (
     warn_of_fallback,
     warn_of_few_tokens,
 )
+from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_matrix import GptqMatrix, prepare_gram, round_rows
 from jaxweights.quantize._grid import (
     Codes,
@@ -171,7 +172,12 @@ def adadim(
         if prepared is not None:
             static = AXES[i] == "input"
             return round_rows(
-                weight, prepared, grids[i], scattered=True, static_groups=static, mask=mask
+                weight,
+                prepared,
+                GridLevels(grids[i]),
+                scattered=True,
+                static_groups=static,
+                mask=mask,
             )
         codes = round_matrix(weight, grids[i])
         return GptqMatrix(codes, None, jnp.zeros([]), jnp.zeros([]))

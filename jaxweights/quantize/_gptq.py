@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -22,24 +23,19 @@ from jaxweights.quantize._calibrated import (
     warn_of_fallback,
     warn_of_few_tokens,
 )
+from jaxweights.quantize._gptq_levels import Table, make_levels
 from jaxweights.quantize._gptq_matrix import (
     ActOrder,
-    GptqMatrix,
     PreparedGram,
     check_gptq,
     prepare_gram,
     round_rows,
 )
-from jaxweights.quantize._grid import GridKind, GroupAxis, GroupSize, Search, make_grid
-from jaxweights.quantize._leaves import (
-    REFUSAL,
-    describe_bad_scales,
-    pack,
-    replace_leaf,
-    unfit_leaf,
-)
+from jaxweights.quantize._grid import Codes, GridKind, GroupAxis, GroupSize, Search
+from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, unfit_leaf
 from jaxweights.quantize._output_error import output_error
 from jaxweights.weights._axes import View
+from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 
@@ -49,7 +45,8 @@ _NAME = "quantize.gptq"
 class _Result(NamedTuple):
     """One leaf's result on its way through `leafwise`; stack axes come first."""
 
-    matrix: GptqMatrix
+    weight: Quantized | Codebook
+    damping: jax.Array
     tokens: jax.Array
     inputs: jax.Array
     error: jax.Array | None  # relative, where a report was asked for
@@ -60,7 +57,7 @@ def gptq(
     bits: int,
     group_size: GroupSize = None,
     group_axis: GroupAxis = "input",
-    grid: GridKind = "affine",
+    grid: GridKind | Table = "affine",
     act_order: ActOrder = False,
     static_groups: bool = False,
     damping: float = 0.01,
@@ -84,7 +81,7 @@ def gptq(
         "tensor" one per matrix.
       group_axis: "input" for groups of rows of one output, which runtimes read; "output" for groups
         of columns of one input, which keep an outlying input to itself.
-      grid: As in `Grid`.
+      grid: As in `Grid`; or "nf4" or "fp4", the tables of `nf4` and `fp4`, with bits=4.
       act_order: Whether rows with large inputs are rounded first. Without `static_groups`, groups
         are then scattered and every input row stores which it belongs to. "groups" orders rows
         within their groups, and groups by their largest input, which scatters nothing.
@@ -101,8 +98,8 @@ def gptq(
         Costs one product more for each matrix. Not called under `jit`.
 
     Returns:
-      A transform from dense or masked matrices to `Quantized` ones, of the same shape and dtype. It
-      needs the statistics "gram" and "count".
+      A transform from dense or masked matrices to `Quantized` ones (for tables `Codebook` ones), of
+      the same shape and dtype. It needs the statistics "gram" and "count".
 
     Raises:
       TypeError: If a setting is of the wrong kind.
@@ -130,7 +127,7 @@ def gptq(
     Source: Frantar et al. 2023, arXiv:2210.17323, Algorithm 1.
     Differs: As `gptq_matrix`.
     """
-    settings = make_grid(
+    levels = make_levels(
         _NAME,
         bits=bits,
         group_size=group_size,
@@ -139,12 +136,12 @@ def gptq(
         scale_dtype=scale_dtype,
         search=search,
     )
-    check_gptq(_NAME, damping, block_size, act_order, settings)
+    check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
     check_on_failure(_NAME, on_failure)
 
     def prepare(gram: jax.Array, count: jax.Array) -> PreparedGram:
         del count
-        return prepare_gram(gram, settings, act_order=act_order, damping=damping)
+        return prepare_gram(gram, levels.grid, act_order=act_order, damping=damping)
 
     def quantize(
         weight: jax.Array,
@@ -156,31 +153,30 @@ def gptq(
         result = round_rows(
             weight,
             prepared,
-            settings,
+            levels,
             scattered=act_order is True,
             static_groups=static_groups,
             block_size=block_size,
             mask=mask,
         )
+        rounded = levels.represent(result.codes, result.group_index)
         error = None
         if report is not None:
-            codes, scale, zero = result.codes
-            rounded = Quantized.from_codes(codes, scale, zero, result.group_index, bits=bits)
             error = output_error(weight, rounded.matrix(), gram, relative=True)
-        packed = result._replace(codes=pack(result.codes, settings))
-        return _Result(packed, jnp.asarray(count), jnp.asarray(weight.shape[0]), error)
+        inputs = jnp.asarray(weight.shape[0])
+        return _Result(rounded, result.damping, jnp.asarray(count), inputs, error)
 
     def wrap(leaf: Any, result: _Result, view: View) -> Any:
-        matrix = result.matrix
-        return replace_leaf(leaf, matrix.codes, view, settings, matrix.group_index)
+        weight = dataclasses.replace(result.weight, view=view, dtype=np.dtype(leaf.dtype))
+        return Masked(weight, leaf.mask) if isinstance(leaf, Masked) else weight
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
-        problem = unfit_leaf(leaf, view, settings)
+        problem = unfit_leaf(leaf, view, levels.grid)
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:
-        tokens, used = np.asarray(result.tokens), np.asarray(result.matrix.damping)
-        problem = describe_bad_scales(path, result.matrix.codes)
+        tokens, used = np.asarray(result.tokens), np.asarray(result.damping)
+        problem = describe_bad_scales(path, Codes(result.weight.codes, result.weight.scale, None))
         if problem is None and on_failure == "error":
             problem = describe_failure(path, tokens, used)
         if problem is None:

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-from jaxweights.quantize._grid import Grid, decode, encode, find_scale
+from jaxweights.quantize._blocks import stored_scale
+from jaxweights.quantize._grid import (
+    Codes,
+    Grid,
+    GridKind,
+    GroupAxis,
+    GroupSize,
+    Search,
+    decode,
+    divide,
+    encode,
+    find_scale,
+    largest_magnitude,
+    make_grid,
+    matrix_scales,
+    split_groups,
+)
+from jaxweights.quantize._levels import nearest_code
+from jaxweights.quantize._nf4 import FP4_LEVELS, NF4_LEVELS
+from jaxweights.weights._codebook import Codebook, look_up
+from jaxweights.weights._quantized import Quantized
+
+Table = Literal["nf4", "fp4"]
+
+_TABLES: dict[str, np.ndarray] = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 
 class Levels(Protocol):
@@ -29,8 +55,21 @@ class Levels(Protocol):
         """Dtype of the scales."""
         ...
 
+    @property
+    def grid(self) -> Grid:
+        """Which entries share a scale."""
+        ...
+
     def find(self, groups: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Scales and zero points, `(rows, 1, out)`, of `(rows, group, out)` float32 values."""
+        ...
+
+    def scales(self, weight: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Scales and zero points, `(rows, cols)`, of a float32 `(in, out)` matrix."""
+        ...
+
+    def represent(self, codes: Codes, group_index: jax.Array | None) -> Quantized | Codebook:
+        """The weight made of the codes of one matrix."""
         ...
 
     def encode(
@@ -69,6 +108,15 @@ class GridLevels:
         """As `find_scale`."""
         return find_scale(groups, self.grid)
 
+    def scales(self, weight: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """As `matrix_scales`."""
+        return matrix_scales(weight, self.grid)
+
+    def represent(self, codes: Codes, group_index: jax.Array | None) -> Quantized:
+        """Integers with scales."""
+        q, scale, zero = codes
+        return Quantized.from_codes(q, scale, zero, group_index, bits=self.grid.bits)
+
     def encode(
         self, values: jax.Array, scale: jax.Array, zero_point: jax.Array | None
     ) -> jax.Array:
@@ -78,3 +126,106 @@ class GridLevels:
     def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
         """As `decode`."""
         return decode(codes, scale, zero_point)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableLevels:
+    """The levels of a table whose largest is 1, times the largest magnitude of each group.
+
+    Args:
+      name: Of the table.
+      grid: Which entries share a scale, and its dtype; its kind is not read.
+    """
+
+    name: Table
+    grid: Grid
+
+    @property
+    def code_dtype(self) -> Any:
+        """Indices into the table."""
+        return jnp.uint8
+
+    @property
+    def has_zero_point(self) -> bool:
+        """The table says what stands for zero."""
+        return False
+
+    @property
+    def scale_dtype(self) -> Any:
+        """Dtype of the scales."""
+        return self.grid.scale_dtype
+
+    @property
+    def table(self) -> np.ndarray:
+        """The levels, float32."""
+        return _TABLES[self.name]
+
+    def find(self, groups: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The largest magnitudes."""
+        if self.grid.group_size == "tensor":
+            groups = groups.reshape(1, -1, 1)
+        return stored_scale(jnp.abs(largest_magnitude(groups)), self.scale_dtype), None
+
+    def scales(self, weight: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The largest magnitudes of all groups."""
+        return self.find(split_groups(weight, self.grid))[0][:, 0], None
+
+    def represent(self, codes: Codes, group_index: jax.Array | None) -> Codebook:
+        """Indices with a table and scales."""
+        del group_index  # settings that scatter groups are refused
+        return Codebook.from_codes(codes.codes, jnp.asarray(self.table), codes.scale, bits=4)
+
+    def encode(
+        self, values: jax.Array, scale: jax.Array, zero_point: jax.Array | None
+    ) -> jax.Array:
+        """Codes of the nearest levels."""
+        del zero_point
+        return nearest_code(divide(values, scale), self.table).astype(jnp.uint8)
+
+    def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
+        """The levels that codes name, times scales."""
+        del zero_point
+        levels = look_up(jnp.asarray(self.table), codes.reshape(1, -1)).reshape(codes.shape)
+        return levels * scale.astype(jnp.float32)
+
+
+def make_levels(
+    asker: str,
+    *,
+    bits: int,
+    group_size: GroupSize,
+    group_axis: GroupAxis,
+    grid: GridKind | Table,
+    scale_dtype: DTypeLike,
+    search: Search,
+) -> GridLevels | TableLevels:
+    """Checks the settings of an integer grid or of a table.
+
+    Raises:
+      TypeError: If a setting is of the wrong kind.
+      ValueError: If a setting is out of range, or means nothing for a table.
+    """
+    table = grid in get_args(Table)
+    kind: Any = "narrow" if table else grid
+    settings = make_grid(
+        asker,
+        bits=bits,
+        group_size=group_size,
+        group_axis=group_axis,
+        grid=kind,
+        scale_dtype=scale_dtype,
+        search=search,
+    )
+    if not table:
+        return GridLevels(settings)
+    for name, value, only in (
+        ("bits", bits, 4),
+        ("search", search, "absmax"),
+        ("group_axis", group_axis, "input"),
+    ):
+        if value != only:
+            raise ValueError(
+                f"{asker}: grid={grid!r} has 16 levels that groups of rows fill up to their "
+                f"largest magnitude, so {name}={value!r} means nothing to it. Pass {name}={only!r}."
+            )
+    return TableLevels(grid, settings)  # type: ignore[arg-type]

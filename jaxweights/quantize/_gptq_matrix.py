@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram
-from jaxweights.quantize._gptq_levels import GridLevels
+from jaxweights.quantize._gptq_levels import Levels, Table, TableLevels, make_levels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import (
     Codes,
@@ -19,9 +19,6 @@ from jaxweights.quantize._grid import (
     GroupAxis,
     GroupSize,
     Search,
-    make_grid,
-    matrix_scales,
-    quantize_matrix,
     unfit_group,
 )
 
@@ -70,7 +67,7 @@ def gptq_matrix(
     bits: int,
     group_size: GroupSize = None,
     group_axis: GroupAxis = "input",
-    grid: GridKind = "affine",
+    grid: GridKind | Table = "affine",
     act_order: ActOrder = False,
     static_groups: bool = False,
     damping: float = 0.01,
@@ -95,7 +92,7 @@ def gptq_matrix(
         "tensor" one in all.
       group_axis: "input" for groups of rows of one output, "output" for groups of columns of one
         input.
-      grid: As in `Grid`.
+      grid: As in `Grid`; or "nf4" or "fp4", the tables of `nf4` and `fp4`, with bits=4.
       act_order: Whether rows with large inputs are rounded first. "groups" orders rows within
         their groups, and groups by their largest input, so that groups stay together.
       static_groups: Whether all scales are those of the weight before any row is changed.
@@ -135,7 +132,7 @@ def gptq_matrix(
       paper pushes :math:`U_{ji} D_i / U_{ii}`; the sums over all rows are the same, because U is
       the inverse of R.
     """
-    settings = make_grid(
+    levels = make_levels(
         _NAME,
         bits=bits,
         group_size=group_size,
@@ -144,16 +141,16 @@ def gptq_matrix(
         scale_dtype=scale_dtype,
         search=search,
     )
-    check_gptq(_NAME, damping, block_size, act_order, settings)
-    if problem := unfit_group(settings, *weight.shape):
+    check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
+    if problem := unfit_group(levels.grid, *weight.shape):
         raise ValueError(f"{_NAME}: {problem}")
     prepared = prepare_gram(
-        gram, settings, act_order=act_order, damping=damping, fill=1.0 if compat else None
+        gram, levels.grid, act_order=act_order, damping=damping, fill=1.0 if compat else None
     )
     return round_rows(
         weight,
         prepared,
-        settings,
+        levels,
         scattered=act_order is True,
         static_groups=static_groups,
         block_size=block_size,
@@ -163,7 +160,12 @@ def gptq_matrix(
 
 
 def check_gptq(
-    asker: str, damping: float, block_size: int, act_order: ActOrder, grid: Grid
+    asker: str,
+    damping: float,
+    block_size: int,
+    act_order: ActOrder,
+    static_groups: bool,
+    levels: Levels,
 ) -> None:
     """Refuses settings of GPTQ that are out of range.
 
@@ -178,6 +180,14 @@ def check_gptq(
         raise ValueError(f"{asker}: block_size={block_size!r} must be a positive integer.")
     if act_order not in (False, True, "groups"):
         raise ValueError(f"{asker}: act_order={act_order!r} must be False, True or 'groups'.")
+    grid = levels.grid
+    scatters = act_order is True and isinstance(grid.group_size, int) and not static_groups
+    if scatters and isinstance(levels, TableLevels):
+        raise ValueError(
+            f"{asker}: act_order=True scatters groups that are found on the way, and weights with "
+            "a table of levels do not store which row belongs to which. Pass static_groups=True, "
+            "or act_order='groups'."
+        )
     if act_order == "groups" and not (
         isinstance(grid.group_size, int) and grid.group_axis == "input"
     ):
@@ -232,7 +242,7 @@ def _visiting_order(diagonal: jax.Array, grouped: Grid | None) -> jax.Array:
 def round_rows(
     weight: Float[Array, "in out"],
     prepared: PreparedGram,
-    grid: Grid,
+    levels: Levels,
     *,
     scattered: bool,
     static_groups: bool,
@@ -245,7 +255,7 @@ def round_rows(
     Args:
       weight: As in `gptq_matrix`.
       prepared: From `prepare_gram` with the same grid.
-      grid: Where the levels lie.
+      levels: What is rounded to.
       scattered: Whether moving groups are made of rows that are visited one after another, not of
         neighbours; only where the order is not the rows' own.
       static_groups: As in `gptq_matrix`.
@@ -259,8 +269,9 @@ def round_rows(
     in_dim, out_dim = weight.shape
     factor, order, dead = prepared
     if weight.size == 0:
-        codes = quantize_matrix(weight, grid)
+        codes = Codes(weight.astype(levels.code_dtype), *levels.scales(weight.astype(jnp.float32)))
         return GptqMatrix(codes, None, factor.damping, jnp.zeros([], jnp.float32))
+    grid = levels.grid
     weight = weight.astype(jnp.float32)
     if mask is not None:
         weight = jnp.where(mask, weight, 0)
@@ -268,7 +279,6 @@ def round_rows(
     # One scale per output is found before dead inputs are dropped, in the authors' code too.
     source = alive if static_groups else weight
     visited = jnp.arange(in_dim) if order is None else order
-    levels = GridLevels(grid)
 
     def in_order(rows: Any) -> Any:
         return rows if rows is None or order is None else rows[order]
@@ -288,7 +298,7 @@ def round_rows(
         if scattered and order is not None:
             group_index = (jnp.argsort(order) // moving).astype(jnp.int32)
     else:
-        scale, zero = matrix_scales(source, grid)
+        scale, zero = levels.scales(source)
         scales = RowScales(scale, zero, visited // (in_dim // scale.shape[0]))
     codes, scales, loss = quantize_rows(
         in_order(alive),
