@@ -46,8 +46,8 @@ def normalize_gram(gram: Float[Array, "n n"], *, fill: float | None = None) -> F
       The matrix.
 
     Example:
-      >>> normalize_gram(jnp.diag(jnp.array([4.0, 0.0, 2.0]))).diagonal().round(2).tolist()
-      [1.33, 1.0, 0.67]
+      >>> normalize_gram(jnp.diag(jnp.array([6.0, 0.0, 2.0]))).diagonal().tolist()
+      [1.5, 1.0, 0.5]
     """
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
