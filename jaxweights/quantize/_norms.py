@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxweights.core._context import Context
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
+from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._folds import (
     Fold,
@@ -68,20 +69,16 @@ def fuse_norms(folds: Fold | Sequence[Fold]) -> Transform:
     return stateless(update, name=_NAME, moves_inputs=True)
 
 
-def norm_sites(asker: str, folds: Sequence[Fold], flat: Flat, context_layout: Layout, **more: Any):
+def norm_sites(
+    asker: str, folds: Sequence[Fold], flat: Flat, layout: Layout, stats: Stats | None = None
+) -> list[Site]:
     """The sites whose writer is a norm's gain; an error if there is none."""
-    sites = [
-        site
-        for site in find_sites(asker, folds, flat, context_layout, **more)
-        if not any(path in context_layout for path in site.writers)
-    ]
+    found = find_sites(asker, folds, flat, layout, stats)
+    sites = [site for site in found if not any(path in layout for path in site.writers)]
     if not sites:
-        fail(
-            asker,
-            [
-                "none of the folds has a norm's gain as its writer. Name it with Fold(readers=..., "
-                "writers='.../norm/scale')."
-            ],
+        raise ValueError(
+            f"{asker}: none of the folds has a norm's gain as its writer. Name it with "
+            "Fold(readers=..., writers='.../norm/scale')."
         )
     return sites
 
