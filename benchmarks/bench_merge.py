@@ -2,7 +2,8 @@
 
 Makes a base and three fine-tunes of 0.5 B parameters in bfloat16 (random weights in the shapes of
 Qwen2.5-0.5B), and merges them with every program, each run in a process of its own that starts from
-nothing. `--memory` runs one merge with that budget besides.
+nothing. `--memory` runs one merge with that budget besides. Wall time is what a user waits for; on
+a machine that others use, too, compare processor seconds (user and system, of all threads).
 
 Run: python benchmarks/bench_merge.py [--mergekit PYTHON] [--repeats 3] [--layers 24]
 PYTHON is an interpreter with mergekit installed; without it the columns of the peer stay empty.
@@ -11,6 +12,7 @@ PYTHON is an interpreter with mergekit installed; without it the columns of the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -99,8 +101,18 @@ def configurations(folder: Path) -> dict[str, str]:
     }
 
 
-def run(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, peak memory in MB and standard output of a process."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Seconds, processor seconds, peak memory in MB and standard output of a process."""
+
+    seconds: float
+    cpu: float
+    peak: float
+    text: str
+
+
+def run(command: list[str]) -> Run:
+    """Runs a command to its end."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE)
@@ -111,14 +123,14 @@ def run(command: list[str]) -> tuple[float, float, str]:
         text = output.read().decode()
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{error.decode()[-2000:]}")
-    return seconds, usage.ru_maxrss / 1024, text
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text)
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds that `cp` takes for the bytes that a merge writes."""
-    seconds = run(["cp", str(source / "model.safetensors"), str(target)])[0]
+def copied(source: Path, target: Path) -> Run:
+    """What `cp` takes for the bytes that a merge writes."""
+    copy = run(["cp", str(source / "model.safetensors"), str(target)])
     target.unlink()
-    return seconds
+    return copy
 
 
 def main() -> None:
@@ -144,8 +156,8 @@ def main() -> None:
         nbytes = (folder / "base" / "model.safetensors").stat().st_size
         print(f"{nbytes / 2e9:.2f} B parameters, bfloat16, {os.cpu_count()} cores; medians of "
               f"{options.repeats}")  # fmt: skip
-        print(f"{'':22}{'s':>7}{'MB':>7}{'stream s':>10}{'cp s':>7}{'x cp':>6}"
-              f"{'mergekit s':>12}{'MB':>7}{'faster':>8}")  # fmt: skip
+        print(f"{'':18}{'s':>7}{'cpu s':>7}{'MB':>7}{'stream s':>10}{'cp s':>7}{'x cp':>6}"
+              f"{'mergekit s':>12}{'cpu s':>7}{'MB':>7}{'faster':>8}{'cpu':>6}")  # fmt: skip
         for method, text in configurations(folder).items():
             if options.methods and method not in options.methods:
                 continue
@@ -162,27 +174,39 @@ def show(folder: Path, method: str, options: argparse.Namespace) -> None:
     ours = [sys.executable, "-m", "jaxweights.cli", "merge", config, str(out), "--quiet", "--json"]
     rows, copies, peers = [], [], []
     for _ in range(options.repeats):
-        time.sleep(1)
-        seconds, peak, text = run(ours)
-        rows.append((seconds, peak, json.loads(text)["seconds"]))
+        os.sync()  # what an earlier run wrote is on the disk, and does not slow this one
+        rows.append(run(ours))
         shutil.rmtree(out)
+        os.sync()
         copies.append(copied(folder / "base", folder / "copy"))
         if options.mergekit:
+            os.sync()
             peers.append(
                 run([options.mergekit, "-m", "mergekit.scripts.run_yaml", config, str(out)])
             )
             shutil.rmtree(out)
-    seconds, peak, stream = (statistics.median(column) for column in zip(*rows, strict=True))
-    copy = statistics.median(copies)
-    line = f"{method:22}{seconds:7.2f}{peak:7.0f}{stream:10.2f}{copy:7.2f}{stream / copy:6.1f}"
+    one, copy = median(rows), median(copies).seconds
+    stream = statistics.median(json.loads(row.text)["seconds"] for row in rows)
+    line = f"{method:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}"
+    line += f"{stream:10.2f}{copy:7.2f}{stream / copy:6.1f}"
     if peers:
-        peer, memory = (statistics.median([row[i] for row in peers]) for i in (0, 1))
-        line += f"{peer:12.2f}{memory:7.0f}{peer / seconds:7.1f}x"
+        peer = median(peers)
+        line += f"{peer.seconds:12.2f}{peer.cpu:7.2f}{peer.peak:7.0f}"
+        line += f"{peer.seconds / one.seconds:7.1f}x{peer.cpu / one.cpu:5.1f}x"
     print(line, flush=True)
     if options.memory:
-        seconds, peak, _ = run([*ours, "--memory", options.memory])
+        one = run([*ours, "--memory", options.memory])
         shutil.rmtree(out)
-        print(f"{'  in ' + options.memory:22}{seconds:7.2f}{peak:7.0f}", flush=True)
+        label = f"  in {options.memory}"
+        print(f"{label:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}", flush=True)
+
+
+def median(runs: list[Run]) -> Run:
+    """The median of each number."""
+    middle = [
+        statistics.median([getattr(r, name) for r in runs]) for name in ("seconds", "cpu", "peak")
+    ]
+    return Run(*middle, text="")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import abc
 import contextlib
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -158,6 +159,9 @@ class Checkpoint(abc.ABC):
             # repr quotes the name, so that no two lists of tensors give one text.
             line = f"{name!r} {self.shape(name)} {stored} {inner.hexdigest()}\n"
             total.update(line.encode("utf-8"))
+            # Looked at once; where it lies mapped it would stay in this process.
+            if (place := self.mapped(name)) is not None:
+                place.forget(0, math.prod(self.shape(name)))
         return f"{'sampled-' if sampled else ''}sha256:{total.hexdigest()}"
 
     def items(self) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,6 +1,8 @@
 """Any checkpoint opens in one way, whatever its format."""
 
 import json
+import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,18 @@ def test_a_config_that_is_no_object_is_refused(tmp_path):
     (out / "config.json").symlink_to("/etc/hostname")
     with pytest.raises(ValueError, match=r"is a link to .* outside the checkpoint's folder"):
         open_checkpoint(out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_a_fingerprint_leaves_nothing_of_a_mapped_file_in_memory(tmp_path):
+    write_safetensors(tmp_path / "model", {"w": np.ones(1 << 24, np.uint8)})
+    checkpoint = open_checkpoint(tmp_path / "model")
+
+    def mapped():
+        return int(Path("/proc/self/statm").read_text().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = mapped()
+    assert checkpoint.read("w").sum() == 1 << 24
+    assert mapped() - before > 1 << 23
+    assert checkpoint.fingerprint()
+    assert mapped() - before < 1 << 22
