@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+# Columns are small work: threads would wait for each other more than they work.
+torch.set_num_threads(1)
+
 
 def affine(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of groups along the last axis, as both codes find them."""
