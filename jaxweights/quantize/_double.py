@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxweights.quantize._blocks import block_max, in_units, stored_scale
+from jaxweights.quantize._levels import nearest_code
 from jaxweights.weights._codebook import Codebook
 
 _BLOCK = 256
@@ -57,8 +58,7 @@ def quantize_scales(scale: Float[Array, "rows cols"]) -> Codebook:
     centred = scale - mean
     largest = stored_scale(block_max(centred, counts), jnp.float32)
     levels = dynamic_levels()
-    middles = (levels[1:] + levels[:-1]) / np.float32(2)
-    codes = jnp.searchsorted(jnp.asarray(middles), in_units(centred, largest))
+    codes = nearest_code(in_units(centred, largest), levels)
     return Codebook.from_codes(codes, jnp.asarray(levels), largest, mean, bits=8)
 
 

@@ -44,7 +44,7 @@ def magnitude(
         whole, "partial" keeps `ceil(keep * t / of)` of it.
       normalize: Divides the scores of each matrix by their L2 norm; matters for "global" only.
       min_keep: For "global", the fraction of every matrix that stays in any case.
-      form: "masked" gives `Masked` leaves, over the dense or `Quantized` leaf that was there;
+      form: "masked" gives `Masked` leaves, over the dense or quantized leaf that was there;
         "dense" writes the zeros into the arrays.
 
     Returns:

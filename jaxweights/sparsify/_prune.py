@@ -23,6 +23,7 @@ from jaxweights.sparsify._groups import Group, keep_mask, protect_largest, rank_
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._scaled import Scaled
 
 Form = Literal["masked", "dense"]
 Schedule = Callable[[jax.Array], Any]
@@ -81,7 +82,7 @@ def prune(
     common: dict[str, Any] = {
         "name": name,
         "needs": needs,
-        "accepts": (Masked, Quantized) if form == "masked" else (Masked,),
+        "accepts": (Masked, Quantized, Scaled) if form == "masked" else (Masked,),
         "refusal": _REFUSALS[form],
         "masked": True,
         "check": lambda path, leaf, view: _unfit(path, leaf, view, group, static),

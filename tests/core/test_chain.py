@@ -66,7 +66,7 @@ def test_a_chain_depends_on_as_much_as_its_widest_part():
     entry, leaf = jw.merge.mean(), jw.quantize.round_to_nearest(bits=4)
     tree = jw.sparsify.magnitude(sparsity=0.5, group="global")
     assert jw.chain().scope == jw.chain(entry, jw.identity()).scope == "entry"
-    assert jw.chain(entry, leaf).scope == "leaf"
+    assert jw.chain(entry, leaf).scope == "matrix"
     assert jw.chain(leaf, tree, entry).scope == "tree"
 
 
@@ -80,7 +80,7 @@ def test_a_chain_depends_on_as_much_as_its_widest_part():
         (jw.merge.task_arithmetic(out_dtype="bfloat16", rounding="stochastic"), "leaf"),
         (jw.merge.dare_linear(density=0.5), "leaf"),
         (jw.merge.dare_ties(density=0.5, trim=0.5), "tree"),
-        (jw.quantize.round_to_nearest(bits=4), "leaf"),
+        (jw.quantize.round_to_nearest(bits=4), "matrix"),
     ],
 )
 def test_transforms_say_what_an_entry_of_their_result_depends_on(tx, scope):

@@ -154,6 +154,15 @@ def test_zeros_stay_zeros_and_tiny_scales_underflow_to_zeros(double):
     assert 1e-7 < float(small.materialize()[0, 0]) < 3e-7
 
 
+@pytest.mark.parametrize("tx", [nf4(), jw.quantize.fp8()], ids=["nf4", "fp8"])
+def test_pruning_it_puts_a_mask_over_the_codes(tx):
+    once = jw.apply(tx, {"kernel": WEIGHT})["kernel"]
+    pruned = jw.apply(jw.sparsify.magnitude(sparsity=0.5), {"kernel": once})["kernel"]
+    assert pruned.base is once
+    kept = np.abs(once.materialize())[np.asarray(pruned.mask)]
+    assert kept.min() >= np.abs(once.materialize())[~np.asarray(pruned.mask)].max()
+
+
 def test_qlora_is_an_adapter_over_it():
     tx = jw.chain(nf4(double_quantization=True), jw.adapt.lora(rank=4))
     params = {"dense": {"kernel": WEIGHT}}
