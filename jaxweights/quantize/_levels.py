@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -130,17 +131,17 @@ def nearest_code(
     middles = ((levels[1:] + levels[:-1]) / 2).astype(np.float32)
     if ties == "even":  # what lies on a midpoint above an odd rank lies beyond the float before it
         middles[1::2] = np.nextafter(middles[1::2], -np.inf, dtype=np.float32)
-    rank = rank_bits(units, middles)
+    rank = rank_bits(units, list(middles))
     if not np.array_equal(order, np.arange(len(order))):
-        return pick(order.astype(np.int32), rank)
+        return pick(list(order.astype(np.int32)), rank)
     bits = [jnp.where(bit, 2**i, 0) for i, bit in enumerate(reversed(rank))]
     return functools.reduce(operator.or_, bits).astype(jnp.int32)
 
 
-def rank_bits(units: Float[Array, "*shape"], middles: np.ndarray) -> list[Bool[Array, "*shape"]]:
+def rank_bits(units: Float[Array, "*shape"], middles: Sequence[Any]) -> list[Bool[Array, "*shape"]]:
     """How many of the ascending `middles` lie below each number, as bits, the highest first."""
     depth = max(len(middles), 1).bit_length()
-    middles = np.append(middles, np.full(2**depth - 1 - len(middles), np.inf, np.float32))
+    middles = [*middles, *[np.float32(np.inf)] * (2**depth - 1 - len(middles))]
     bits: list[jax.Array] = []
     for i in range(depth):
         step = 2 ** (depth - 1 - i)
@@ -148,9 +149,9 @@ def rank_bits(units: Float[Array, "*shape"], middles: np.ndarray) -> list[Bool[A
     return bits
 
 
-def pick(values: np.ndarray, bits: list[Bool[Array, "*shape"]]) -> Array:
-    """The constant whose place the bits spell, the highest first; the last one beyond the end."""
-    padded = np.append(values, np.repeat(values[-1:], 2 ** len(bits) - len(values)))
+def pick(values: Sequence[Any], bits: list[Bool[Array, "*shape"]]) -> Array:
+    """The scalar whose place the bits spell, the highest first; the last one beyond the end."""
+    padded = [*values, *[values[-1]] * (2 ** len(bits) - len(values))]
     chosen = [jnp.asarray(v) for v in padded]
     for bit in reversed(bits):
         pairs = zip(chosen[::2], chosen[1::2], strict=True)

@@ -195,8 +195,12 @@ def power_errors(
 
     def errors(values: jax.Array) -> jax.Array:
         size = jnp.abs(values) / step
-        missed = [(_rounded(size, exponent, top) - size) * step for exponent in exponents]
-        return jnp.stack([jnp.sum(m * m) for m in missed])
+
+        def error(exponent: jax.Array) -> jax.Array:
+            missed = (_rounded(size, exponent, top) - size) * step
+            return jnp.sum(missed * missed)
+
+        return jax.lax.map(error, jnp.asarray(exponents, jnp.float32))
 
     return add_up(wide.reshape(len(step), -1, weight.shape[1]), errors)
 
@@ -220,14 +224,13 @@ def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike)
     return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
 
 
-def _rounded(size: jax.Array, exponent: float, top: int) -> jax.Array:
+def _rounded(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
     """The levels of magnitudes, in steps; as codes and levels below, but in a fifth of the time."""
     if top > _BISECTED_LEVELS:
-        return _level(_size_of_codes(size, jnp.float32(exponent), top), jnp.float32(exponent), top)
-    ranks = np.arange(top + 1) / top
-    middles = top * (ranks[1:] - 0.5 / top) ** (1 / exponent)
-    levels = top * ranks ** (1 / exponent)
-    return pick(levels.astype(np.float32), rank_bits(size, middles.astype(np.float32)))
+        return _level(_size_of_codes(size, exponent, top), exponent, top)
+    levels = _level(jnp.arange(top + 1, dtype=jnp.float32), exponent, top)
+    middles = _level(jnp.arange(top, dtype=jnp.float32) + 0.5, exponent, top)
+    return pick(list(levels), rank_bits(size, list(middles)))
 
 
 def _size_of_codes(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:

@@ -56,7 +56,8 @@ def test_the_codes_and_values_are_those_of_bitsandbytes(kind, block):
 def test_double_quantization_is_that_of_bitsandbytes():
     stored = fixture("quantize/bitsandbytes.npz")
     weight = stored["W"]
-    matrix = four_bit_matrix(jnp.asarray(weight.T), NF4_LEVELS, double_quantization=True)
+    run = jax.jit(lambda w: four_bit_matrix(w, NF4_LEVELS, double_quantization=True))
+    matrix = run(jnp.asarray(weight.T))
     assert np.array_equal(dynamic_levels(), stored["nf4_double/code2"])
     assert np.array_equal(matrix.scale.codes.T.ravel(), stored["nf4_double/absmax_q"])
     np.testing.assert_allclose(matrix.scale.offset[0, 0], stored["nf4_double/offset"], rtol=1e-6)
@@ -83,7 +84,7 @@ def test_the_dynamic_map_is_that_of_bitsandbytes_own_8_bit_blocks():
 )
 def test_blocks_of_scales_run_along_the_inputs_and_tile(rows, cols, blocks):
     scale = jnp.abs(jax.random.normal(jax.random.key(0), (rows, cols))) + 1
-    quantized = quantize_scales(scale)
+    quantized = jax.jit(quantize_scales)(scale)
     assert quantized.scale.shape == blocks
     np.testing.assert_allclose(quantized.matrix(), scale, rtol=0.02)
 
