@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._fetch import fetch
 from jaxweights.recipes._packages import MODELS, Package
-from jaxweights.recipes._recipe import ModelSource, Recipe
+from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._sections import ModelSource
 from jaxweights.recipes._yaml import RecipeError
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, Module, Slice
-from jaxweights.recipes.mergekit._methods import METHODS, Compat, Inputs
+from jaxweights.recipes.mergekit._method import Compat, Inputs
+from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import LayerName, Model, is_before_layers
 from jaxweights.recipes.mergekit._parameters import REQUIRED, Setting
-from jaxweights.recipes.mergekit._towers import tensors_by_module
 from jaxweights.stream._jobs import Job, Operand
 
 _LISTED = 10
@@ -38,68 +38,6 @@ class PlannedTensor:
     depth: float
     inputs: dict[str, str]
     parameters: dict[str, Any]
-
-
-def plan_document(
-    config: MergeConfig,
-    models: Mapping[ModelRef, Model],
-    *,
-    compat: Compat = "fixed",
-    missing: Literal["error", "take"] = "error",
-    seed: int = 0,
-) -> list[PlannedTensor]:
-    """Plans the tensors of one document, module by module.
-
-    What belongs to no module of the document is taken over from the first model.
-
-    Args:
-      config: The document.
-      models: The opened models.
-      compat: As in `Planner`.
-      missing: As in `Planner`.
-      seed: As in `Planner`.
-
-    Returns:
-      The tensors.
-
-    Raises:
-      RecipeError: If models do not fit each other or the method, or a module has no tensors.
-    """
-    options: Any = {"compat": compat, "missing": missing, "seed": seed}
-    modules = [module.name for module in config.modules if module.name is not None]
-    if not modules:
-        return Planner(config, config.modules[0], models, **options).plan()
-    names = dict.fromkeys(name for model in models.values() for name in model.names)
-    owners = tensors_by_module(names, modules)
-    empty = [m for m in config.modules if m.name not in owners.values()]
-    if empty:
-        starts = sorted({name.split(".")[0] for name in names})
-        raise RecipeError(
-            "\n".join(
-                f"{config.file}:{module.line}: modules.{module.name}: has no tensors; the names of "
-                f"those that there are start with {', '.join(map(repr, starts[:8]))}. Call a "
-                "module what the names of its tensors start with."
-                for module in empty
-            )
-        )
-    planned = []
-    for module in config.modules:
-        own = {name for name, owner in owners.items() if owner == module.name}
-        some = {ref: model.only(own) for ref, model in models.items()}
-        planned += Planner(config, module, some, **options).plan()
-    first = models[config.models[0]]
-    left = [name for name in first.names if owners[name] is None]
-    operands = [Operand(first.tensors, name, first.label) for name in left]
-    return planned + [
-        PlannedTensor(
-            _copied(name, operand, written_dtype(config, operand.dtype)),
-            "copy",
-            first.depth(name),
-            {first.label: name},
-            {},
-        )
-        for name, operand in zip(left, operands, strict=True)
-    ]
 
 
 class Planner:
@@ -306,7 +244,7 @@ class Planner:
         baseless = base is not None and base not in operands and self._method.base != "unused"
         few = bool(absent) and (baseless or len(sources) < self._method.models[0])
         if not _is_float(first.dtype) or not sources or few:
-            job = _copied(name, first, dtype)
+            job = copied(name, first, dtype)
             return PlannedTensor(job, "copy", depth, {first.label: first.name}, {})
         values, shown = {}, {}
         for key, parameter in self._method.parameters.items():
@@ -384,7 +322,7 @@ def written_dtype(config: MergeConfig, stored: np.dtype) -> np.dtype:
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def _copied(name: str, operand: Operand, dtype: np.dtype) -> Job:
+def copied(name: str, operand: Operand, dtype: np.dtype) -> Job:
     """The job that takes a tensor over, in the dtype of the result."""
     if operand.dtype == dtype:
         return Job(name, operand.shape, dtype, (operand,))

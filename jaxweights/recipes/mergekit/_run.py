@@ -15,10 +15,12 @@ from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, load_merge_config
 from jaxweights.recipes.mergekit._files import result_files
-from jaxweights.recipes.mergekit._methods import METHODS, Compat
+from jaxweights.recipes.mergekit._method import Compat
+from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model, open_model
-from jaxweights.recipes.mergekit._plan import PlannedTensor, plan_document
+from jaxweights.recipes.mergekit._plan import PlannedTensor
+from jaxweights.recipes.mergekit._plan_document import plan_document
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._memory import resident_bytes
 from jaxweights.stream._pipeline import Progress
