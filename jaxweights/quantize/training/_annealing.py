@@ -31,10 +31,11 @@ def confidence_annealing(
     """Freezes weights that are sure of their level, in the last epochs of training on a grid.
 
     Weights that lie within `boundary` steps of a threshold between two levels are the ones that
-    swing; they go on learning while all others stand still, so that they settle. Put it last in an
-    `optax.chain`, after weight decay and momentum, and frozen weights do not change by a bit; put
-    it first as well, and momentum does not gather what their gradients say meanwhile, as in the
-    authors' code. Leaves that the quantizer leaves alone, and learned steps, train as before.
+    swing; they go on learning while all others stand still, so that they settle. Begin when the
+    training has otherwise ended, since little more is learned. Put it last in an `optax.chain`,
+    after weight decay and momentum, and frozen weights do not change by a bit; put it first as
+    well, and momentum does not gather what their gradients say meanwhile, as in the authors' code.
+    Leaves that the quantizer leaves alone, and learned steps, train as before.
 
     Args:
       quantizer: The transform that `fake_quant` uses, or a function from parameters to quantized

@@ -33,12 +33,12 @@ def query_key_product(
 ) -> QueryKey:
     r"""Multiplies the query and key kernels of each head, for training at few bits.
 
-    Rounding queries and keys each by itself makes the weights of both swing: a change of one moves
-    the thresholds of the other. Their product :math:`W_q W_k^\top` is rounded once instead, with
-    one scale a row: `statsq` with the axes `Axes(inputs=(-1,), outputs=(-2,))`. It takes
-    `heads * dim**2` weights instead of `2 * dim * heads * head_dim`, and the model must compute its
-    logits with `query_key_logits`. A bias of the keys adds the same to all logits of a query, which
-    the softmax takes away again: leave it out.
+    Where queries and keys are rounded each by itself, a change of one moves the best level of the
+    other. Their product :math:`W_q W_k^\top` is rounded once instead, with one scale a row:
+    `statsq` with the axes `Axes(inputs=(-1,), outputs=(-2,))`. It takes `heads * dim**2` weights
+    instead of `2 * dim * heads * head_dim`, each of another size, so that the learning rate has to
+    be chosen anew, and the model must compute its logits with `query_key_logits`. A bias of the
+    keys adds the same to all logits of a query, which the softmax takes away again: leave it out.
 
     Args:
       query: Kernel of the queries.

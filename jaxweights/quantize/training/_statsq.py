@@ -24,9 +24,10 @@ def statsq(*, bits: int) -> Transform:
 
     With :math:`s = 2\,\mathrm{mean}|w|` of an output's weights and :math:`n = 2^{b-1}`, the levels
     are :math:`\pm s (2i + 1) / 2n`; 0 is none of them. The range follows the weights as they are
-    trained, and is not learned, which is what keeps weights near a threshold from swinging between
-    two levels for ever. Meant for training, inside `fake_quant`: the range is narrow, and more bits
-    do not cure what it clips.
+    trained and is not learned, so that no step size reacts to weights that cross a threshold.
+    Meant for training, inside `fake_quant`: the range is narrow, and more bits do not cure what it
+    clips. `oscillation_monitor` tells whether fewer weights swing than with `lsq`, which depends on
+    the model and the learning rate.
 
     Args:
       bits: Bits per code, 1 to 8.
