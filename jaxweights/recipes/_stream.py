@@ -62,7 +62,16 @@ def streams(recipe: Recipe, *, progress: Progress) -> bool:
             )
         return True
     path = locate(recipe.model, progress=progress)[0]
-    return not reasons and _bytes_of(path) > _free_memory() / _SHARE
+    return not reasons and _bytes_of(path) > _free_memory() / _SHARE and _has_outline(path)
+
+
+def _has_outline(path: Path) -> bool:
+    """Whether tensors can be told one by one; whatever is wrong else, loading them all says."""
+    try:
+        outline(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _reasons(recipe: Recipe) -> list[str]:

@@ -117,6 +117,16 @@ def test_auto_streams_what_would_fill_the_memory(folder, tmp_path, monkeypatch):
     _same_tensors(tmp_path / "small", tmp_path / "large")
 
 
+def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monkeypatch):
+    tied = open_checkpoint(folder / "llama0")
+    tensors = {name: tied.read(name) for name in tied.names}
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    write_safetensors(tmp_path / "headed", tensors | head, files=dict(tied.files))
+    monkeypatch.setattr(_stream, "_free_memory", lambda: 1)
+    run = _run(tmp_path / "headed", tmp_path / "out", STEPS["rounding"], "auto")
+    assert run.params is not None
+
+
 @pytest.mark.parametrize(
     "old, new, words",
     [
