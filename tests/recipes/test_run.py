@@ -428,3 +428,16 @@ def test_weights_that_a_format_cannot_hold_are_refused_before_they_are_measured(
     with pytest.raises(ValueError, match=r"'blk.0.attn_q.weight' has groups of 16 inputs"):
         run_recipe(parse_recipe(text))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_model_is_dequantized_where_a_recipe_says_so(llama, tmp_path):
+    first = EXPORT.format(model=llama, output=tmp_path / "four", bits=4)
+    run_recipe(parse_recipe(first))
+    source = tmp_path / "four" / "compressed-tensors"
+    text = EXPORT.format(model=source, output=tmp_path / "eight", bits=8)
+    with pytest.raises(ValueError, match="is already a Quantized"):
+        run_recipe(parse_recipe(text))
+    dense = text.replace('"}', '", dequantize: true}', 1)
+    assert dense != text
+    params = run_recipe(parse_recipe(dense)).params
+    assert params["layers"]["mlp"]["up"]["kernel"].bits == 8

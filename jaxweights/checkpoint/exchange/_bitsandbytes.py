@@ -17,6 +17,7 @@ from jaxweights.checkpoint.exchange._module import (
     check_parts,
     lazy,
     share_bytes,
+    unpacked_codes,
 )
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
@@ -191,7 +192,7 @@ def pack_bitsandbytes(weight: Codebook) -> dict[str, LazyTensor]:
     flat = lambda x: np.ascontiguousarray(np.asarray(x).T).reshape(-1)  # noqa: E731
 
     def packed() -> np.ndarray:
-        codes = flat(weight.codes_matrix())
+        codes = flat(unpacked_codes(weight))
         codes = np.concatenate([codes, np.zeros(codes.size % 2, np.uint8)]).reshape(-1, 2)
         return (codes[:, :1] << 4 | codes[:, 1:]).astype(np.uint8)
 
@@ -208,7 +209,7 @@ def pack_bitsandbytes(weight: Codebook) -> dict[str, LazyTensor]:
             "nested_offset": float(np.asarray(nested.offset).reshape(())),
         }
         parts |= {
-            "weight.absmax": lazy((rows * cols,), np.uint8, lambda: flat(nested.codes_matrix())),
+            "weight.absmax": lazy((rows * cols,), np.uint8, lambda: flat(unpacked_codes(nested))),
             "weight.nested_absmax": lazy(
                 (math.prod(outer),), np.float32, lambda: flat(nested.scale)
             ),

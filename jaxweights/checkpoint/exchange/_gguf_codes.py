@@ -18,7 +18,7 @@ from jaxweights.checkpoint._gguf_blocks import (
     q3_k_scales,
     two_bits,
 )
-from jaxweights.checkpoint.exchange._module import host_weight
+from jaxweights.checkpoint.exchange._module import host_weight, unpacked_codes
 from jaxweights.weights._quantized import Quantized
 
 
@@ -212,7 +212,7 @@ def pack_gguf(weight: Quantized) -> np.ndarray:
       [0, 60, 85]
     """
     runs = weight.in_dim // 32
-    codes = np.asarray(weight.codes_matrix())
+    codes = unpacked_codes(weight)
     if weight.zero_point is not None:
         codes = codes.astype(np.int16) - _spread(weight.zero_point, weight, weight.in_dim)
     scale = _spread(weight.scale, weight, runs).astype(np.float16)
@@ -254,7 +254,7 @@ def unfit_gguf(weight: Quantized) -> list[str]:
     if weight.offset is not None and weight.bits > 5:
         problems.append(f"has offsets and {weight.bits} bits, but Q4_1 and Q5_1 hold at most 5")
     if not problems and weight.zero_point is not None and gguf_type(weight) == "Q8_0":
-        codes = np.asarray(weight.codes_matrix()).astype(np.int16)
+        codes = unpacked_codes(weight).astype(np.int16)
         centred = codes - _spread(weight.zero_point, weight, weight.in_dim)
         if centred.min() < -128 or centred.max() > 127:
             problems.append(

@@ -64,7 +64,7 @@ def host_codes(weight: Quantized) -> HostCodes:
 
     Signed codes become unsigned ones with the zero point `2**(bits - 1)`.
     """
-    codes = np.asarray(weight.codes_matrix())
+    codes = unpacked_codes(weight)
     if weight.signed:
         codes = (codes.astype(np.int16) + 2 ** (weight.bits - 1)).astype(np.uint8)
     spread = lambda x: None if x is None else _per_output(np.asarray(x), weight.out_dim)  # noqa: E731
@@ -129,6 +129,21 @@ def share_bytes(codes: np.ndarray, per_byte: int, *, signed: bool) -> np.ndarray
     for i in range(1, per_byte):
         packed = packed | rows[:, i] << np.uint8(share * i)
     return packed
+
+
+def unpacked_codes(weight: Any) -> np.ndarray:
+    """`codes_matrix()` of one matrix, on the host: `(in, out)`, int8 where signed, else uint8."""
+    packed, per_byte = np.asarray(weight.codes), weight.codes_per_byte
+    if per_byte == 1:
+        return packed
+    share = 8 // per_byte
+    codes = np.empty((packed.shape[0] * per_byte, packed.shape[1]), np.uint8)
+    for i in range(per_byte):
+        codes[i::per_byte] = packed >> np.uint8(share * i) & np.uint8(2**share - 1)
+    if not getattr(weight, "signed", False):
+        return codes
+    sign = 2 ** (share - 1)  # flipping the sign bit and subtracting it extends it
+    return (codes ^ np.uint8(sign)).view(np.int8) - np.int8(sign)
 
 
 def consecutive(group_index: np.ndarray, in_dim: int, rows: int) -> bool:

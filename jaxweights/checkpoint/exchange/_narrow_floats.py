@@ -15,6 +15,7 @@ from jaxweights.checkpoint.exchange._module import (
     check_parts,
     lazy,
     share_bytes,
+    unpacked_codes,
 )
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
@@ -115,7 +116,7 @@ def pack_mxfp4(weight: Codebook) -> dict[str, LazyTensor]:
     out_dim, in_dim = weight.out_dim, weight.in_dim
 
     def packed() -> np.ndarray:
-        codes = np.asarray(weight.codes_matrix()).T
+        codes = unpacked_codes(weight).T
         return codes[:, ::2] | codes[:, 1::2] << 4
 
     return {
