@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,21 @@ def load_pretrained(
       FileNotFoundError: If there is nothing to read.
       ValueError: If the file is damaged, has no config, is of an unknown architecture, or does
         not hold the tensors that its config asks for.
+
+    Warns:
+      UserWarning: If the checkpoint's runtime rounds activations too, of which only weights are
+        read.
     """
     from jaxweights.checkpoint import load_tree, open_checkpoint
 
     source = open_checkpoint(path)
+    if _rounds_activations(source.quantization):
+        warnings.warn(
+            f"{_ASKER}: '{path}': its quantization_config has 'input_activations' rounded while "
+            "the model runs; only the weights are read, and the model runs on float activations. "
+            "Apply quantize.int8_dynamic() for integer products.",
+            stacklevel=2,
+        )
     config = read_config(source)
     carried: dict[str, np.ndarray] = {}
     if source.is_torch and source.format != "gguf":  # what GGUF has beyond it is in the config
@@ -132,6 +144,12 @@ class _Tensors(Mapping[str, _Lazy]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _rounds_activations(quantization: Mapping[str, Any]) -> bool:
+    groups = quantization.get("config_groups")
+    found = groups.values() if isinstance(groups, Mapping) else ()
+    return any(isinstance(group, Mapping) and group.get("input_activations") for group in found)
 
 
 def _carried(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:

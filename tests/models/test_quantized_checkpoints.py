@@ -417,6 +417,23 @@ def test_narrow_floats_come_back_and_run(dense_model, tmp_path, case):
     assert {"lm_head", "model.layers.1.self_attn.q_proj"} <= set(skipped)
 
 
+def test_rounded_activations_that_are_not_read_are_told(dense_model, tmp_path):
+    int8 = jw.quantize.round_to_nearest(bits=8)
+    params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", int8)])
+    out = tmp_path / "out"
+    export_checkpoint(out, params, dense_model.config, form="compressed-tensors")
+    config = json.loads((out / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token"}
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="'input_activations' rounded while the model runs"):
+        got = load_pretrained(out)
+    tx = jw.partition(("layers/mlp/.*/kernel", jw.quantize.int8_dynamic()))
+    layout = {"layers/mlp/.*/kernel": jw.weights.Axes()}
+    products = kernels(jw.apply(tx, got.params, layout=layout))
+    assert type(products["layers/mlp/up/kernel"]).__name__ == "QuantizedProduct"
+
+
 def test_a_table_of_levels_is_no_integer_grid(dense_model, tmp_path):
     params = rounded(dense_model, rules=[("layers/mlp/up/kernel", jw.quantize.nf4())])
     with pytest.raises(ValueError, match=r"up_proj.weight' is a Codebook, and gptq holds only int"):
