@@ -35,8 +35,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
     of the layer's inputs. In each sweep first every code becomes the best one given all others, row
     after row; then, with the codes as they are, the scales of each output become those of the
     least error, by a small linear system. Zero points, groups and bits stay, and so do the bytes.
-    Each output keeps the best it has had. Where `gptq` looks at each row once, this looks again:
-    at 3 bits a fifth to a third of GPTQ's error goes.
+    Each output keeps the best it has had. Where `gptq` looks at each row once, this looks again.
 
     Args:
       quantizer: A transform to `Quantized` weights with one scale for each output or less, such as
