@@ -231,7 +231,8 @@ class _Flow:
         except BaseException:  # such as an interrupt from the keyboard
             self._stop()
             for thread in threads:
-                thread.join()
+                if thread.is_alive():  # it may have come before the last one was started
+                    thread.join()
             raise
         if errors:
             raise errors[0]
@@ -285,7 +286,9 @@ class _Flow:
         survey = piece.job.survey
         samples = work is _look and survey is not None and survey.samples
         with contextlib.ExitStack() as stack:
-            read = [self._read(piece, o, stack, samples, stays) for o in piece.job.operands]
+            read = [
+                self._read(piece, i, stack, samples, stays) for i in range(len(piece.job.operands))
+            ]
             if not samples:
                 self._digest(piece, [part for _, part in read])
             yield [array for array, _ in read]
@@ -293,15 +296,16 @@ class _Flow:
     def _read(
         self,
         piece: Piece,
-        operand: Operand,
+        i: int,
         stack: contextlib.ExitStack,
         samples: bool,
         stays: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """An operand's array, and those of its bytes that come from the file.
+        """The array of operand `i`, and those of its bytes that come from the file.
 
         It is the file's own memory where that lies on a boundary on which XLA reads in place.
         """
+        operand = piece.job.operands[i]
         dtype = operand.dtype
         shape = operand.shape if piece.padded is None else (piece.padded,)
         size = math.prod(shape)
@@ -325,8 +329,8 @@ class _Flow:
             np.copyto(part, raw)
         elif count:
             # In turn, because a reader may sum up what it reads.
-            with self._turns.turn((piece.job.name, operand), piece):
-                self._readers.of(piece, operand)(piece.start, flat[:count])
+            with self._turns.turn((piece.job.name, i), piece):
+                self._readers.of(piece, i)(piece.start, flat[:count])
         flat[count:] = np.zeros((), dtype)
         return array, part
 
@@ -352,11 +356,11 @@ class _Readers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[tuple[str, Operand], list[Any]] = {}  # the function, and entries read
+        self._found: dict[tuple[str, int], list[Any]] = {}  # the function, and entries read
 
-    def of(self, piece: Piece, operand: Operand) -> Callable[[int, np.ndarray], None]:
-        """The function; it is forgotten when all pieces have asked, as it may hold the tensor."""
-        key = (piece.job.name, operand)
+    def of(self, piece: Piece, i: int) -> Callable[[int, np.ndarray], None]:
+        """That of operand `i`; forgotten when all pieces have asked, as it may hold the tensor."""
+        key, operand = (piece.job.name, i), piece.job.operands[i]
         with self._lock:
             if key not in self._found:
                 self._found[key] = [operand.source.reader(operand.name), 0]

@@ -40,12 +40,12 @@ class Made:
         """Makes a tensor."""
         job = self._jobs[name]
         whole = np.empty(job.entries, job.dtype)
-        sources = {operand: operand.source.reader(operand.name) for operand in job.operands}
+        readers = [operand.source.reader(operand.name) for operand in job.operands]
         pieces = list(cut(job, _BUDGET))
 
         def arrays(start: int, count: int, padded: int | None) -> list[np.ndarray]:
             found = []
-            for operand, read in sources.items():
+            for operand, read in zip(job.operands, readers, strict=True):
                 shape = operand.shape if padded is None else (padded,)
                 array = np.zeros(shape, operand.dtype)
                 read(start, array.reshape(-1) if padded is None else array[:count])

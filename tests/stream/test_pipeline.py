@@ -1,9 +1,11 @@
 """Pieces go through in their order, whatever threads do and wherever files keep their bytes."""
 
+import functools
 import json
 import os
 import threading
 import time
+import types
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,7 @@ from jaxweights.stream._mean import mean_job
 from jaxweights.stream._memory import Budget
 from jaxweights.stream._run import stream_jobs
 from jaxweights.stream._turns import Stopped, Turns
+from jaxweights.stream._virtual import Made
 
 SHAPE = (300, 200)
 
@@ -142,6 +145,58 @@ def test_files_that_are_written_to_stay_open_and_few_are(tmp_path):
     files.close()
     assert paths[0].read_bytes() == b"..cd"
     assert {path.read_bytes() for path in paths[1:]} == {b".ab."}
+
+
+class _Arrays:
+    """A tensor that no file holds as it is, as in Orbax or GGUF."""
+
+    def __init__(self, array):
+        self._flat, self._shape = array.reshape(-1), array.shape
+
+    def shape(self, name):
+        return self._shape
+
+    def dtype(self, name):
+        return self._flat.dtype
+
+    def reader(self, name):
+        return lambda start, out: np.copyto(out, self._flat[start : start + out.size])
+
+
+def test_a_tensor_may_be_merged_with_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    values = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    operand = Operand(_Arrays(values), "w")
+    job = mean_job("w", values.dtype, (operand, operand), weights=[1.0, 2.0], normalize=False)
+    run = functools.partial(stream_jobs, "stream", [job], tmp_path / "out", recipe={}, identity={})
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    for got in (open_checkpoint(tmp_path / "out").read("w"), Made([job]).read("w")):
+        np.testing.assert_allclose(got, 3 * values, rtol=1e-6)
+
+
+def test_an_interrupt_while_workers_are_started_ends_those_that_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_pipeline, "_cores", lambda: 3)
+    monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
+    checkpoints = [_checkpoint(tmp_path / str(i), i) for i in range(2)]
+    workers = []
+
+    class Thread(threading.Thread):
+        def start(self):
+            if workers:
+                raise KeyboardInterrupt
+            workers.append(self)
+            super().start()
+
+    fake = types.SimpleNamespace(Thread=Thread, Lock=threading.Lock)
+    monkeypatch.setattr(_pipeline, "threading", fake)
+    with pytest.raises(KeyboardInterrupt):
+        _mean(tmp_path / "out", checkpoints)
+    assert not workers[0].is_alive()
+    assert not (tmp_path / "out").exists()
 
 
 def test_many_threads_in_little_memory_do_not_wait_for_each_other(tmp_path, monkeypatch):
