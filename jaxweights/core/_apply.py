@@ -63,7 +63,8 @@ def apply(
       The tree, transformed.
 
     Raises:
-      ValueError: If something that the transform needs is missing, or a leaf does not suit it.
+      ValueError: If something that the transform needs is missing, a leaf does not suit it, or
+        the transform gives back another tree.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -87,6 +88,11 @@ def apply(
         progress=progress,
     )
     new, _ = tx.update(unique, tx.init(unique), context)
+    if dropped := [path for path in unique if path not in new]:
+        raise ValueError(
+            f"apply: {tx.name} gave back no leaf at {dropped[:5]}. A transform must return a tree "
+            "with the paths that it was given."
+        )
     return unflatten(treedef, {path: new[representative[path]] for path in flat})
 
 

@@ -171,3 +171,9 @@ def test_donated_trees_may_be_transformed_under_jit():
         lambda p: apply(leafwise(lambda weight: -weight, name="negate"), p), donate_argnums=0
     )
     np.testing.assert_array_equal(run({"w": jnp.ones((2, 2))})["w"], -np.ones((2, 2)))
+
+
+def test_a_transform_that_loses_leaves_is_named():
+    loses = stateless(lambda params, _: {"w": params["w"]}, name="loses")
+    with pytest.raises(ValueError, match=r"apply: loses gave back no leaf at \['v'\]\. A transform"):
+        apply(loses, {"v": matrix(0, 2, 2), "w": matrix(1, 2, 2)})
