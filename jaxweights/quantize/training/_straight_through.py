@@ -15,6 +15,7 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform
+from jaxweights.quantize.training._thresholds import all_ones
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
@@ -173,17 +174,7 @@ def _inside(latent: jax.Array, value: Any) -> jax.Array:
     even = _even(value)
     if even is None:
         return jnp.ones(latent.shape, bool)
-    step = jnp.abs(step_size(even))
+    step = jnp.abs(all_ones(even).astype(jnp.float32).materialize())
     error = jnp.abs(even.astype(jnp.float32).materialize() - latent.astype(jnp.float32))
     # An error of half a step may come out larger by the rounding of both.
     return error <= step * jnp.float32(0.5 + 2**-16)
-
-
-def step_size(weight: Quantized) -> jax.Array:
-    """The distance of neighbouring levels at each entry, with the scale's sign; float32."""
-    ones = jnp.ones((*weight.codes.shape[:-2], weight.in_dim, weight.out_dim), jnp.int8)
-    plain = {"zero_point": None, "codes_per_byte": 1, "bits": 8}
-    if hasattr(weight, "offset"):
-        plain["offset"] = None
-    unit = dataclasses.replace(weight, codes=ones, **plain)
-    return unit.astype(jnp.float32).materialize()

@@ -120,7 +120,7 @@ def _scale_of_entries(grid: Quantized | Codebook) -> jax.Array:
     if isinstance(grid, Codebook):
         ones = dataclasses.replace(grid, table=jnp.ones_like(grid.table), offset=None)
     else:
-        ones = _with_codes(grid, 1)
+        ones = all_ones(grid)
     return ones.astype(jnp.float32).matrix()  # type: ignore[union-attr]
 
 
@@ -135,9 +135,10 @@ def _offset_of_entries(grid: Quantized | Codebook) -> jax.Array | None:
     return none.astype(jnp.float32).matrix()  # type: ignore[union-attr]
 
 
-def _with_codes(grid: Quantized, code: int) -> Quantized:
+def all_ones(grid: Quantized) -> Quantized:
+    """A grid whose every entry is one step: the scale, with its sign."""
     shape = (*grid.codes.shape[:-2], grid.in_dim, grid.out_dim)
-    codes = jnp.full(shape, code, jnp.int8)
+    codes = jnp.ones(shape, jnp.int8)
     return dataclasses.replace(
         grid, codes=codes, zero_point=None, offset=None, codes_per_byte=1, bits=8
     )
