@@ -35,7 +35,8 @@ _PLAIN = {
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
 }
-_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64, _INT64 = 4, 5, 6, 7, 8, 9, 10, 11
+_INTEGERS = {_UINT32, _INT32, _UINT64, _INT64}
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -184,8 +185,8 @@ def _kind_of(value: Any) -> ValueKind:
         if not value:
             return _ARRAY, _INT32
         inner = {_kind_of(item)[0] for item in value}
-        if inner <= {_UINT32, _INT32} and len(inner) > 1:
-            inner = {_INT32}
+        if inner <= _INTEGERS:
+            inner = {_integer_kind(min(value), max(value))}
         if len(inner) > 1 or _ARRAY in inner:
             raise TypeError("a list holds values of one kind, and no lists")
         return _ARRAY, inner.pop()
@@ -194,10 +195,17 @@ def _kind_of(value: Any) -> ValueKind:
     if isinstance(value, str):
         return _STRING, None
     if isinstance(value, int | np.integer):
-        return (_INT32 if value < 0 else _UINT32 if value < 2**32 else _UINT64), None
+        return _integer_kind(value, value), None
     if isinstance(value, float | np.floating):
         return _FLOAT32, None
     raise TypeError(f"GGUF has no {type(value).__name__}")
+
+
+def _integer_kind(smallest: Any, largest: Any) -> int:
+    """The narrowest type of at least 32 bits that holds all integers between two."""
+    if smallest >= 0:
+        return _UINT32 if largest < 2**32 else _UINT64
+    return _INT32 if smallest >= -(2**31) and largest < 2**31 else _INT64
 
 
 def _value(kind: int, element: int | None, value: Any) -> bytes:
