@@ -77,7 +77,7 @@ def quantized_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[s
 def _gptq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
     bits = _number(config, "bits", BITS)
     variant = config.get("checkpoint_format", "gptq") or "gptq"
-    if variant not in _GPTQ_FORMATS:
+    if not isinstance(variant, str) or variant not in _GPTQ_FORMATS:
         raise UnknownFormat(
             f"checkpoint_format={variant!r:.80} of GPTQ cannot be read. Known are "
             f"{', '.join(_GPTQ_FORMATS)}; convert others with the program that wrote them"
@@ -169,13 +169,14 @@ def _group_of(stem: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
     """The group whose targets name a module: by its name, by a pattern, or as a Linear."""
     best: tuple[int, Any] = (3, None)
     for group in groups.values():
-        for target in group.get("targets") or ():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
             if not isinstance(target, str):
                 continue
             if target == stem:
                 rank = 0
             elif target.startswith("re:"):
-                if re.match(target[3:], stem) is None:
+                if not _matches(target[3:], stem):
                     continue
                 rank = 1
             elif target == "Linear":
@@ -187,6 +188,15 @@ def _group_of(stem: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
     if best[1] is None:
         raise UnknownFormat(f"no target of 'config_groups' names the quantized module {stem!r}")
     return best[1]
+
+
+def _matches(pattern: str, stem: str) -> bool:
+    try:
+        return re.match(pattern, stem) is not None
+    except re.error as error:
+        raise UnknownFormat(
+            f"the target 're:{pattern:.80}' of 'config_groups' is no regular expression: {error}"
+        ) from None
 
 
 def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
@@ -245,7 +255,9 @@ def _halved_shape(parts: Parts) -> tuple[int, int]:
 
 
 def _two(parts: Parts, suffix: str) -> tuple[int, int]:
-    part = parts[suffix]
+    part = parts.get(suffix)
+    if part is None:
+        raise ValueError(f"{suffix!r} is missing. The file is damaged")
     if len(part.shape) != 2:
         raise ValueError(f"{suffix!r} has shape {part.shape}, expected a matrix")
     return part.shape  # type: ignore[return-value]
