@@ -22,8 +22,8 @@ def in_one_form(layers: list[Any]) -> list[Any] | None:
       layers: Weights of one shape, of NumPy arrays.
 
     Returns:
-      The layers, or None where that cannot be: dense ones among them, offsets beside none, or
-      indices of groups beside groups of another size.
+      The layers, or None where that cannot be: dense ones among them, offsets beside none, dtypes
+      that differ, or indices of groups beside groups of another size.
     """
     if not all(is_weight(layer) for layer in layers):
         return None
@@ -34,7 +34,8 @@ def in_one_form(layers: list[Any]) -> list[Any] | None:
     offsets = {layer.offset is not None for layer in layers}
     indexed = any(layer.group_index is not None for layer in layers)
     groups = {layer.scale.shape[-2:] for layer in layers}
-    if len(offsets) > 1 or (indexed and len(groups) > 1):
+    dtypes = {np.dtype(layer.dtype) for layer in layers}
+    if max(len(offsets), len(dtypes)) > 1 or (indexed and len(groups) > 1):
         return None
     rows, cols = (math.lcm(*(shape[i] for shape in groups)) for i in (0, 1))
     first = layers[0]

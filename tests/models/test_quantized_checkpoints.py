@@ -283,6 +283,7 @@ UNREAD = {
     "bits": (GPTQ | {"bits": 5}, "bits=5 cannot be read. Known are 2, 3, 4, 8"),
     "text": (GPTQ | {"bits": "4"}, "bits='4' cannot be read"),
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' of GPTQ"),
+    "list": (GPTQ | {"checkpoint_format": ["gptq"]}, "checkpoint_format=['gptq'] of GPTQ"),
     "gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv' of AWQ"),
     "format": (
         {
@@ -291,6 +292,22 @@ UNREAD = {
             "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
         },
         "the format 'nonsense' of compressed-tensors",
+    ),
+    "pattern": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4}}},
+        },
+        "the target 're:(' of 'config_groups' is no regular expression",
+    ),
+    "targets": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"a": {"targets": 1, "weights": {"num_bits": 4}}},
+        },
+        "no target of 'config_groups' names the quantized module 'a'",
     ),
 }
 
@@ -314,6 +331,34 @@ def test_a_damaged_module_is_named(gptq_folder, tmp_path):
         ValueError, match=r"'model.layers.1.mlp.up_proj.weight': 'scales' is float16 \(1, 8\)"
     ):
         load_pretrained(tmp_path / "m")
+
+
+def test_a_module_without_its_integers_is_named(tmp_path):
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"a": group}}
+    files = {
+        "config.json": json.dumps({"quantization_config": settings | {"format": "int-quantized"}})
+    }
+    write_safetensors(tmp_path / "m", {"a.weight_scale": np.ones((1, 1), np.float16)}, files=files)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    for look in (checkpoint.shape, checkpoint.read):
+        with pytest.raises(
+            ValueError, match=r"'a.weight': 'weight' is missing. The file is damaged"
+        ):
+            look("a.weight")
+
+
+def test_layers_with_scales_of_two_dtypes_become_dense(gptq_folder, tmp_path):
+    _, tensors, dense = gptq_folder
+    stem = "model.layers.1.mlp.up_proj"
+    changed = {f"{stem}.scales": tensors[f"{stem}.scales"].astype(np.float32)}
+    changed[f"{stem}.qzeros"] = tensors[f"{stem}.qzeros"] - 1  # another form than layer 0's
+    files = {"config.json": json.dumps(CONFIG | {"quantization_config": GPTQ})}
+    write_safetensors(tmp_path / "m", tensors | changed, files=files)
+    kernel = load_pretrained(tmp_path / "m").params["layers"]["mlp"]["up"]["kernel"]
+    assert not is_weight(kernel) and kernel.dtype == np.float32
+    want = dense["model.layers.0.mlp.up_proj"].astype(np.float16)
+    np.testing.assert_array_equal(kernel[0], want)
 
 
 def rounded(pretrained, **settings):
