@@ -27,7 +27,7 @@ _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "olmo2
 # `general.file_type` of llama.cpp: what most of the matrices are.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 _FILE_TYPES |= {"BF16": 32}
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def write_gguf_model(
@@ -44,7 +44,7 @@ def write_gguf_model(
 
     tensors = gguf_tensors(params, config)
     assert isinstance(config, LlamaConfig)
-    pairs = dict(metadata) if metadata else tokenizer_metadata(files)
+    pairs = dict(metadata) if metadata else tokenizer_metadata(files, config.vocab_size)
     if not metadata or _says_other(pairs, tensors, config):
         pairs = {**gguf_metadata(config), **pairs} | gguf_metadata(config)
     if other := _says_other(pairs, tensors, config):
@@ -168,11 +168,13 @@ def rope_divisors(config: LlamaConfig) -> dict[str, np.ndarray]:
     return {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
 
 
-def tokenizer_metadata(files: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_metadata(files: Mapping[str, Any], vocab_size: int = 0) -> dict[str, Any]:
     """A byte-level BPE tokenizer.json as GGUF metadata; empty where there is no tokenizer.
 
     Args:
       files: `tokenizer.json` and perhaps `tokenizer_config.json`: text or paths.
+      vocab_size: Rows of the embedding, which llama.cpp wants to be as many as there are tokens:
+        unused ones stand for those that the tokenizer lacks.
 
     Raises:
       ValueError: If the tokenizer is of another kind.
@@ -193,13 +195,13 @@ def tokenizer_metadata(files: Mapping[str, Any]) -> dict[str, Any]:
     for token in content.get("added_tokens", ()):
         by_index[token["id"]] = token["content"]
         kinds[token["id"]] = _CONTROL if token.get("special") else _USER_DEFINED
-    count = max(by_index) + 1
+    count = max(vocab_size, max(by_index) + 1)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
     found = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": cut,
         "tokenizer.ggml.tokens": [by_index.get(i, f"[PAD{i}]") for i in range(count)],
-        "tokenizer.ggml.token_type": [kinds.get(i, 5) for i in range(count)],
+        "tokenizer.ggml.token_type": [kinds.get(i, _UNUSED) for i in range(count)],
         "tokenizer.ggml.merges": merges,
     }
     return found | _named_tokens(files, {token: i for i, token in by_index.items()})

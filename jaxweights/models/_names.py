@@ -88,7 +88,12 @@ class TensorRule:
 
 def reorder_outputs(weight: Quantized, order: np.ndarray) -> Quantized:
     """A weight with its outputs in another order: its matrix's columns `order`."""
-    spread = lambda x: x if x is None or x.shape[-1] == 1 else x[..., order]  # noqa: E731
+
+    def spread(field: Any) -> Any:
+        if field is None or field.shape[-1] == 1:
+            return field
+        return np.repeat(field, weight.out_dim // field.shape[-1], axis=-1)[..., order]
+
     return dataclasses.replace(
         weight,
         codes=weight.codes[..., order],

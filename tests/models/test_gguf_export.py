@@ -203,6 +203,20 @@ def test_a_tokenizer_becomes_metadata_and_cuts_text_as_before(tmp_path):
         assert got == want.encode(sentence).ids and len(got) > 3
 
 
+def test_rows_of_the_embedding_without_a_token_get_unused_ones(tmp_path):
+    pytest.importorskip("tokenizers")
+    config = dataclasses.replace(CONFIG, vocab_size=320, num_layers=1)
+    text = byte_tokenizer(around=False)
+    known = len(json.loads(text)["model"]["vocab"])
+    files = {"tokenizer.json": text}
+    export_checkpoint(tmp_path / "m.gguf", model(config), config, form="gguf", files=files)
+    reader = open_gguf(tmp_path / "m.gguf")
+    tokens = reader.metadata["tokenizer.ggml.tokens"]
+    assert known < len(tokens) == reader["token_embd.weight"].shape[0] == 320
+    assert tokens[-1] == "[PAD319]" and reader.metadata["tokenizer.ggml.token_type"][-1] == 5
+    assert load_tokenizer(tmp_path / "m.gguf").encode("hello").ids
+
+
 UNFIT = {
     "group": (rtn(bits=4, group_size=16), "has groups of 16 inputs, but GGUF's blocks have 32"),
     "range": (
@@ -255,7 +269,19 @@ def test_metadata_that_gguf_cannot_say_are_refused(tmp_path, case):
 def test_metadata_come_back_with_their_values(tmp_path):
     values = {"a": True, "b": -3, "c": 2**40, "d": 0.5, "e": "ü", "f": ["x", ""], "g": [1, -2]}
     values |= {"h": [], "i": [True, False], "j": [0.25]}
+    values |= {"k": -(2**40), "l": [1, 2**40], "m": [-1, 2**31], "n": [3, 2**32 - 1]}
     write_gguf(tmp_path / "m.gguf", {"t": np.arange(6, dtype=np.int32).reshape(2, 3)}, values)
     reader = open_gguf(tmp_path / "m.gguf")
     assert reader.metadata == values
     np.testing.assert_array_equal(reader.read("t"), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_scales_that_span_outputs_follow_reordered_heads(tmp_path):
+    params = model()
+    scale = jax.random.uniform(jax.random.key(1), (2, 2, 4), minval=0.1).astype(jnp.float16)
+    codes = jax.random.randint(jax.random.key(2), (2, 64, 64), -128, 128)
+    kernel = Quantized.from_codes(codes, scale, bits=8)
+    params["layers"]["attn"]["q"]["kernel"] = kernel
+    export_checkpoint(tmp_path / "m.gguf", params, CONFIG, form="gguf")
+    got = load_pretrained(tmp_path / "m.gguf").params["layers"]["attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(got, kernel.materialize())
