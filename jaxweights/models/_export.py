@@ -35,7 +35,7 @@ def export_checkpoint(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model whose kernels are `Quantized` so that transformers, vLLM or llama.cpp load it.
+    """Writes a model with quantized kernels so that transformers, vLLM or llama.cpp load it.
 
     Stacked leaves are written layer by layer, and dense leaves as they are: `lm_head` and
     embeddings usually. Where a `Masked` is over a `Quantized`, removed weights get the code of 0.
@@ -43,11 +43,11 @@ def export_checkpoint(
     Args:
       destination: A folder to make; for `gguf` also a file whose name ends in `.gguf`, while a
         folder gets a `model.gguf`.
-      params: The model's parameters, some of them `Quantized`.
+      params: The model's parameters, some of them `Quantized`, or what else the format holds.
       config: Of the model.
-      form: `gptq`, `gptq_v2`, `awq`, `compressed-tensors`, or `gguf`, of which the Llama family
-        is written: quantized leaves as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, embeddings too.
-      target: "vllm" also demands what its Marlin kernels need.
+      form: As in `write_quantized`, or `gguf`, of which the Llama family is written: quantized
+        leaves as Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, embeddings too.
+      target: "vllm" also demands what its Marlin kernels need of integers.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had.
       files: More files of the folder by name: tokenizer, licence. A `config.json` among them is
         kept and gets the `quantization_config`; else it is made.

@@ -69,8 +69,8 @@ def load_pretrained(
       remat: Whether the model computes activations again in the backward pass.
       dequantize: Whether quantized tensors become the dense weights that they stand for; False
         keeps their integers as represented weights, on which a lifted model runs. None keeps
-        those of GPTQ, AWQ, compressed-tensors and Orbax and makes GGUF's blocks dense. A stacked
-        leaf whose layers no single representation holds becomes dense.
+        those of GPTQ, AWQ, compressed-tensors, bitsandbytes and Orbax and makes GGUF's blocks
+        dense. A stacked leaf whose layers no single representation holds becomes dense.
 
     Returns:
       Model, parameters on the default device, config, and where they came from.

@@ -83,7 +83,7 @@ def write_quantized(
         without moved groups, pack-quantized for other integers, float-quantized for FP8, and
         mxfp4-pack-quantized.
       config: The model's `config.json`; `quantization_config` is put into it.
-      target: "vllm" also demands what its Marlin kernels need.
+      target: "vllm" also demands what its Marlin kernels need of integers.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had.
       files: As in `write_safetensors`.
       metadata: As in `write_safetensors`.
@@ -201,10 +201,11 @@ def common_group(weights: Weights) -> int | None:
 
 
 def _unfit_marlin(weight: Quantized) -> list[str]:
-    """What vLLM's Marlin kernels refuse, of each weight on its own.
+    """What vLLM's Marlin kernels refuse of integers, of each weight on its own.
 
-    Source: vLLM, `model_executor/layers/quantization/utils/marlin_utils.py`
-    (`check_marlin_supports_shape`, `MARLIN_SUPPORTED_GROUP_SIZES`).
+    Source: vLLM at 007d500, `model_executor/layers/quantization/utils/marlin_utils.py`
+    (`_check_marlin_supported`, `verify_marlin_supports_shape`), for one GPU.
+    Differs: (1) zero points with moved groups are refused, of which that file says nothing.
     """
     faults = []
     group = group_setting(weight)
