@@ -83,14 +83,14 @@ def run_recipe(
     pattern that matches nothing, a text that is too short. The destination appears whole at the
     end, or not at all.
 
+    A model that is changed tensor by tensor (`stream` in the recipe) is written and reported on in
+    the same way, but its parameters are not returned.
+
     Args:
       recipe: A checked recipe.
       output: Where to write, in place of the recipe's own directory.
       overwrite: Whether an existing directory may be replaced, in one step, at the end.
       progress: Called with (task, done, total).
-
-    A model that is changed tensor by tensor (`stream` in the recipe) is written and reported on in
-    the same way, but its parameters are not returned.
 
     Returns:
       What was found out, and the changed parameters.

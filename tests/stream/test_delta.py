@@ -1,5 +1,9 @@
 """Delta merges slice by slice are those of whole trees."""
 
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -90,11 +94,8 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("piece", [1 << 20, 1 << 14], ids=["whole", "pieces"])
-def test_slices_give_the_bits_of_the_tree(monkeypatch, name, dtype, piece):
-    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
+def _both(name, dtype):
+    """A merge slice by slice, and that of the tree."""
     choices, numbers = ROWS[name]
     row = _row(**choices)
     base, tuned = _models(dtype)
@@ -111,16 +112,46 @@ def test_slices_give_the_bits_of_the_tree(monkeypatch, name, dtype, piece):
     )
     models = [{"w": jnp.asarray(x)} for x in tuned]
     want = apply(tx, {"w": jnp.asarray(base)}, models=models)["w"]
+    return got.astype(np.float32), np.asarray(want).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("piece", [1 << 20, 1 << 14], ids=["whole", "pieces"])
+def test_slices_give_the_values_of_the_tree(monkeypatch, name, dtype, piece):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
     assert (len(list(cut(_job(piece), 1 << 30))) == 1) == (piece == 1 << 20)
-    # Compiled for other shapes, XLA may contract products and sums otherwise: some ulps of the
-    # largest of what is added.
-    gap = np.abs(got.astype(np.float32) - np.asarray(want).astype(np.float32))
+    got, want = _both(name, dtype)
+    # Unoptimized, as tests are compiled, one program rounds products before it adds them and the
+    # other does not (fused multiply-adds). Four products are half a step off each, and sums of them
+    # round apart by a step. As users compile them, they are equal to the bit: see the next test.
+    gap = np.abs(got - want)
+    base, tuned = _models(dtype)
     deltas = [x.astype(np.float32) - base.astype(np.float32) for x in tuned]
-    largest = np.max([np.abs(x) for x in (base, np.asarray(want), *deltas)], axis=0)
+    largest = np.max([np.abs(x) for x in (base.astype(np.float32), want, *deltas)], axis=0)
     steps = np.spacing(largest.astype(dtype)).astype(np.float32)
     assert (gap <= 4 * steps).all()
     if dtype != np.float32:  # most such differences are rounded away
         assert (gap > 0).mean() < 0.01
+
+
+_OPTIMIZED = """
+import runpy, sys
+import numpy as np
+here = runpy.run_path(sys.argv[1])
+here["_jobs"].PIECE_ENTRIES = 1 << 14
+for name in here["ROWS"]:
+    got, want = here["_both"](name, np.float32)
+    print(name, int((got != want).sum()))
+"""
+
+
+def test_programs_as_users_compile_them_give_the_bits_of_the_tree():
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _OPTIMIZED, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [f"{name} 0" for name in ROWS]
 
 
 def _job(piece):
