@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -345,7 +346,7 @@ def _groups(targets: dict[Path, View], context: Context, *, shares: bool) -> lis
 def _map_over_stack(fn: MatrixFn, operands: Any, stack: tuple[int, ...], mapping: str) -> Any:
     if not stack:
         return fn(operands)
-    flat_stack = lambda x: x.reshape(-1, *x.shape[len(stack) :])  # noqa: E731
+    flat_stack = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
     operands = jax.tree.map(flat_stack, operands)
     results = jax.vmap(fn)(operands) if mapping == "vmap" else jax.lax.map(fn, operands)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)

@@ -227,7 +227,7 @@ def adadim(
             problem = describe_failure(path, tokens, used)
         if problem is None:
             if method == "gptq":
-                inputs = int(np.asarray(result.inputs).flat[0])
+                inputs = int(np.max(np.asarray(result.inputs), initial=0))
                 warn_of_few_tokens(_NAME, path, tokens, inputs, used)
             warn_of_fallback(_NAME, path, status_of("adadim", tokens, used, damping))
             if report is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -318,7 +319,7 @@ def _map_stack(fn: Any, operands: Any, stacked: int) -> Any:
     if not stacked:
         return fn(operands)
     stack = jax.tree.leaves(operands)[0].shape[:stacked]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[stacked:]), operands)
+    flat = jax.tree.map(lambda x: x.reshape(math.prod(stack), *x.shape[stacked:]), operands)
     results = jax.lax.map(fn, flat)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
 

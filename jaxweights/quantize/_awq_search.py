@@ -69,7 +69,8 @@ def candidate_scales(
         assert weight_mean is not None
         kinds.append(power / (weight_mean.astype(jnp.float32)[None] ** (1 - ratios) + _LEAST))
     scales = jnp.maximum(jnp.concatenate(kinds), _LEAST)
-    low, high = (f(scales, axis=1, keepdims=True) for f in (jnp.min, jnp.max))
+    low = jnp.min(scales, axis=1, keepdims=True, initial=jnp.inf)
+    high = jnp.max(scales, axis=1, keepdims=True, initial=0)
     scales = scales / jnp.sqrt(low * high)
     return jnp.where(jnp.isfinite(scales), scales, 1)
 
@@ -134,7 +135,7 @@ def _relative_size(weights: Sequence[jax.Array], grid: Grid) -> jax.Array:
     total, count = jnp.zeros([], jnp.float32), 0
     for weight in weights:
         groups = jnp.abs(split_groups(weight, grid))
-        largest = jnp.max(groups, axis=1, keepdims=True)
+        largest = jnp.max(groups, axis=1, keepdims=True, initial=0)
         share = jnp.where(largest > 0, groups / jnp.where(largest > 0, largest, 1), 0)
         total = total + jnp.sum(share, axis=-1).reshape(-1)
         count += weight.shape[1]
@@ -159,7 +160,7 @@ def search_limits(
     """
     groups = split_groups(weight, grid)  # (rows, group, out)
     rows, size, _ = groups.shape
-    largest = jnp.max(jnp.abs(groups), axis=1, keepdims=True)
+    largest = jnp.max(jnp.abs(groups), axis=1, keepdims=True, initial=0)
     if moments.ndim == 1:
         own = moments.reshape(rows, size, 1)
         square = lambda d: jnp.sum(own * jnp.square(d), axis=1, keepdims=True)  # noqa: E731

@@ -180,7 +180,7 @@ def gptq(
         if problem is None and on_failure == "error":
             problem = describe_failure(path, tokens, used)
         if problem is None:
-            inputs = int(np.asarray(result.inputs).flat[0])
+            inputs = int(np.max(np.asarray(result.inputs), initial=0))
             warn_of_few_tokens(_NAME, path, tokens, inputs, used)
             status = status_of("gptq", tokens, used, damping)
             if report is None:

@@ -349,7 +349,9 @@ def _split_off(
     importance = None if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)
     score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
     stack = rest.shape[:-2]
-    flat_rest, flat_score = (x.reshape(-1, view.in_dim * view.out_dim) for x in (rest, score))
+    flat_rest, flat_score = (
+        x.reshape(math.prod(stack), view.in_dim * view.out_dim) for x in (rest, score)
+    )
 
     def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index = jnp.sort(jax.lax.top_k(one[1], count)[1]).astype(jnp.int32)
@@ -369,7 +371,8 @@ def _correct(
     base = view.to_matrix(materialize(parts.base)).astype(jnp.float32)
     residual = view.to_matrix(leaf).astype(jnp.float32) - base - _sparse(parts, view)
     stack = residual.shape[:-2]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), (residual, gram))
+    each = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
+    flat = jax.tree.map(each, (residual, gram))
 
     def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
         residual, gram = given

@@ -27,7 +27,7 @@ def low_rank_of(
     Args:
       residual: R, `(in, out)`, floating.
       gram: H, `(in, in)`; its scale does not matter. None stands for the identity.
-      rank: Rank, at most min(in, out).
+      rank: Rank, 0 to min(in, out).
 
     Returns:
       Factors in float32, balanced: column i of the first and row i of the second have one norm.
@@ -43,6 +43,8 @@ def low_rank_of(
     """
     residual = residual.astype(jnp.float32)
     in_dim, out_dim = residual.shape
+    if not rank:
+        return jnp.zeros((in_dim, 0)), jnp.zeros((0, out_dim))
     gram = None if gram is None else gram.astype(jnp.float32)
     if out_dim <= in_dim:
         weighted = residual if gram is None else _matmul(gram, residual)

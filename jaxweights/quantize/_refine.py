@@ -90,7 +90,9 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
             if problem := _unfit(start):
                 problems.append(f"{path!r}: {problem}")
                 continue
-            new[path] = refine_weight(start, flat[path], stats.get(path, "gram"), sweeps=sweeps)
+            gram = stats.get(path, "gram")
+            empty = not start.size
+            new[path] = start if empty else refine_weight(start, flat[path], gram, sweeps=sweeps)
             if context.progress is not None:
                 context.progress(path, done, len(changed))
         fail(_NAME, problems)

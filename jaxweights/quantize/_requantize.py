@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ def _requantize(
         "value": view.to_matrix(value).astype(jnp.float32),
         "scale": weight.scale,
         "zero_point": weight.zero_point,
-        "offset": getattr(weight, "offset", None),
+        "offset": weight.offset,
         "group_index": weight.group_index,
         "gram": gram,
         "mask": None if mask is None else view.to_matrix(mask),
@@ -147,7 +148,8 @@ def _requantize(
     if not stack:
         codes, scale, clipped, used = one(operands)
     else:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
+        each = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
+        flat = jax.tree.map(each, operands)
         results = jax.lax.map(one, flat)
         codes, scale, clipped, used = jax.tree.map(
             lambda x: x.reshape(*stack, *x.shape[1:]), results

@@ -198,3 +198,8 @@ def _split_at_product(shape: Sequence[int], product: int) -> int | None:
             return i
         total *= length
     return len(shape) if total == product else None
+
+
+def tiles(parts: int, length: int) -> bool:
+    """Whether an axis falls into `parts` equal parts; into none only where it is empty."""
+    return length % parts == 0 if parts else length == 0

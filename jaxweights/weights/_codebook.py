@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -144,7 +145,7 @@ def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
     """
     levels = table.shape[-1]
     if levels > _SELECTED_LEVELS:
-        flat = codes.reshape(*codes.shape[:-2], -1).astype(jnp.int32)
+        flat = codes.reshape(*codes.shape[:-2], math.prod(codes.shape[-2:])).astype(jnp.int32)
         return jnp.take_along_axis(table, flat, axis=-1, mode="clip").reshape(codes.shape)
     values = [table[..., i, None, None] for i in range(levels)]
     bit = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ class Outliers(Weight):
         def spread(values: jax.Array, index: jax.Array) -> jax.Array:
             return jnp.zeros(size, wide).at[index].add(values.astype(wide), mode="drop")
 
-        values, index = (x.reshape(-1, count) for x in (self.values, self.index))
+        values, index = (x.reshape(math.prod(stack), count) for x in (self.values, self.index))
         dense = jax.vmap(spread)(values, index)
         return self.view.from_matrix(dense.reshape(*stack, self.view.in_dim, self.view.out_dim))
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxweights.weights._axes import View
+from jaxweights.weights._axes import View, tiles
 from jaxweights.weights._weight import (
     MatrixWeight,
     Weight,
@@ -121,7 +121,7 @@ class Quantized(MatrixWeight):
         if not 2 <= bits <= 8:
             raise ValueError(f"Quantized: bits={bits} must lie between 2 and 8.")
         *scale_stack, rows, cols = scale.shape
-        if scale_stack != stack or in_dim % rows or out_dim % cols:
+        if scale_stack != stack or not (tiles(rows, in_dim) and tiles(cols, out_dim)):
             raise ValueError(
                 f"Quantized: scale has shape {scale.shape}, but codes have shape {codes.shape}. "
                 "Its stack axes must be equal and each of its last two lengths must divide theirs."
@@ -297,7 +297,7 @@ class Quantized(MatrixWeight):
         """A `(*stack, in, out)` matrix as `(*stack, rows, in/rows, cols, out/cols)`."""
         *stack, in_dim, out_dim = matrix.shape
         rows, cols = spread.shape[-4], spread.shape[-2]
-        return matrix.reshape(*stack, rows, in_dim // rows, cols, out_dim // cols)
+        return matrix.reshape(*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
 
     def _per_output(self, dtype: DTypeLike) -> jax.Array:
         """Scales as `(*stack, 1, out)` or `(*stack, 1, 1)`, for matrices with one row of them."""

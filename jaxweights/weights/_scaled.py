@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxweights.weights._axes import View
+from jaxweights.weights._axes import View, tiles
 from jaxweights.weights._weight import MatrixWeight, Weight, is_weight, matrix_parts, split_evenly
 
 
@@ -250,7 +250,7 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
     """
     *stack, in_dim, out_dim = matrix.shape
     rows, cols = blocks.shape[-2:]
-    grouped = matrix.reshape(*stack, rows, in_dim // rows, cols, out_dim // cols)
+    grouped = matrix.reshape(*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
     return operation(grouped, blocks[..., :, None, :, None]).reshape(matrix.shape)
 
 
@@ -258,7 +258,7 @@ def check_blocks(owner: str, name: str, shape: Sequence[int], stored: Sequence[i
     """Refuses scales or offsets whose blocks do not tile the stored matrix."""
     *stack, in_dim, out_dim = stored
     *own_stack, rows, cols = shape
-    if own_stack != stack or in_dim % rows or out_dim % cols:
+    if own_stack != stack or not (tiles(rows, in_dim) and tiles(cols, out_dim)):
         raise ValueError(
             f"{owner}: {name} has shape {tuple(shape)}, but the matrix has shape {tuple(stored)}. "
             "Its stack axes must be equal and each of its last two lengths must divide theirs."
