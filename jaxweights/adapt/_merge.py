@@ -176,7 +176,7 @@ def _check_requantize(dequantize: Any, requantize: Any) -> None:
                 f"adapt.merge_adapters: requantize={requantize!r} must be 'nearest', 'gptq' or a "
                 "transform, such as quantize.gptq(bits=4, group_size=128)."
             )
-        check_rounding("adapt.merge_adapters", requantize)
+        check_rounding("adapt.merge_adapters", requantize, argument="requantize")
 
 
 def _packed(base: Any) -> bool:
@@ -201,7 +201,9 @@ def _requantize_leaf(
             grid = base.base
     gram = None if stats is None else stats.get(path, "gram")
     if not isinstance(requantize, Transform):
-        return requantized_sum(path, grid, change, gram, rounding=requantize, before=base)
+        return requantized_sum(
+            path, grid, change, gram, rounding=requantize, before=base, argument="requantize"
+        )
     total: Any = (_widest(base) + change).astype(base.dtype)
     if isinstance(grid, Masked):
         total = Masked(total, grid.mask)
@@ -240,7 +242,9 @@ def _refusal(
         return None
     if reason := why_not_requantizable(base):
         return f"{path!r}: {reason}"
-    return why_no_gram(path, base, stats) if requantize == "gptq" else None
+    if requantize != "gptq":
+        return None
+    return why_no_gram(path, base, stats, argument="requantize")
 
 
 def _merge_leaf(

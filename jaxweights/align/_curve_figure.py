@@ -66,6 +66,11 @@ def loss_curve_figure(curves: Mapping[str, Curve], *, loss: str = "loss") -> Any
 
 def _points(name: str, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     pair = (curve.alphas, curve.losses) if isinstance(curve, Barrier) else curve
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise ValueError(
+            f"{_NAME}: curves[{name!r}] is a {type(curve).__name__}. Pass a Barrier, or a pair of "
+            "shares and losses."
+        )
     alphas, losses = (np.asarray(x, np.float64) for x in pair)
     if alphas.ndim != 1 or alphas.shape != losses.shape or not alphas.size:
         raise ValueError(

@@ -128,6 +128,7 @@ def requantized_sum(
     damping: float = 0.01,
     rescale: bool = False,
     before: Any = None,
+    argument: str = "rounding",
 ) -> tuple[Any, MergeLoss, str | None]:
     """A quantized weight plus a change on the weight's own grid, the loss, and what went wrong.
 
@@ -140,6 +141,7 @@ def requantized_sum(
       damping: As in `add_deltas`.
       rescale: As in `add_deltas`.
       before: What the change is added to, where that is not the value of `weight`.
+      argument: What the user calls `rounding`.
 
     Returns:
       The weight, its loss, and a sentence or None.
@@ -155,7 +157,7 @@ def requantized_sum(
         if failed.any():
             problem = (
                 f"{path!r}: its Gram matrix is not positive definite even with damping=1"
-                f"{_of_stack(failed)}. Calibrate again, or pass rounding='nearest'."
+                f"{_of_stack(failed)}. Calibrate again, or pass {argument}='nearest'."
             )
     return result.weight, loss._replace(clipped=result.clipped), problem
 
@@ -178,20 +180,23 @@ def loss_of(
     return loss._replace(output_survived=jnp.where(total > 0, 1 - share, 1))
 
 
-def check_rounding(asker: str, rounding: str) -> None:
+def check_rounding(asker: str, rounding: str, *, argument: str = "rounding") -> None:
     """Refuses an unknown way of rounding."""
     if rounding not in ROUNDINGS:
         raise ValueError(
-            f"{asker}: rounding={rounding!r} is unknown. Choose one of {', '.join(ROUNDINGS)}."
+            f"{asker}: {argument}={rounding!r} is unknown. Choose one of {', '.join(ROUNDINGS)}."
         )
 
 
-def why_no_gram(path: Path, weight: Any, stats: Stats | None) -> str | None:
+def why_no_gram(
+    path: Path, weight: Any, stats: Stats | None, *, argument: str = "rounding"
+) -> str | None:
     """Why a quantized weight cannot be rounded with statistics; None if it can."""
     if stats is None:
         return (
-            f"{path!r}: rounding='gptq' reads Gram matrices. Pass stats=calibrate(fn, params, "
-            "batches, needs={path: frozenset({'gram', 'count'})}), or rounding='nearest'."
+            f"{path!r}: {argument}='gptq' reads Gram matrices. Pass stats=calibrate(fn, params, "
+            "batches, needs={path: frozenset({'gram', 'count'})}), or "
+            f"{argument}='nearest'."
         )
     gram, count = stats.get(path, "gram"), stats.get(path, "count")
     if gram is None:
@@ -209,7 +214,7 @@ def why_no_gram(path: Path, weight: Any, stats: Stats | None) -> str | None:
         return None
     return (
         f"{path!r}: no calibration token reached it{_of_stack(empty)}. Calibrate on more data, or "
-        "pass rounding='nearest'."
+        f"pass {argument}='nearest'."
     )
 
 

@@ -34,6 +34,7 @@ def test_barriers_and_paths_are_drawn_where_they_lie():
     "curves, words",
     [
         ({}, "curves is empty"),
+        ({"a": 0.5}, r"curves\['a'\] is a float. Pass a Barrier, or a pair"),
         ({"a": ([0.0, 1.0], [1.0])}, r"curves\['a'\] has shares of shape \(2,\) and losses of"),
         ({"a": ([0.0, 1.0], [1.0, np.nan])}, r"curves\['a'\] is not finite"),
     ],
