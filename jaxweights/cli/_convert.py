@@ -24,9 +24,10 @@ bitsandbytes, GGUF, a result of `jaxweights run`) as safetensors under the names
 read, as Orbax, or as a checkpoint that transformers, vLLM or llama.cpp load. Config and tokenizer
 travel along.
 
-Represented weights become dense in safetensors and stay as they are in Orbax. The quantized formats
-hold the integers of quantized weights as they are: nothing is rounded again, and a checkpoint that
-has none, or some that the format cannot hold, is refused with a list of them. Quantize with
+Represented weights become dense in safetensors and stay as they are in Orbax, where only the
+blocks of a GGUF file become dense, too. The quantized formats and GGUF hold the integers of
+quantized weights as they are: nothing is rounded again, and weights that the format cannot hold are
+refused with a list of them, as is a checkpoint without any, except for GGUF. Quantize with
 `jaxweights run`.
 
 Nothing appears at the destination before all of it is written."""
@@ -78,7 +79,9 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     refuse_unrelated("jaxweights convert", destination)
     with show_progress(options.quiet) as progress:
         progress("Reading", 0, 1)
-        pretrained = load_pretrained(source, dtype=options.dtype)
+        # GGUF's blocks are read as numbers where integers are not asked for.
+        dequantize = None if options.to in ("safetensors", "orbax") else False
+        pretrained = load_pretrained(source, dtype=options.dtype, dequantize=dequantize)
         progress("Reading", 1, 1)
         fingerprint = pretrained.source.fingerprint()
         provenance = Provenance.collect(

@@ -223,3 +223,21 @@ def test_converting_to_one_gguf_file_and_back(capsys, llama, tmp_path):
     assert set(first.names) == set(again.names)
     for name in first.names:
         np.testing.assert_array_equal(first.read(name), again.read(name))
+
+
+def test_converting_a_gguf_file_keeps_its_blocks_where_the_format_has_integers(
+    capsys, llama, tmp_path
+):
+    pretrained = load_pretrained(llama)
+    layout = {"layers/.*/kernel": Axes()}
+    params = apply(round_to_nearest(bits=4, group_size=32), pretrained.params, layout=layout)
+    first = tmp_path / "first.gguf"
+    write_checkpoint(first, "gguf", pretrained, params)
+    run(capsys, "convert", first, tmp_path / "again.gguf", "--to", "gguf", "--quiet")
+    assert (tmp_path / "again.gguf").read_bytes() == first.read_bytes()
+    run(capsys, "convert", first, tmp_path / "ct", "--to", "compressed-tensors", "--quiet")
+    want = load_pretrained(first, dequantize=False).params["layers"]["mlp"]["up"]["kernel"]
+    kernel = load_pretrained(tmp_path / "ct").params["layers"]["mlp"]["up"]["kernel"]
+    assert isinstance(kernel, Quantized) and isinstance(want, Quantized)
+    np.testing.assert_array_equal(kernel.codes, want.codes)
+    np.testing.assert_array_equal(kernel.scale, want.scale)
