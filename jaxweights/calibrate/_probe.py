@@ -174,9 +174,9 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
     probe = named.weight
     if not isinstance(probe, Probe):
         return None
-    change = probe.base if isinstance(probe.base, InputChange) else None
+    changes = input_changes(probe.base)
     if kind == "ragged_dot":
-        if change is not None:
+        for change in changes:
             x = change.changed_ragged(x, params["group_sizes"])
         if mask is not None:
             raise ValueError(
@@ -186,13 +186,14 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
         return place(probe, ragged_statistics(x, params["group_sizes"], probe))
     if kind == "conv":
         rows, windows = patches_as_rows(named.path, x, probe, params)
-        rows = rows if change is None else change.change(rows)
+        for change in changes:
+            rows = change.change(rows)
         weights = token_weights(named.path, windows, mask)
         return place(probe, statistics(rows, weights, probe.wanted))
     found = activations_as_rows(probe.view, probe.ndim, x, params["dimension_numbers"])
     if found is None or found.transposed:
         return None
-    if change is not None:
+    for change in changes:
         found = found._replace(x=change.change(found.x))
     stacked = found.x.ndim > 2
     weights = token_weights(named.path, found.free_shape, mask)
@@ -209,6 +210,15 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
         for name, value in record.items()
     }
     return place(probe, record)
+
+
+def input_changes(weight: Any) -> list[InputChange]:
+    """What inputs go through before the innermost base meets them, in this order."""
+    found = []
+    while isinstance(weight, InputChange):
+        found.append(weight)
+        weight = weight.base
+    return found
 
 
 def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statistic]) -> Record:

@@ -43,7 +43,7 @@ class Stats:
     - `grad_abs`, `grad_sq`, shaped like the weight: sums over examples of |g| and g².
 
     Weights that read the same input share one entry. Of a weight that changes its inputs
-    (`Rescaled`, `Rotated`), the inputs are those of its base.
+    (`Rescaled`, `Rotated`), the inputs are those of its innermost base.
 
     Args:
       values: Arrays by path of the entry's owner, then by name of the statistic.

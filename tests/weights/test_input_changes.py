@@ -154,6 +154,16 @@ def test_statistics_are_those_of_what_the_base_is_multiplied_with(make):
     assert dict(stats.owners) == {"c/kernel": "b/kernel"}
 
 
+def test_statistics_behind_two_maps_are_those_of_the_inner_base():
+    inner, x = rotated((8, 3)), normal(5, 8, seed=6)
+    weight = Rescaled.of(inner, jnp.exp(normal(8, seed=1)))
+    model = lambda p, x: x @ p["kernel"]  # noqa: E731
+    stats = jw.calibrate(model, {"kernel": weight}, [x], needs={"kernel": frozenset({"gram"})})
+    seen = inner.change(weight.change(x))
+    np.testing.assert_allclose(stats.get("kernel", "gram"), seen.T @ seen, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(seen @ inner.base, x @ weight.materialize(), rtol=1e-4, atol=1e-4)
+
+
 @MAKERS
 def test_bfloat16_activations_are_changed_in_float32_and_rounded_once(make):
     weight = make((8, 3), dtype=jnp.bfloat16)
