@@ -65,14 +65,14 @@ def hadamard_order(length: int) -> int:
 def hadamard_transform(
     x: jax.Array, *, order: int | None = None, transposed: bool = False
 ) -> jax.Array:
-    r"""Multiplies the last axis by an orthogonal Hadamard matrix, :math:`x H / \sqrt{n}`.
+    r"""Multiplies the last axis by an orthogonal matrix, :math:`x H^\top / \sqrt{n}`.
 
-    Runs in n log n: the matrix is a Kronecker product of small ones.
+    Runs in n log n: `H`, that of `hadamard_matrix`, is a Kronecker product of small ones.
 
     Args:
       x: `(..., n)`, floating.
       order: Length of the blocks that are mixed; None gives `hadamard_order(n)`.
-      transposed: Whether to multiply by the transpose, which undoes the transform.
+      transposed: Whether to multiply by `H` instead, which undoes the transform.
 
     Returns:
       An array like `x`, computed in float32 or wider.
@@ -97,10 +97,7 @@ def hadamard_transform(
 
 
 def kronecker_transform(x: jax.Array, factors: list[np.ndarray]) -> jax.Array:
-    """`x @ kron(*factors).T / sqrt(n)` along the last axis, in blocks of the factors' product.
-
-    The transpose is that of `factor @ x` on columns; Sylvester's matrices are symmetric.
-    """
+    """`x @ kron(*factors).T / sqrt(n)` along the last axis, in blocks of the factors' product."""
     wide = wide_dtype(x.dtype)
     sizes = [len(f) for f in factors]
     order = int(np.prod(sizes, dtype=np.int64))

@@ -266,7 +266,8 @@ class Rotated(InputChange):
     outliers over all of its block, which makes the activations that the base sees easy to quantize.
 
     Args:
-      base: Dense array or another represented weight; holds :math:`H^\top` times the weight.
+      base: Dense array or another represented weight; holds :math:`H / \sqrt{n}` times the weight,
+        where :math:`H` is `hadamard_matrix(order)` for each block.
       order: Length of the blocks that are mixed, see `hadamard_order`.
       view: How the matrix relates to the leaf.
 
@@ -287,7 +288,7 @@ class Rotated(InputChange):
         view = View.of(weight.shape) if view is None else view
         order = hadamard_order(view.in_dim)
         columns = jnp.swapaxes(view.to_matrix(weight).astype(jnp.float32), -1, -2)
-        # (x H) @ (H.T @ W): columns of the base are those of W, times H.
+        # (x H.T) @ (H @ W): columns of the base are those of W, transformed as rows.
         base = jnp.swapaxes(hadamard_transform(columns, order=order), -1, -2)
         return cls(view.from_matrix(base).astype(weight.dtype), order, view)
 
