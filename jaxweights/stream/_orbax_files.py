@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxweights.checkpoint._checkpoint import Checkpoint
 from jaxweights.checkpoint._manifest import Parts, array_node, with_leaves
 from jaxweights.checkpoint._raw_arrays import make_raw_arrays, raw_arrays
 from jaxweights.checkpoint._saved_tree import ARRAYS, CONFIG, OWN_FILES, write_manifest
-from jaxweights.checkpoint._source import Checkpoint
 from jaxweights.checkpoint._write_safetensors import TensorPlan
 from jaxweights.stream._destination import Place
 

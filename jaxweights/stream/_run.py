@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from jaxweights.checkpoint._checkpoint import Checkpoint
 from jaxweights.checkpoint._provenance import library_versions
-from jaxweights.checkpoint._source import Checkpoint
 from jaxweights.checkpoint._write_safetensors import plan_tensors
 from jaxweights.stream._destination import Destination, Files, open_destination
 from jaxweights.stream._jobs import Job
