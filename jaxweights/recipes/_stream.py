@@ -34,7 +34,7 @@ from jaxweights.weights._weight import materialize
 
 _NAME = "jaxweights run"
 _WIDE_BYTES = 16  # float32 copies of a tensor that methods and the comparison make
-_SHARE = 3  # a model that takes more than this part of the free memory is streamed
+_SHARE = 3  # models that take more than this part of the free memory are streamed
 
 
 def streams(recipe: Recipe, *, progress: Progress) -> bool:
@@ -61,8 +61,11 @@ def streams(recipe: Recipe, *, progress: Progress) -> bool:
                 "or leave `stream` out."
             )
         return True
-    path = locate(recipe.model, progress=progress)[0]
-    return not reasons and _bytes_of(path) > _free_memory() / _SHARE and _has_outline(path)
+    if reasons:
+        return False
+    paths = [locate(source, progress=progress)[0] for source in (recipe.model, *recipe.models)]
+    large = sum(map(_bytes_of, paths)) > _free_memory() / _SHARE
+    return large and all(map(_has_outline, paths))
 
 
 def _has_outline(path: Path) -> bool:

@@ -125,6 +125,18 @@ def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monke
     monkeypatch.setattr(_stream, "_free_memory", lambda: 1)
     run = _run(tmp_path / "headed", tmp_path / "out", STEPS["rounding"], "auto")
     assert run.params is not None
+    models = f'models: [{{path: "{tmp_path}/headed"}}]\n'
+    merge = "  - method: merge.mean\n"
+    merged = _run(folder / "llama0", tmp_path / "merged", merge, "auto", extra=models)
+    assert merged.params is not None
+
+
+def test_auto_counts_the_models_that_are_merged(folder, tmp_path, monkeypatch):
+    size = _stream._bytes_of(folder / "llama0")
+    monkeypatch.setattr(_stream, "_free_memory", lambda: 3.5 * size)
+    merge, models = "  - method: merge.mean\n", f'models: [{{path: "{folder}/llama1"}}]\n'
+    assert _run(folder / "llama0", tmp_path / "one", STEPS["rounding"], "auto").params is not None
+    assert _run(folder / "llama0", tmp_path / "two", merge, "auto", extra=models).params is None
 
 
 @pytest.mark.parametrize(
