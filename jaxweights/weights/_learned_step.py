@@ -93,7 +93,7 @@ class LearnedStep(MatrixWeight):
         """Latent weights as `(*stack, rows, in/rows, cols, out/cols)`, and steps to meet them."""
         *stack, in_dim, out_dim = self.latent.shape
         rows, cols = self.step.shape[-2:]
-        shape = (*stack, rows, in_dim // rows, cols, out_dim // cols)
+        shape = (*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
         latent = self.latent.astype(jnp.float32).reshape(shape)
         return latent, self.step[..., :, None, :, None].astype(jnp.float32)
 

@@ -20,6 +20,10 @@ TRANSFORMS = {
     "auto_round": lambda: Q.auto_round(bits=4, steps=1),
     "nupes": lambda: Q.nupes(bits=4, steps=1),
     "awq": lambda: Q.awq(bits=4, group_size=None),
+    "lsq": lambda: Q.lsq(bits=4, group_size=4),
+    "lsq of outputs": lambda: Q.lsq(bits=4, group_size=None),
+    "ternary": lambda: Q.ternary(share="output"),
+    "statsq": lambda: Q.statsq(bits=2),
     "joint": lambda: Q.joint(Q.round_to_nearest(bits=4), outliers=0.01),
 }
 

@@ -69,7 +69,9 @@ def binary(*, share: Share = "tensor") -> Transform:
     r"""Replaces weights by 1 or -1 times their mean magnitude, as they lie above their mean or not.
 
     :math:`\hat w = \beta\, \mathrm{sign}(w - \mathrm{mean}(w))` with the mean magnitude
-    :math:`\beta`; the sign of 0 is -1. Meant for training, inside `fake_quant`.
+    :math:`\beta`; the sign of 0 is -1. Meant for training, inside `fake_quant`, with
+    `clipped="pass"`: its two levels are stored on a grid that has a 0 between them, next to which
+    "zero" would stop gradients, and whose thresholds `confidence_annealing` would look at.
 
     Args:
       share: Whose weights share the two means: those of a whole matrix ("tensor"), or of one

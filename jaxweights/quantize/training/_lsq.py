@@ -80,12 +80,14 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
 def _first_step(magnitude: jax.Array, group_size: GroupSize, largest: int) -> jax.Array:
     in_dim, out_dim = magnitude.shape
     if group_size == "tensor":
-        size, groups = magnitude.size, magnitude.reshape(-1, 1)
+        size, rows, cols = magnitude.size, 1, 1
+        groups = magnitude.reshape(size, 1)
     else:
         size = in_dim if group_size is None else group_size
+        rows, cols = 1 if group_size is None else in_dim // size, out_dim
         # A group's rows first, so that one sum over the first axis serves all groups.
-        groups = magnitude.reshape(-1, size, out_dim).swapaxes(0, 1).reshape(size, -1)
-    total = ordered_sum(groups).reshape(-1, 1 if group_size == "tensor" else out_dim)
+        groups = magnitude.reshape(rows, size, cols).swapaxes(0, 1).reshape(size, rows * cols)
+    total = ordered_sum(groups).reshape(rows, cols)
     step = divide(total, max(size, 1) * math.sqrt(largest) / 2)
     return jnp.where(step == 0, jnp.ones_like(step), step)
 

@@ -31,6 +31,6 @@ def ordered_sum(values: jax.Array) -> jax.Array:
     while (size := values.shape[0]) > 1:
         slices = min(_SLICES, size)
         padded = jnp.pad(values, ((0, -size % slices), (0, 0)))
-        parts = padded.reshape(slices, -1, values.shape[1])
+        parts = padded.reshape(slices, padded.shape[0] // slices, values.shape[1])
         values = functools.reduce(operator.add, (parts[i] for i in range(slices)))
     return values if values.shape[0] else jnp.zeros((1, values.shape[1]), values.dtype)

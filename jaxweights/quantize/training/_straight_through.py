@@ -16,6 +16,7 @@ from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform
 from jaxweights.quantize.training._thresholds import all_ones
+from jaxweights.weights._learned_step import LearnedStep
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
@@ -166,6 +167,8 @@ def _even(weight: Any) -> Quantized | None:
         return weight.weight_only()
     if isinstance(weight, Masked):
         weight = weight.base
+    if isinstance(weight, LearnedStep):
+        return weight.quantized()
     return weight if isinstance(weight, Quantized) else None
 
 

@@ -71,6 +71,16 @@ def test_gradients_are_those_at_the_rounded_weights():
     assert not np.allclose(ours["dense"]["kernel"], jax.grad(loss)(floats)["dense"]["kernel"])
 
 
+def test_learned_steps_clip_where_their_integers_end():
+    kernel = jax.random.normal(jax.random.key(0), (32, 3))
+    tx = jw.quantize.lsq(bits=2)
+    grads = jax.grad(lambda p: fake_quant(p, tx, clipped="zero")["w"].sum())({"w": kernel})["w"]
+    place = kernel / jw.apply(tx, {"w": kernel})["w"].step
+    inside = (place >= -2.5) & (place <= 1.5)
+    assert 0 < int(inside.sum()) < kernel.size
+    np.testing.assert_array_equal(grads, inside.astype(jnp.float32))
+
+
 def test_clipped_entries_get_no_gradient_where_that_is_asked_for():
     # Of "half" at 2 bits: scale = amax / 1.5, codes -2 to 1, so that levels are -2, -1, 0, 1 steps.
     # Of "signed_max": scale = 3 / 2, levels -3, -1.5, 0 and 1.5; 2.25 is the last that is in reach.
