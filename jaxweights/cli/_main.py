@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result, text = command.execute(options)
     except KeyboardInterrupt:
-        _say("interrupted; nothing was written", options)
+        _say(f"interrupted; {getattr(command, 'INTERRUPTED', 'nothing was written')}", options)
         return INTERRUPTED
     except BrokenPipeError:
         return OK

@@ -31,6 +31,9 @@ a configuration:
 
 A killed run leaves the destination as it was; the same command with --resume goes on with it."""
 
+# What an interrupted run leaves.
+INTERRUPTED = "the destination is as it was; say --resume to go on, or run anew to start over"
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -22,7 +22,8 @@ The folder that is written holds
   result.json      the same for programs
   recipe.yaml      the recipe, word for word
   orbax/           the weights as they are represented, for jaxweights
-  safetensors/     the weights as dense arrays, for other tools"""
+  safetensors/     the weights as dense arrays, for other tools
+or a folder for each of the formats that the recipe names"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

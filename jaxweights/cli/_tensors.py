@@ -12,7 +12,9 @@ import numpy as np
 def resolve(path: Path) -> Path:
     """The checkpoint that a path means; of a run's folder, the weights as represented."""
     if path.is_dir() and (path / "result.json").is_file():
-        for form in ("orbax", "safetensors"):
+        from jaxweights.recipes._write import FORMATS
+
+        for form in FORMATS:  # Orbax first
             if (path / form).is_dir():
                 return path / form
     return path

@@ -154,7 +154,10 @@ class Streaming:
         self._recipe = recipe
         self._model = model
         self._outline = places
-        self._others = others
+        self._others = [
+            (other.pretrained.source, {place.written: place.stored for place in other.places})
+            for other in others
+        ]
         self._layout = layout
         self._seen: dict[str, list[_Seen]] = {}
         self._lock = threading.Lock()
@@ -218,9 +221,8 @@ class Streaming:
     def _job(self, place: Place) -> Job:
         source = self._outline.pretrained.source
         operands = [Operand(source, place.stored, self._model.name)]
-        for i, other in enumerate(self._others):
-            [own] = [p for p in other.places if p.written == place.written]
-            operands.append(Operand(other.pretrained.source, own.stored, f"models[{i}]"))
+        for i, (other, stored) in enumerate(self._others):
+            operands.append(Operand(other, stored[place.written], f"models[{i}]"))
         path = place.rule.path
         steps = [tx for step in self._recipe.steps if (tx := step.on(path)) is not None]
         tx = chain(*steps) if steps else None

@@ -47,7 +47,7 @@ def true_places(mask: np.ndarray) -> np.ndarray:
     """Where a mask that is mostly False is True, looked for by eight entries at once."""
     whole = mask.size // 8 * 8
     words = mask[:whole].view(np.uint64)
-    # Booleans: other dtypes are looked through ten times slower.
+    # Booleans: other dtypes are looked through more slowly.
     hit = np.flatnonzero(words != 0)
     found = np.flatnonzero(words[hit].view(np.bool_))
     places = 8 * hit[found >> 3] + (found & 7)
@@ -57,8 +57,8 @@ def true_places(mask: np.ndarray) -> np.ndarray:
 def draw(seed: int, path: str, model: str, start: int, count: int) -> np.ndarray:
     """Eight random bits for the entries `start` to `start + count` of a tensor, `(count,)` uint8.
 
-    NumPy promises that its bit generators never change, and they take a tenth of the time of
-    counter-based ones on a CPU.
+    NumPy promises that its bit generators never change, and they are faster than counter-based
+    ones on a CPU.
     """
     parts, done = [], 0
     while done < count:

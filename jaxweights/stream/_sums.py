@@ -1,4 +1,4 @@
-"""Sums over slices that lose nothing."""
+"""Sums over slices that lose little."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 _RUN = 1 << 17  # entries that are summed together; it divides every piece that is not smaller
-# XLA adds long slices ten times faster than it reduces on a CPU, and four better than eight.
+# XLA adds long slices faster than it reduces on a CPU, and four better than eight.
 _FOLDS = (4, 4, 4)
 
 
 def partial_sums(x: jax.Array) -> jax.Array:
-    """Sums of 64 entries each, `(runs, sums)`: so short that they lose nothing."""
+    """Sums of 64 entries each, `(runs, sums)`: so short that float32 loses little."""
     rows = x.reshape(-1, min(_RUN, x.size))
     for fold in _FOLDS:
         if rows.shape[1] % fold:
@@ -28,7 +28,7 @@ def partial_sums(x: jax.Array) -> jax.Array:
 
 
 class PartialSums:
-    """Sums of a tensor that do not depend on how it is cut, from partial sums of its slices."""
+    """Sums of a tensor from partial sums of its slices, the same however its runs are cut apart."""
 
     def __init__(self) -> None:
         """Nothing is summed yet."""

@@ -1,6 +1,7 @@
 """inspect, compare and convert on small checkpoints of every format."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -52,6 +53,14 @@ def test_inspect_lists_tensors_sizes_and_config(capsys, llama):
     assert found["config"]["hidden_size"] == 32
     assert found["bytes"] == 4 * found["parameters"]
     assert "tokenizer.json" in found["files"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "compressed-tensors"])
+def test_the_folder_of_a_run_stands_for_its_weights(capsys, llama, tmp_path, form):
+    shutil.copytree(llama, tmp_path / form)
+    (tmp_path / "result.json").write_text("{}")
+    found = run_json(capsys, "inspect", tmp_path)
+    assert found["tensors"] == run_json(capsys, "inspect", llama)["tensors"]
 
 
 def test_inspect_shows_the_same_to_people(capsys, llama):

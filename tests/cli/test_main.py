@@ -106,10 +106,14 @@ def test_interruption_has_the_code_that_shells_expect(invoke, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxweights.cli._inspect.execute", interrupt)
+    for command in ("inspect", "merge"):
+        monkeypatch.setattr(f"jaxweights.cli._{command}.execute", interrupt)
     code, _, err = invoke("inspect", "x")
     assert code == 130
     assert "interrupted; nothing was written" in err
+    code, _, err = invoke("merge", "x", "y")
+    assert code == 130
+    assert "interrupted; the destination is as it was; say --resume" in err
 
 
 def test_version_names_the_programs_that_decide_about_results(invoke):
