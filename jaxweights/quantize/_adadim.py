@@ -225,6 +225,11 @@ def adadim(
         problem = describe_bad_scales(path, result.codes[AXES.index(choice.axis)])
         if problem is None and on_failure == "error":
             problem = describe_failure(path, tokens, used)
+        if problem is None and not np.isfinite([*choice.errors.values()]).all():
+            problem = (
+                f"{path!r}: its errors are {choice.errors}: the metric or its Gram matrix is not "
+                "finite. Calibrate again, or leave this weight out with `partition`."
+            )
         if problem is None:
             if method == "gptq":
                 inputs = int(np.max(np.asarray(result.inputs), initial=0))

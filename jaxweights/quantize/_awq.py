@@ -21,6 +21,7 @@ from jaxweights.core._paths import Flat, Params, Path, check_pattern, fail, flat
 from jaxweights.core._stats import Needs
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._awq_search import Duo, clip_and_round, search_scale
+from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._folds import (
     Fold,
     check_folds,
@@ -190,6 +191,8 @@ def awq(
         groups = find_groups(_NAME, folds, flat, context, targets, shared=False)
         if on_failure == "error":
             fail(_NAME, _without_tokens(targets, context))
+        for name in ("abs_sum", moments):
+            fail(_NAME, nonfinite_statistics(context.require("stats", _NAME), targets, name))
         # Scales are chosen for the weights as they were; rounding comes once, at the end.
         new, scales = _with_float32(flat, targets), {}
         chosen = [_search(group, flat, context, settings, moments, duo) for group in groups]

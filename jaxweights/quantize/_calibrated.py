@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxweights.core._paths import Path
+from jaxweights.core._stats import Statistic, Stats
 
 OnFailure = Literal["error", "round_to_nearest"]
 
@@ -75,6 +79,28 @@ def describe_failure(path: Path, tokens: np.ndarray, damping: np.ndarray) -> str
                 f"with `partition`.{_of_stack(bad)}"
             )
     return None
+
+
+def nonfinite_statistics(stats: Stats, paths: Iterable[Path], name: Statistic) -> list[str]:
+    """Complaints about statistics that hold NaN or infinity; none of those that are traced.
+
+    Of Gram matrices only diagonals are read: what is not finite in an input shows there.
+    """
+    problems = []
+    for path in paths:
+        found = stats.get(path, name)
+        if isinstance(found, Tracer | jax.ShapeDtypeStruct | None):
+            continue
+        with jax.ensure_compile_time_eval():  # the statistic is concrete, whatever is traced around
+            if name == "gram":
+                found = jnp.diagonal(found, axis1=-2, axis2=-1)
+            finite = bool(jnp.isfinite(found).all())
+        if not finite:
+            problems.append(
+                f"{path!r}: the statistic {name!r} is not finite: its inputs held NaN or were too "
+                "large. Calibrate in a wider dtype, or leave this weight out with `partition`."
+            )
+    return problems
 
 
 def warn_of_fallback(asker: str, path: Path, status: np.ndarray) -> None:

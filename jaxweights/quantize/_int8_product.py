@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
@@ -78,7 +79,7 @@ def int8_static(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = N
 
     Raises:
       TypeError: If a setting is of the wrong kind.
-      ValueError: As `int8_dynamic`, and where a statistic is missing.
+      ValueError: As `int8_dynamic`, and where a statistic is missing or no token reached a matrix.
 
     Example:
       >>> params, x = {"kernel": jnp.array([[1.0], [0.5]])}, jnp.array([[2.0, -4.0]])
@@ -127,6 +128,17 @@ def _transform(
         problem = _unfit(leaf, view, settings, input_bits)
         return problem and f"{path!r}: {problem}"
 
+    def verify(path: Path, result: tuple[Codes, jax.Array | None]) -> str | None:
+        codes, step = result
+        problem = describe_bad_scales(path, codes)
+        if problem is None and step is not None and not np.isfinite(np.asarray(step)).all():
+            problem = (
+                f"{path!r}: the largest magnitude of its inputs is not finite: no calibration "
+                "token reached it, or they held infinity. Calibrate on more data, choose "
+                "int8_dynamic, or leave this weight out with `partition`."
+            )
+        return problem
+
     return leafwise(
         quantize,
         name=name,
@@ -135,7 +147,7 @@ def _transform(
         accepts=(Quantized, Masked),
         refusal=REFUSAL,
         check=check,
-        verify=lambda path, result: describe_bad_scales(path, result[0]),
+        verify=verify,
         checks_finite=False,
     )
 

@@ -18,6 +18,7 @@ from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._around import changed_leaves, quantize_alone
+from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._low_rank_of import low_rank_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
@@ -67,7 +68,8 @@ def joint(
     matrix of the layer's inputs, by turns: the outliers S are the entries of :math:`W - AB` with
     the largest :math:`w_{ij}^2 H_{ii}`; Q is what the quantizer makes of :math:`W - S - AB`; and
     AB is the best low-rank matrix for :math:`W - S - Q` (`low_rank_of`). No sweep makes a matrix
-    worse, because the best parts so far are kept.
+    worse, because the best parts so far are kept. For a matrix that no token reached, such as that
+    of an expert, all inputs count alike.
 
     Args:
       quantizer: Any transform that treats each leaf by itself, such as `round_to_nearest` or
@@ -85,7 +87,7 @@ def joint(
     Raises:
       TypeError: If the quantizer is no transform.
       ValueError: If a setting is out of range; on a tree, if the rank exceeds a side of a matrix,
-        a leaf is represented already, or as the quantizer.
+        a leaf is represented already, a statistic is missing or not finite, or as the quantizer.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -297,6 +299,9 @@ def _views(
             if stats.get(path, "gram") is None:
                 problems.append(stats.why_missing(path, "gram"))
     fail(name, problems)
+    if settings.weighted:
+        stats = context.stats
+        fail(name, nonfinite_statistics(stats, views, "gram"))
     return views
 
 
@@ -346,7 +351,7 @@ def _split_off(
     count = settings.count(view)
     if not count:
         return parts, view.from_matrix(rest)
-    importance = None if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)
+    importance = None if gram is None else jnp.diagonal(_reached(gram), axis1=-2, axis2=-1)
     score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
     stack = rest.shape[:-2]
     flat_rest, flat_score = (
@@ -376,6 +381,7 @@ def _correct(
 
     def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
         residual, gram = given
+        gram = None if gram is None else _reached(gram)
         down, up = low_rank_of(residual, gram, rank=settings.rank)
         down, up = down.astype(settings.dtype), up.astype(settings.dtype)
         left = residual - jnp.matmul(
@@ -386,6 +392,13 @@ def _correct(
 
     down, up, error = (x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(one, flat))
     return parts._replace(down=down, up=up), error
+
+
+def _reached(gram: jax.Array) -> jax.Array:
+    """Gram matrices `(*stack, in, in)`; the identity in place of those that no token reached."""
+    total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+    return jnp.where(total == 0, identity, gram)
 
 
 def _product(parts: _Parts) -> jax.Array:

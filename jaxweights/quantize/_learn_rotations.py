@@ -24,7 +24,7 @@ class LearnedRotations(NamedTuple):
 
     Attributes:
       rotations: By width, for `rotate(rotations=...)`.
-      losses: Before every step, and after the last, on the batch of that step; `(steps + 1,)`.
+      losses: Before every step, on its batch, and after the last on the first; `(steps + 1,)`.
     """
 
     rotations: dict[str, Rotation]

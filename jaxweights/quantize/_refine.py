@@ -15,6 +15,7 @@ from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._around import changed_leaves, quantize_alone
+from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.weights._axes import View
 from jaxweights.weights._quantized import Quantized, pack_codes
@@ -35,7 +36,8 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
     of the layer's inputs. In each sweep first every code becomes the best one given all others, row
     after row; then, with the codes as they are, the scales of each output become those of the
     least error, by a small linear system. Zero points, groups and bits stay, and so do the bytes.
-    Each output keeps the best it has had. Where `gptq` looks at each row once, this looks again.
+    Each output keeps the best it has had. Where `gptq` looks at each row once, this looks again. A
+    matrix that no token reached stays as the quantizer made it.
 
     Args:
       quantizer: A transform to `Quantized` weights with one scale for each output or less, such as
@@ -48,8 +50,9 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
 
     Raises:
       TypeError: If the quantizer is no transform.
-      ValueError: If a setting is out of range; on a tree, as the quantizer, or if it makes
-        something else than `Quantized` weights with scales of single outputs.
+      ValueError: If a setting is out of range; on a tree, as the quantizer, if a statistic is
+        missing or not finite, or if the quantizer makes something else than `Quantized` weights
+        with scales of single outputs.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -84,6 +87,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
         stats: Any = context.stats
         changed = changed_leaves(quantizer, flat, context)
         fail(_NAME, [stats.why_missing(p, "gram") for p in changed if stats.get(p, "gram") is None])
+        fail(_NAME, nonfinite_statistics(stats, changed, "gram"))
         new, problems = dict(flat), []
         for done, path in enumerate(changed, start=1):
             start = quantize_alone(quantizer, flat, context, path, flat[path])

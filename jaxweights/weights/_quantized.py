@@ -48,7 +48,9 @@ class Quantized(MatrixWeight):
     the lowest bits; narrow signed codes are two's complement within their share of the byte.
 
     No metadata depends on the stack or on how the arrays are sharded: slicing every field along
-    a stack axis, or sharding them along inputs or outputs, gives a valid weight again.
+    a stack axis, or sharding them along inputs or outputs, gives a valid weight again. Where groups
+    span shards, quantizers keep codes sharded but scales whole, and materializing gathers the dense
+    weight on every device: choose groups that fit into a shard.
 
     Args:
       codes: Stored integers, uint8 where packed or unsigned, else int8.

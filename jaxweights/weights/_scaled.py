@@ -36,7 +36,9 @@ class Scaled(MatrixWeight):
     `(rows, cols)`: that is double quantization.
 
     No metadata depends on the stack or on how the arrays are sharded: slicing every field along
-    a stack axis, or sharding them along inputs or outputs, gives a valid weight again.
+    a stack axis, or sharding them along inputs or outputs, gives a valid weight again. Where blocks
+    span shards, quantizers keep codes sharded but scales whole, and materializing gathers the dense
+    weight on every device: choose blocks that fit into a shard.
     """
 
     rows_follow_inputs: ClassVar[bool] = True

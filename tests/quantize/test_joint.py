@@ -269,3 +269,12 @@ def test_trees_are_refused_by_their_paths():
         apply(chain(magnitude(sparsity=0.5), loftq(rounded, rank=1)), params)
     with pytest.raises(ValueError, match=r"'b': group_size=16 does not divide"):
         apply(loftq(round_to_nearest(bits=4, group_size=16), rank=1), {"b": draw(2, 24, 8)})
+
+
+def test_a_matrix_that_no_token_reached_is_fitted_as_if_all_inputs_counted_alike():
+    weight = jnp.stack([draw(0, 32, 24), draw(1, 32, 24)])
+    grams = jnp.stack([gram_of(32), jnp.zeros((32, 32))])
+    tx = joint(round_to_nearest(bits=2), rank=3, outliers=0.02, sweeps=2)
+    found = fit(tx, weight, grams)
+    alone = fit(tx, weight[1], jnp.eye(32))
+    np.testing.assert_allclose(found.materialize()[1], alone.materialize(), atol=1e-5)
