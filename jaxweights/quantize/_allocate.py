@@ -212,7 +212,7 @@ def allocate(
     Raises:
       TypeError: If a candidate is no transform.
       ValueError: If a setting is out of range, a statistic is missing, no candidate changes or fits
-        a leaf, or the budget is below what the smallest candidates take.
+        a leaf, a candidate fits none, or the budget is below what the smallest candidates take.
 
     Example:
       >>> import jaxweights as jw
@@ -353,6 +353,10 @@ def _offers(
             found[path] = fit, unfit
         elif unfit:
             problems.append(f"{path!r}: no candidate fits. {next(iter(unfit.values()))}")
+    for name in candidates:
+        reasons = [unfit[name] for _, unfit in found.values() if name in unfit]
+        if reasons and len(reasons) == len(found):
+            problems.append(f"candidate {name!r} fits no leaf. {reasons[0]}")
     fail(_NAME, problems)
     if not found:
         raise ValueError(

@@ -146,8 +146,7 @@ def mx_matrix(
     scale = jax.lax.bitcast_convert_type(stored, jnp.float8_e8m0fnu)
     codes = minifloat_code(units, kind)
     if kind.dtype is not None:
-        # From codes, not by a conversion: fused with exponents, that takes XLA on CPU six times as
-        # long.
+        # From codes, not by a conversion: fused with exponents, that is slow in XLA on CPU.
         values = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), kind.dtype)
         return NarrowFloat.from_values(values, scale)
     return Codebook.from_codes(codes, jnp.asarray(minifloat_table(kind)), scale, bits=kind.bits)

@@ -225,7 +225,7 @@ def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike)
 
 
 def _rounded(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
-    """The levels of magnitudes, in steps; as codes and levels below, but in a fifth of the time."""
+    """The levels of magnitudes, in steps; as codes and levels below, without powers."""
     if top > _BISECTED_LEVELS:
         return _level(_size_of_codes(size, exponent, top), exponent, top)
     levels = _level(jnp.arange(top + 1, dtype=jnp.float32), exponent, top)

@@ -180,6 +180,8 @@ def test_it_survives_json_and_prints_and_draws():
 def test_what_cannot_be_allocated_is_refused_by_its_words():
     params, stats = model_of_four()
     rounded = {"int4": round_to_nearest(bits=4)}
+    with pytest.raises(ValueError, match=r"candidate 'gptq' fits no leaf. .*'stats' is missing"):
+        allocate(params, rounded | {"gptq": gptq(bits=4)}, budget=10**6, measure="weight")
     with pytest.raises(ValueError, match=r"candidates is empty"):
         allocate(params, {}, budget=1)
     with pytest.raises(TypeError, match=r"candidate 'int4' is 4, no transform"):
