@@ -128,7 +128,8 @@ class SafetensorsCheckpoint(Checkpoint):
         """What a module materialises to: told by its scales, or else by reading it."""
         for suffix, tensor in self.modules[name].tensors.items():
             stored = DTYPES.get(self._reader[tensor].dtype)
-            if "scale" in suffix and stored is not None and stored.kind != "u":
+            is_scale = suffix in ("scales", "weight_scale")
+            if is_scale and stored is not None and stored.kind != "u":
                 return stored
         return np.dtype(self.represented(name).dtype)
 

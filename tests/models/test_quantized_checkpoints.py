@@ -479,6 +479,26 @@ def test_rounded_activations_that_are_not_read_are_told(dense_model, tmp_path):
     assert type(products["layers/mlp/up/kernel"]).__name__ == "QuantizedProduct"
 
 
+def test_static_scales_of_activations_are_passed_over(dense_model, tmp_path):
+    params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", jw.quantize.fp8())])
+    export_checkpoint(tmp_path / "out", params, dense_model.config, form="compressed-tensors")
+    reader = open_safetensors(tmp_path / "out")
+    scales = {
+        n.replace("weight_scale", "input_scale"): np.ones(1, np.float32)
+        for n in reader
+        if n.endswith("weight_scale")
+    }
+    assert len(scales) == 3 * LAYERS
+    files = {"config.json": tmp_path / "out" / "config.json"}
+    write_safetensors(
+        tmp_path / "static", {n: reader.read(n) for n in reader} | scales, files=files
+    )
+    first, second = (load_pretrained(tmp_path / name) for name in ("out", "static"))
+    assert jax.tree.structure(first.params) == jax.tree.structure(second.params)
+    for one, other in zip(*map(jax.tree.leaves, (first.params, second.params)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_table_of_levels_is_no_integer_grid(dense_model, tmp_path):
     params = rounded(dense_model, rules=[("layers/mlp/up/kernel", jw.quantize.nf4())])
     with pytest.raises(ValueError, match=r"up_proj.weight' is a Codebook, and gptq holds only int"):

@@ -26,6 +26,8 @@ from jaxweights.checkpoint.exchange._narrow_floats import unpack_float_quantized
 
 METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
+# Of static scales of activations, which belong to a module and say nothing of its weight.
+_ACTIVATIONS = ("input_scale", "input_zero_point")
 
 
 class UnknownFormat(ValueError):
@@ -160,7 +162,8 @@ def _compressed_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict
             continue
         group = _group_of(stem, groups)
         unpack, suffixes, shape = _compressed_scheme(group, config)
-        tensors = {s: f"{stem}.{s}" for s in suffixes if f"{stem}.{s}" in known}
+        owned = (*suffixes, *_ACTIVATIONS)
+        tensors = {s: f"{stem}.{s}" for s in owned if f"{stem}.{s}" in known}
         found[f"{stem}.weight"] = Module(tensors, unpack, shape)
     return found
 
