@@ -110,6 +110,7 @@ class _Factors(Survey):
             self._summed = PartialSums()
             return True
         self.found = self._make(_arcs(a, b, difference, together))
+        self._sums, self._summed = PartialSums(), None  # a tensor may be made once more
         return False
 
 

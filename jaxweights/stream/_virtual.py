@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxweights.checkpoint._tensor_table import fill_from
 from jaxweights.stream._jobs import Job, cut
+from jaxweights.stream._pipeline import _make
 
 _BUDGET = 1 << 28
 
@@ -59,9 +60,8 @@ class Made:
                 job.survey.add(job, p.start, seen)
             again = job.survey.decide()
         for p in pieces:
-            inputs = arrays(p.start, p.count, p.padded)
-            made = inputs[0] if job.compute is None else job.compute(inputs, p.start)
-            whole[p.start : p.start + p.count] = np.asarray(made).reshape(-1)[: p.count]
+            made = _make(p, arrays(p.start, p.count, p.padded))
+            whole[p.start : p.start + p.count] = made.view(job.dtype)
         return whole.reshape(job.shape)
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:

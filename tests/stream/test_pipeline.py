@@ -18,6 +18,7 @@ from jaxweights.stream._jobs import Job, Operand, Piece
 from jaxweights.stream._mean import mean_job
 from jaxweights.stream._memory import Budget
 from jaxweights.stream._run import stream_jobs
+from jaxweights.stream._slerp import slerp_job
 from jaxweights.stream._turns import Stopped, Turns
 from jaxweights.stream._virtual import Made
 
@@ -211,3 +212,18 @@ def test_many_threads_in_little_memory_do_not_wait_for_each_other(tmp_path, monk
     thread.join(60)
     assert not thread.is_alive()
     assert (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_made_twice_is_the_same():
+    a = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    b = -a + 0.05 * np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+    operands = Operand(_Arrays(a), "w", "a"), Operand(_Arrays(b), "w", "b")
+    made = Made([slerp_job("w", a.dtype, operands, t=0.5, lerp_cosine=None)])
+    np.testing.assert_array_equal(made.read("w"), made.read("w"))
+
+
+def test_a_dtype_that_jax_does_not_hold_is_refused_in_what_is_made():
+    operand = Operand(_Arrays(np.ones(8)), "w")
+    made = Made([Job("w", (8,), np.dtype(np.float64), (operand,), lambda x, _: np.float32(x[0]))])
+    with pytest.raises(ValueError, match=r"'w': became float32, but was planned as float64"):
+        made.read("w")
