@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
+from jaxweights.merge._delta_tree import Thinning
 from jaxweights.merge._models import compute_dtype, per_model
 from jaxweights.stream._draws import drawn_mask
 from jaxweights.stream._jobs import Job, Operand, Survey
@@ -213,16 +214,15 @@ class DeltaRanks(RankSurvey):
     def __init__(self, settings: DeltaSettings, entries: int):
         """Starts with nothing seen."""
         self._settings = settings
-        count = round if settings.row.compat == "paper" else int
         self._skipped: list[Target] = []
         self._through: list[Target] = []
         for i, (density, outliers) in enumerate(
             zip(settings.density, settings.outliers, strict=True)
         ):
-            kept = min(max(count(density * entries), 1), entries) if density > 0 else 0
-            skip = min(count(outliers * entries), entries - kept)
-            if density >= 1:
-                kept, skip = entries, 0
+            skip, kept = 0, entries
+            if density < 1:
+                thinning = Thinning(density=density, outliers=outliers, trim=1.0)
+                skip, kept = thinning.counts(entries, density, settings.row.compat)
             self._skipped.append(Target(i, skip))
             self._through.append(Target(i, skip + kept))
         super().__init__(_ranked_delta, [*self._skipped, *self._through], entries)
