@@ -254,8 +254,7 @@ def _merge_leaf(
         base, loss = _merge_leaf(leaf.base, dequantize, masked)
         return dataclasses.replace(leaf, base=base), loss
     mask = leaf.base.mask if isinstance(leaf.base, Masked) and masked == "mask_delta" else None
-    packed = is_weight(leaf.base.base if isinstance(leaf.base, Masked) else leaf.base)
-    dtype = dequantize if packed else leaf.dtype
+    dtype = dequantize if _packed(leaf.base) else leaf.dtype
     merged, loss = _merge_arrays(leaf, mask, jnp.dtype(dtype).name)
     return (merged if mask is None else Masked(merged, mask)), loss
 

@@ -53,28 +53,31 @@ def streams(recipe: Recipe, *, progress: Progress) -> bool:
     if recipe.stream == "never":
         return False
     reasons = _reasons(recipe)
-    if recipe.stream == "always":
-        if reasons:
-            line = recipe.lines.get("stream", 1)
-            raise RecipeError(
-                f"{recipe.name}:{line}: stream: always, but {'; and '.join(reasons)}. Change that, "
-                "or leave `stream` out."
-            )
-        return True
-    if reasons:
+    if reasons and recipe.stream == "auto":
         return False
-    paths = [locate(source, progress=progress)[0] for source in (recipe.model, *recipe.models)]
-    large = sum(map(_bytes_of, paths)) > _free_memory() / _SHARE
-    return large and all(map(_has_outline, paths))
+    if not reasons:
+        sources = (recipe.model, *recipe.models)
+        paths = [locate(source, progress=progress)[0] for source in sources]
+        total = sum(map(_bytes_of, paths))
+        if recipe.stream == "auto" and total <= _free_memory() / _SHARE:
+            return False
+        reasons = [reason for path in paths if (reason := _why_no_outline(path)) is not None]
+    if reasons and recipe.stream == "always":
+        line = recipe.lines.get("stream", 1)
+        raise RecipeError(
+            f"{recipe.name}:{line}: stream: always, but {'; and '.join(reasons)}. Change that, "
+            "or leave `stream` out."
+        )
+    return not reasons
 
 
-def _has_outline(path: Path) -> bool:
-    """Whether tensors can be told one by one; whatever is wrong else, loading them all says."""
+def _why_no_outline(path: Path) -> str | None:
+    """Why tensors cannot be told one by one; None if they can."""
     try:
         outline(path)
-    except ValueError:
-        return False
-    return True
+    except ValueError as error:
+        return str(error).removesuffix(".")
+    return None
 
 
 def _reasons(recipe: Recipe) -> list[str]:

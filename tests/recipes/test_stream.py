@@ -125,6 +125,8 @@ def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monke
     monkeypatch.setattr(_stream, "_free_memory", lambda: 1)
     run = _run(tmp_path / "headed", tmp_path / "out", STEPS["rounding"], "auto")
     assert run.params is not None
+    with pytest.raises(RecipeError, match=r"r.yaml:1: stream: always, but .*'lm_head.weight'"):
+        _run(tmp_path / "headed", tmp_path / "no", STEPS["rounding"], "always")
     models = f'models: [{{path: "{tmp_path}/headed"}}]\n'
     merge = "  - method: merge.mean\n"
     merged = _run(folder / "llama0", tmp_path / "merged", merge, "auto", extra=models)
