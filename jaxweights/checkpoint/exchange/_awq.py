@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from jaxweights.checkpoint._write_safetensors import LazyTensor
-from jaxweights.checkpoint.exchange._gptq import unfit_groups
+from jaxweights.checkpoint.exchange._gptq import unfit_groups, written_zero_point
 from jaxweights.checkpoint.exchange._module import (
     FLOAT,
     INT32,
     Parts,
     check_parts,
     float16_scale,
-    host_codes,
     host_weight,
     lazy,
+    per_output,
     unfit_float16,
+    unsigned_codes,
 )
 from jaxweights.checkpoint.exchange._words import pack_words, unpack_words
 from jaxweights.weights._quantized import Quantized
@@ -78,18 +79,16 @@ def pack_awq(weight: Quantized) -> dict[str, LazyTensor]:
     in_dim, words, groups = weight.in_dim, weight.out_dim // 8, weight.scale.shape[-2]
 
     def qzeros() -> np.ndarray:
-        host = host_codes(weight)
-        zero = np.full_like(host.scale, 8, np.uint8) if host.zero_point is None else host.zero_point
-        return pack_words(_ordered(zero, _ORDER), bits=4, axis=1)
+        return pack_words(_ordered(written_zero_point(weight), _ORDER), bits=4, axis=1)
 
     def qweight() -> np.ndarray:
-        return pack_words(_ordered(host_codes(weight).codes, _ORDER), bits=4, axis=1)
+        return pack_words(_ordered(unsigned_codes(weight), _ORDER), bits=4, axis=1)
 
     return {
         "qweight": lazy((in_dim, words), np.int32, qweight),
         "qzeros": lazy((groups, words), np.int32, qzeros),
         "scales": lazy(
-            (groups, words * 8), np.float16, lambda: float16_scale(host_codes(weight).scale)
+            (groups, words * 8), np.float16, lambda: float16_scale(per_output(weight.scale, weight))
         ),
     }
 

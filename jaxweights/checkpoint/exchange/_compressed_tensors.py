@@ -14,9 +14,10 @@ from jaxweights.checkpoint.exchange._module import (
     Parts,
     check_parts,
     consecutive,
-    host_codes,
     host_weight,
     lazy,
+    per_output,
+    unsigned_codes,
     written_group_index,
 )
 from jaxweights.checkpoint.exchange._words import pack_words, unpack_words, word_count
@@ -138,7 +139,7 @@ def pack_pack_quantized(weight: Quantized) -> dict[str, LazyTensor]:
         "weight_packed": lazy(
             (out_dim, word_count(in_dim, bits)),
             np.int32,
-            lambda: pack_words(host_codes(weight).codes.T, bits=bits, axis=1),
+            lambda: pack_words(unsigned_codes(weight).T, bits=bits, axis=1),
         ),
         "weight_scale": _written_scale(weight),
         "weight_shape": lazy((2,), np.int64, lambda: np.array([out_dim, in_dim])),
@@ -147,7 +148,7 @@ def pack_pack_quantized(weight: Quantized) -> dict[str, LazyTensor]:
         parts["weight_zero_point"] = lazy(
             (word_count(out_dim, bits), groups),
             np.int32,
-            lambda: pack_words(_zero_point(weight).T, bits=bits, axis=0),
+            lambda: pack_words(per_output(weight.zero_point, weight).T, bits=bits, axis=0),
         )
     if weight.group_index is not None:
         parts["weight_g_idx"] = lazy((in_dim,), np.int32, lambda: written_group_index(weight))
@@ -159,13 +160,15 @@ def pack_int_quantized(weight: Quantized) -> dict[str, LazyTensor]:
     signed = lambda x: (x.astype(np.int16) - 128).astype(np.int8)  # noqa: E731
     parts = {
         "weight": lazy(
-            (weight.out_dim, weight.in_dim), np.int8, lambda: signed(host_codes(weight).codes.T)
+            (weight.out_dim, weight.in_dim), np.int8, lambda: signed(unsigned_codes(weight).T)
         ),
         "weight_scale": _written_scale(weight),
     }
     if weight.zero_point is not None:
         parts["weight_zero_point"] = lazy(
-            parts["weight_scale"].shape, np.int8, lambda: signed(_zero_point(weight).T)
+            parts["weight_scale"].shape,
+            np.int8,
+            lambda: signed(per_output(weight.zero_point, weight).T),
         )
     return parts
 
@@ -174,18 +177,12 @@ def _written_scale(weight: Quantized) -> LazyTensor:
     if scales_tensor(weight):
         return lazy((1,), weight.scale.dtype, lambda: np.asarray(weight.scale).reshape(1))
     shape = (weight.out_dim, weight.scale.shape[-2])
-    return lazy(shape, weight.scale.dtype, lambda: host_codes(weight).scale.T)
+    return lazy(shape, weight.scale.dtype, lambda: per_output(weight.scale, weight).T)
 
 
 def scales_tensor(weight: Quantized) -> bool:
     """Whether one scale serves the whole tensor and is written as one."""
     return weight.scale.shape[-2:] == (1, 1) and weight.zero_point is None
-
-
-def _zero_point(weight: Quantized) -> np.ndarray:
-    zero = host_codes(weight).zero_point
-    assert zero is not None
-    return zero
 
 
 def unfit_compressed_tensors(weight: Quantized) -> list[str]:

@@ -12,11 +12,12 @@ from jaxweights.checkpoint.exchange._module import (
     check_parts,
     consecutive,
     float16_scale,
-    host_codes,
     host_weight,
     largest_group,
     lazy,
+    per_output,
     unfit_float16,
+    unsigned_codes,
     written_group_index,
 )
 from jaxweights.checkpoint.exchange._words import pack_words, unpack_words
@@ -107,7 +108,7 @@ def pack_gptq(weight: Quantized, *, version: int = 1) -> dict[str, LazyTensor]:
     groups = weight.scale.shape[-2]
 
     def qzeros() -> np.ndarray:
-        zero = _zero_point(weight)
+        zero = written_zero_point(weight)
         stored = zero - np.uint8(1) if version == 1 else zero
         return pack_words(stored & np.uint8(2**bits - 1), bits=bits, axis=1)
 
@@ -115,21 +116,22 @@ def pack_gptq(weight: Quantized, *, version: int = 1) -> dict[str, LazyTensor]:
         "qweight": lazy(
             (in_dim * bits // 32, out_dim),
             np.int32,
-            lambda: pack_words(host_codes(weight).codes, bits=bits, axis=0),
+            lambda: pack_words(unsigned_codes(weight), bits=bits, axis=0),
         ),
         "qzeros": lazy((groups, out_dim * bits // 32), np.int32, qzeros),
         "scales": lazy(
-            (groups, out_dim), np.float16, lambda: float16_scale(host_codes(weight).scale)
+            (groups, out_dim), np.float16, lambda: float16_scale(per_output(weight.scale, weight))
         ),
         "g_idx": lazy((in_dim,), np.int32, lambda: written_group_index(weight)),
     }
 
 
-def _zero_point(weight: Quantized) -> np.ndarray:
-    host = host_codes(weight)
-    if host.zero_point is None:
-        return np.full(host.scale.shape, 2 ** (weight.bits - 1), np.uint8)
-    return host.zero_point.astype(np.uint8)
+def written_zero_point(weight: Quantized) -> np.ndarray:
+    """Zero points as GPTQ and AWQ files hold them, also where codes are signed."""
+    if weight.zero_point is None:
+        shape = (weight.scale.shape[-2], weight.out_dim)
+        return np.full(shape, 2 ** (weight.bits - 1), np.uint8)
+    return per_output(weight.zero_point, weight).astype(np.uint8)
 
 
 def unfit_gptq(weight: Quantized, *, version: int = 1) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -50,32 +50,21 @@ Parts = Mapping[str, Part]
 Represented = Quantized | Codebook | NarrowFloat
 
 
-class HostCodes(NamedTuple):
-    """A quantized matrix as the integer formats describe it, in NumPy."""
-
-    codes: np.ndarray  # (in, out) uint8, from 0 to 2**bits - 1
-    scale: np.ndarray  # (groups, out)
-    zero_point: np.ndarray | None  # (groups, out) integers; None for 2**(bits - 1)
-    group_index: np.ndarray | None  # (in,) int32
-
-
-def host_codes(weight: Quantized) -> HostCodes:
-    """Reads an unstacked weight without offsets whose groups lie within one output.
+def unsigned_codes(weight: Quantized) -> np.ndarray:
+    """Codes of an unstacked weight from 0 to `2**bits - 1`, `(in, out)` uint8.
 
     Signed codes become unsigned ones with the zero point `2**(bits - 1)`.
     """
     codes = unpacked_codes(weight)
-    if weight.signed:
-        codes = (codes.astype(np.int16) + 2 ** (weight.bits - 1)).astype(np.uint8)
-    spread = lambda x: None if x is None else _per_output(np.asarray(x), weight.out_dim)  # noqa: E731
-    scale = spread(weight.scale)
-    assert scale is not None
-    index = None if weight.group_index is None else np.asarray(weight.group_index)
-    return HostCodes(codes, scale, spread(weight.zero_point), index)
+    if not weight.signed:
+        return codes
+    return (codes.astype(np.int16) + 2 ** (weight.bits - 1)).astype(np.uint8)
 
 
-def _per_output(field: np.ndarray, out_dim: int) -> np.ndarray:
-    return np.repeat(field, out_dim // field.shape[1], axis=1)
+def per_output(field: Any, weight: Quantized) -> np.ndarray:
+    """Scales or zero points of an unstacked weight for every output, `(groups, out)`."""
+    field = np.asarray(field)
+    return np.repeat(field, weight.out_dim // field.shape[1], axis=1)
 
 
 def host_weight(
