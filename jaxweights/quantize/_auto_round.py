@@ -110,15 +110,16 @@ def auto_round(
     settings = make_grid(
         _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
     )
-    rate = 1 / steps if learning_rate is None and steps else learning_rate
-    check_steps(_NAME, steps, learning_rate=rate or 0.0)
+    check_steps(_NAME, steps)
+    rate = 1 / steps if learning_rate is None else learning_rate
+    check_steps(_NAME, steps, learning_rate=rate)
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None
     ) -> Learned:
         del tokens
         gram = of_unit_mean(gram)
-        codes, losses = auto_round_matrix(weight, gram, mask, settings, steps, float(rate or 0))
+        codes, losses = auto_round_matrix(weight, gram, mask, settings, steps, float(rate))
         return Learned(pack(codes, settings), relative(losses, weight, gram))
 
     return learned_transform(

@@ -242,7 +242,7 @@ def _check(duo: Duo, unclipped: str | None, moments: Moments, on_failure: str) -
         ("moments", moments, ("gram", "second_moment")),
         ("on_failure", on_failure, ("error", "round_to_nearest")),
     ):
-        if value not in allowed:
+        if not any(value is one or (value == one and isinstance(one, str)) for one in allowed):
             raise ValueError(f"{_NAME}: {name}={value!r} is unknown. Choose one of {allowed}.")
     if unclipped is not None:
         check_pattern(f"{_NAME}: unclipped", unclipped)

@@ -178,7 +178,7 @@ def check_gptq(
         )
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"{asker}: block_size={block_size!r} must be a positive integer.")
-    if act_order not in (False, True, "groups"):
+    if not isinstance(act_order, bool) and act_order != "groups":  # 1 equals True, but is not it
         raise ValueError(f"{asker}: act_order={act_order!r} must be False, True or 'groups'.")
     grid = levels.grid
     scatters = act_order is True and isinstance(grid.group_size, int) and not static_groups

@@ -92,6 +92,10 @@ def hqq(
     check_scale_dtype(_NAME, scale_dtype)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"{_NAME}: steps={steps!r} must be an integer, 0 or more.")
+    if not isinstance(shrinkage, Shrinkage):
+        raise TypeError(
+            f"{_NAME}: shrinkage={shrinkage!r} is no Shrinkage. Pass such as Shrinkage(norm=0.7)."
+        )
     if not (0 < shrinkage.norm <= 1 and shrinkage.beta > 0 and shrinkage.growth >= 1):
         raise ValueError(
             f"{_NAME}: {shrinkage} must have norm in (0, 1], beta above 0 and growth of 1 or more."

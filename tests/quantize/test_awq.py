@@ -237,6 +237,7 @@ def test_a_matrix_without_tokens_is_refused_or_rounded_to_nearest():
     "settings, message",
     [
         ({"group_size": "tensor"}, "group_size='tensor': ranges are searched for groups of one"),
+        ({"duo": 1}, r"duo=1 is unknown"),
         ({"duo": "none"}, r"duo='none' is unknown. Choose one of \(True, False, 'both'\)"),
         ({"moments": "max"}, "moments='max' is unknown"),
         ({"on_failure": "skip"}, "on_failure='skip' is unknown"),

@@ -41,6 +41,8 @@ def test_ordered_groups_stay_together_and_equal_row_by_row_elimination(static):
 def test_ordering_groups_needs_groups_of_rows():
     with pytest.raises(ValueError, match="act_order='groups' orders groups of rows"):
         gptq(bits=4, act_order="groups")
+    with pytest.raises(ValueError, match="act_order=1 must be False, True or 'groups'"):
+        gptq(bits=4, group_size=8, act_order=1)
     with pytest.raises(ValueError, match="act_order='rows' must be False, True or 'groups'"):
         gptq(bits=4, group_size=8, act_order="rows")
 

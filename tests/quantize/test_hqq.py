@@ -157,6 +157,7 @@ def test_stacks_of_heads_become_quantized_weights_with_offsets():
         ({"bits": 4, "group_size": (8, 8)}, TypeError, "group_size=(8, 8) must be an integer, N"),
         ({"bits": 4, "steps": -1}, ValueError, "quantize.hqq: steps=-1 must be an integer, 0 or"),
         ({"bits": 4, "shrinkage": Shrinkage(norm=2.0)}, ValueError, "must have norm in (0, 1]"),
+        ({"bits": 4, "shrinkage": {"norm": 0.5}}, TypeError, "is no Shrinkage. Pass such as"),
         ({"bits": 4, "scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or such"),
     ],
 )
