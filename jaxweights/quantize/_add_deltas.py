@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest, unflatten
 from jaxweights.core._stats import Stats
+from jaxweights.quantize._calibrated import places_of
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._requantize import (
     Requantized,
@@ -157,7 +158,7 @@ def requantized_sum(
         if failed.any():
             problem = (
                 f"{path!r}: its Gram matrix is not positive definite even with damping=1"
-                f"{_of_stack(failed)}. Calibrate again, or pass {argument}='nearest'."
+                f"{places_of(failed)}. Calibrate again, or pass {argument}='nearest'."
             )
     return result.weight, loss._replace(clipped=result.clipped), problem
 
@@ -213,7 +214,7 @@ def why_no_gram(
     if not empty.any():
         return None
     return (
-        f"{path!r}: no calibration token reached it{_of_stack(empty)}. Calibrate on more data, or "
+        f"{path!r}: no calibration token reached it{places_of(empty)}. Calibrate on more data, or "
         f"pass {argument}='nearest'."
     )
 
@@ -254,10 +255,3 @@ def _widest(weight: Any) -> jax.Array:
     """The dense weight in float32, unrounded where its representation allows that."""
     cast = weight.astype(jnp.float32)
     return materialize(weight if cast is None else cast).astype(jnp.float32)
-
-
-def _of_stack(bad: np.ndarray) -> str:
-    if not bad.ndim:
-        return ""
-    places = [i[0] if len(i) == 1 else tuple(i) for i in np.argwhere(bad).tolist()]
-    return f" (matrices {places[:8]} of its stack)"

@@ -8,8 +8,40 @@ from typing import Any
 import jax
 
 from jaxweights.core._context import Context
-from jaxweights.core._paths import Flat, Path
+from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._paths import Flat, Params, Path, flatten
+from jaxweights.core._stats import Needs
 from jaxweights.core._transform import Transform
+
+_GRAM = frozenset({"gram", "count"})
+
+
+def check_quantizer(asker: str, quantizer: Any) -> None:
+    """Refuses what is no transform, or makes no approximation of the weight itself.
+
+    Raises:
+      TypeError: If it is no transform.
+      ValueError: If it moves or rescales inputs.
+    """
+    if not isinstance(quantizer, Transform):
+        raise TypeError(
+            f"{asker}: quantizer={quantizer!r} is no transform. Pass one such as "
+            "quantize.gptq(bits=3, group_size=64)."
+        )
+    if quantizer.moves_inputs:
+        raise ValueError(
+            f"{asker}: {quantizer.name} moves or rescales inputs, so that what it makes is no "
+            "approximation of the weight itself. Apply it before."
+        )
+
+
+def gram_needs(params: Params, *, named: bool) -> Needs:
+    """Gram matrices and counts of all matrices that a transform acts on."""
+    return {
+        path: _GRAM
+        for path, leaf in flatten(params)[0].items()
+        if is_float(leaf) and len(leaf.shape) > 1 and (named or is_default_target(path))
+    }
 
 
 def changed_leaves(quantizer: Transform, flat: Flat, context: Context) -> list[Path]:

@@ -69,14 +69,15 @@ def describe_failure(path: Path, tokens: np.ndarray, damping: np.ndarray) -> str
     """Says which matrices of a leaf could not be factored, and why; None if all could."""
     empty = np.asarray(tokens) == 0
     failed = np.isnan(np.asarray(damping)) & ~empty
-    for bad, reason in (
-        (empty, "no calibration token reached it. Calibrate on more data"),
-        (failed, "its Gram matrix is not positive definite even with damping=1. Calibrate again"),
+    singular = "its Gram matrix is not positive definite even with damping=1"
+    for bad, reason, remedy in (
+        (empty, "no calibration token reached it", "Calibrate on more data"),
+        (failed, singular, "Calibrate again"),
     ):
         if bad.any():
             return (
-                f"{path!r}: {reason}, pass on_failure='round_to_nearest', or leave this weight out "
-                f"with `partition`.{_of_stack(bad)}"
+                f"{path!r}: {reason}{places_of(bad)}. {remedy}, pass on_failure="
+                "'round_to_nearest', or leave this weight out with `partition`."
             )
     return None
 
@@ -109,8 +110,8 @@ def warn_of_fallback(asker: str, path: Path, status: np.ndarray) -> None:
     if fallen.any():
         reasons = sorted({one.split(":")[1] for one in status[fallen].flat})
         warnings.warn(
-            f"{asker}: {path!r}: was rounded to nearest ({', '.join(reasons)}). Pass report=... to "
-            f"be told instead of warned.{_of_stack(fallen)}",
+            f"{asker}: {path!r}: was rounded to nearest ({', '.join(reasons)}){places_of(fallen)}. "
+            "Pass report=... to be told instead of warned.",
             stacklevel=2,
         )
 
@@ -124,15 +125,16 @@ def warn_of_few_tokens(
     if few.any():
         most = float(np.max(np.broadcast_to(damping, tokens.shape)[few]))
         warnings.warn(
-            f"{asker}: {path!r}: {int(tokens[few].min())} tokens were seen, fewer than its "
-            f"{inputs} inputs: only the damping ({most:.2g} of the mean diagonal) makes its Gram "
-            f"matrix invertible. Calibrate on more data.{_of_stack(few)}",
+            f"{asker}: {path!r}: {int(tokens[few].min())} tokens were seen{places_of(few)}, fewer "
+            f"than its {inputs} inputs: only the damping ({most:.2g} of the mean diagonal) makes "
+            "its Gram matrix invertible. Calibrate on more data.",
             stacklevel=2,
         )
 
 
-def _of_stack(bad: np.ndarray) -> str:
+def places_of(bad: np.ndarray) -> str:
+    """Which matrices of a stack are bad, in brackets; nothing without a stack."""
     if not bad.ndim:
         return ""
     places = [i[0] if len(i) == 1 else tuple(i) for i in np.argwhere(bad).tolist()]
-    return f" This holds for the matrices {places[:8]} of its stack."
+    return f" (matrices {places[:8]} of its stack)"

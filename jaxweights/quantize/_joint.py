@@ -13,19 +13,22 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
-from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
-from jaxweights.quantize._around import changed_leaves, quantize_alone
+from jaxweights.quantize._around import (
+    changed_leaves,
+    check_quantizer,
+    gram_needs,
+    quantize_alone,
+)
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._low_rank_of import low_rank_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
 from jaxweights.weights._outliers import Outliers
 from jaxweights.weights._weight import is_weight, materialize
-
-_GRAM = frozenset({"gram", "count"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,16 +212,7 @@ def _check(
     *,
     least_rank: int = 0,
 ) -> _Settings:
-    if not isinstance(quantizer, Transform):
-        raise TypeError(
-            f"{name}: quantizer={quantizer!r} is no transform. Pass one such as "
-            "quantize.gptq(bits=3, group_size=64)."
-        )
-    if quantizer.moves_inputs:
-        raise ValueError(
-            f"{name}: {quantizer.name} moves or rescales inputs, so that what it makes is no "
-            "approximation of the weight itself. Apply it before."
-        )
+    check_quantizer(name, quantizer)
     if not isinstance(rank, int) or rank < least_rank:
         raise ValueError(f"{name}: rank={rank!r} must be an integer of at least {least_rank}.")
     if not 0 <= outliers < 1:
@@ -254,13 +248,7 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
         return unflatten(treedef, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
-        own: Needs = {}
-        if settings.weighted:
-            own = {
-                path: _GRAM
-                for path, leaf in flatten(params)[0].items()
-                if is_float(leaf) and len(leaf.shape) > 1 and (named or is_default_target(path))
-            }
+        own = gram_needs(params, named=named) if settings.weighted else {}
         return union_needs([quantizer.needs(params, named=named), own])
 
     return stateless(

@@ -35,6 +35,7 @@ from jaxweights.quantize._learned import (
     round_through,
 )
 from jaxweights.quantize._leaves import check_scale_dtype, describe_bad_blocks, unfit_values
+from jaxweights.quantize._power import EXPONENTS
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
@@ -43,8 +44,6 @@ from jaxweights.weights._scaled import combine
 _NAME = "quantize.nupes"
 
 _LEAST_EXPONENT = 0.1
-# Where learning may start: the objective is flat about its minimum. 1 is plain rounding.
-_EXPONENTS = tuple(float(a) for a in np.round(np.linspace(0.24, 1, 20), 2))
 
 
 class _Latent(NamedTuple):
@@ -196,7 +195,7 @@ def nupes_matrix(
         moved, moments = adam_step(latent, gradient, moments, i, speeds)
         return (moved, best, jnp.where(better, now, least), moments), None
 
-    exponents = jnp.asarray(_EXPONENTS, jnp.float32)
+    exponents = jnp.asarray(EXPONENTS, jnp.float32)  # where learning may start; 1 is plain rounding
     tried = jax.lax.map(lambda a: loss(begin(a)), exponents)
     # NaN is never least: then the last, plain rounding, is where it stays.
     chosen = jnp.argmin(jnp.where(jnp.isfinite(tried), tried, jnp.inf)[::-1])

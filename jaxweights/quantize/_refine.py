@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core._context import Context
-from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
-from jaxweights.quantize._around import changed_leaves, quantize_alone
+from jaxweights.quantize._around import (
+    changed_leaves,
+    check_quantizer,
+    gram_needs,
+    quantize_alone,
+)
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.weights._axes import View
@@ -22,7 +27,6 @@ from jaxweights.weights._quantized import Quantized, pack_codes
 from jaxweights.weights._weight import is_weight
 
 _NAME = "quantize.refine"
-_GRAM = frozenset({"gram", "count"})
 _BLOCK = 32  # rows whose changes are gathered before they are spread over all others
 _RIDGE = 1e-6  # of the mean diagonal: groups whose codes are all zero have no scale to find
 
@@ -67,16 +71,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
     Source: Behdin et al. 2023, arXiv:2309.01885 (QuantEase), Algorithm 1, for the codes.
     Differs: (1) Scales are refitted between sweeps. (2) It starts from another quantizer's result.
     """
-    if not isinstance(quantizer, Transform):
-        raise TypeError(
-            f"{_NAME}: quantizer={quantizer!r} is no transform. Pass one such as "
-            "quantize.gptq(bits=3, group_size=64)."
-        )
-    if quantizer.moves_inputs:
-        raise ValueError(
-            f"{_NAME}: {quantizer.name} moves or rescales inputs, so that what it makes is no "
-            "approximation of the weight itself. Apply it before."
-        )
+    check_quantizer(_NAME, quantizer)
     if not isinstance(sweeps, int) or sweeps < 1:
         raise ValueError(f"{_NAME}: sweeps={sweeps!r} must be a positive integer.")
 
@@ -103,11 +98,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
         return unflatten(treedef, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
-        own: Needs = {
-            path: _GRAM
-            for path, leaf in flatten(params)[0].items()
-            if is_float(leaf) and len(leaf.shape) > 1 and (named or is_default_target(path))
-        }
+        own = gram_needs(params, named=named)
         return union_needs([quantizer.needs(params, named=named), own])
 
     return stateless(

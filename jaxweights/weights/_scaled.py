@@ -200,7 +200,10 @@ class Scaled(MatrixWeight):
         return self._fitted().view.from_matrix(self.matrix())
 
     def partition(self, spec: Any, mesh: Any) -> Any:
-        """Stored rows and scales are split as inputs and outputs are; tables are not."""
+        """Stored rows and scales are split as inputs and outputs are; tables are not.
+
+        None where a block spans shards: products are then those of the dense weight.
+        """
         parts = matrix_parts(self._fitted().view, self.ndim, spec)
         if parts is None:
             return None

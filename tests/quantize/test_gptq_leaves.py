@@ -105,7 +105,9 @@ def test_without_a_report_a_fallback_is_warned_of():
         {"experts/kernel": (jnp.stack([gram, 0 * gram]), jnp.array([256, 0]))},
         {"experts/kernel": Axes()},
     )
-    words = r"'experts/kernel': was rounded to nearest \(no_tokens\)\..*matrices \[1\] of its stack"
+    words = (
+        r"'experts/kernel': was rounded to nearest \(no_tokens\) \(matrices \[1\] of its stack\)"
+    )
     with pytest.warns(UserWarning, match=words):
         apply(gptq(bits=4, on_failure="round_to_nearest"), params, stats=stats)
 
