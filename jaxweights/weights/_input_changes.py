@@ -59,8 +59,8 @@ class InputChange(Weight):
         return tuple(self.shape[axis] for i, axis in enumerate(axes) if i == axis)
 
     def materialize(self) -> jax.Array:
-        """The dense weight, computed in float32 and rounded once."""
-        matrix = self.view.to_matrix(materialize(self.base)).astype(jnp.float32)
+        """The dense weight, computed in float32 or wider and rounded once."""
+        matrix = self.view.to_matrix(materialize(self.base)).astype(wide_dtype(self.dtype))
         rows = self.change(jnp.swapaxes(matrix, -1, -2), transposed=True)
         return self.view.from_matrix(jnp.swapaxes(rows, -1, -2)).astype(self.dtype)
 
@@ -287,7 +287,7 @@ class Rotated(InputChange):
         """The same dense weight behind the transform of the largest order that there is."""
         view = View.of(weight.shape) if view is None else view
         order = hadamard_order(view.in_dim)
-        columns = jnp.swapaxes(view.to_matrix(weight).astype(jnp.float32), -1, -2)
+        columns = jnp.swapaxes(view.to_matrix(weight).astype(wide_dtype(weight.dtype)), -1, -2)
         # (x H.T) @ (H @ W): columns of the base are those of W, transformed as rows.
         base = jnp.swapaxes(hadamard_transform(columns, order=order), -1, -2)
         return cls(view.from_matrix(base).astype(weight.dtype), order, view)

@@ -165,6 +165,17 @@ def test_statistics_behind_two_maps_are_those_of_the_inner_base():
 
 
 @MAKERS
+def test_float64_weights_keep_their_digits(make):
+    with jax.enable_x64(True):
+        weight = make((8, 3), dtype=jnp.float64)
+        found = np.asarray(weight.materialize())
+        x = np.eye(8)
+        want = np.asarray(weight.change(jnp.asarray(x)) @ weight.base)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-14)
+
+
+@MAKERS
 def test_bfloat16_activations_are_changed_in_float32_and_rounded_once(make):
     weight = make((8, 3), dtype=jnp.bfloat16)
     x = normal(4, 8, seed=7, dtype=jnp.bfloat16)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Params, Path, flatten, unflatten
@@ -115,7 +116,7 @@ def settle(params: Params) -> Params:
     return unflatten(treedef, settled)
 
 
-def lsq_round(x: jax.Array, step: jax.Array, *, bits: int, signed: bool = True) -> jax.Array:
+def lsq_round(x: jax.Array, step: ArrayLike, *, bits: int, signed: bool = True) -> jax.Array:
     r"""Rounds activations to multiples of a learned step, with the gradients of learned steps.
 
     Args:
@@ -131,6 +132,7 @@ def lsq_round(x: jax.Array, step: jax.Array, *, bits: int, signed: bool = True) 
       clipped; that of a step is divided by the root of (values that share it) times (largest code).
 
     Raises:
+      TypeError: If `bits` is no integer.
       ValueError: If `bits` is out of range.
 
     Example:
@@ -140,6 +142,7 @@ def lsq_round(x: jax.Array, step: jax.Array, *, bits: int, signed: bool = True) 
     Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 4 and section 2.2.
     """
     smallest, largest = _code_range("quantize.lsq_round", bits, signed)
+    step = jnp.asarray(step)
     shared = max(x.size // max(step.size, 1), 1)
     wide = jnp.broadcast_to(step.astype(jnp.float32), x.shape)
     scale = 1 / math.sqrt(shared * largest)
@@ -175,6 +178,8 @@ def lsq_step(
 
 def _code_range(asker: str, bits: int, signed: bool) -> tuple[int, int]:
     fewest = 2 if signed else 1
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
     if not fewest <= bits <= 8:
         raise ValueError(f"{asker}: bits={bits} must lie between {fewest} and 8.")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

@@ -29,6 +29,7 @@ def pact(x: jax.Array, bound: jax.Array, *, bits: int) -> jax.Array:
       The rounded activations, in the dtype of `x`.
 
     Raises:
+      TypeError: If `bits` is no integer.
       ValueError: If `bits` is out of range.
 
     Example:
@@ -39,6 +40,8 @@ def pact(x: jax.Array, bound: jax.Array, *, bits: int) -> jax.Array:
 
     Source: Choi et al. 2018, arXiv:1805.06085, equations 1 to 3.
     """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"{_NAME}: bits={bits!r} must be an integer.")
     if not 1 <= bits <= 8:
         raise ValueError(f"{_NAME}: bits={bits} must lie between 1 and 8.")
     bound = jnp.asarray(bound)

@@ -165,3 +165,10 @@ def test_settings_are_refused():
         lsq_round(jnp.ones(3), jnp.array(1.0), bits=1)
     with pytest.raises(ValueError, match=r"quantize.lsq_step: bits=9 must lie between 1 and 8"):
         lsq_step(jnp.ones(3), bits=9, signed=False)
+
+
+def test_activations_take_a_plain_number_as_their_step():
+    x = jnp.array([0.2, 0.7, 9.0])
+    np.testing.assert_array_equal(lsq_round(x, 0.5, bits=2), lsq_round(x, jnp.array(0.5), bits=2))
+    with pytest.raises(TypeError, match=r"quantize.lsq_round: bits=2.5 must be an integer"):
+        lsq_round(x, 0.5, bits=2.5)

@@ -34,3 +34,5 @@ def test_a_bound_of_zero_and_bfloat16():
     assert pact(x, jnp.array(1.0), bits=4).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match=r"quantize.pact: bits=0 must lie between 1 and 8"):
         pact(x, jnp.array(1.0), bits=0)
+    with pytest.raises(TypeError, match=r"quantize.pact: bits=2.5 must be an integer"):
+        pact(x, jnp.array(1.0), bits=2.5)
