@@ -93,6 +93,7 @@ def transform_checkpoint(
             "whether its settings were these. Pass recipe, the settings in words, to both runs."
         )
     main, others = open_checkpoint(source), [open_checkpoint(model) for model in models]
+    fail(_NAME, [reason for c in (main, *others) if (reason := why_unread(c)) is not None])
     check_pattern(_NAME, match)
     chosen = {name for name in matching(match, main.names) if str(main.dtype(name)) in _FLOATS}
     if not chosen:
@@ -142,6 +143,16 @@ def transform_checkpoint(
         overwrite=overwrite,
         resume=resume,
         progress=progress,
+    )
+
+
+def why_unread(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint's tensors are not the weights that they look like; None if they are."""
+    if checkpoint.unread is None:
+        return None
+    return (
+        f"'{checkpoint.path}': the quantization_config of its config.json: {checkpoint.unread}. "
+        "Give a dense checkpoint."
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxweights.checkpoint import open_checkpoint
+from jaxweights.stream._checkpoint import why_unread
 
 # How checkpoints number their layers: `model.layers.3.`, `transformer.h.3.`, `encoder.block.3.`.
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(\d+)(\..+)")
@@ -97,6 +98,8 @@ def open_model(label: str, path: str, beside: Path) -> Model:
             "of an earlier document. Models are not downloaded: give the folder that holds one."
         )
     checkpoint = open_checkpoint(place)
+    if (reason := why_unread(checkpoint)) is not None:
+        raise ValueError(reason)
     return Model(
         label,
         checkpoint,

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxweights.checkpoint import write_safetensors
+from jaxweights.merge import mean
 from jaxweights.recipes.mergekit import load_merge_config, run_merge
+from jaxweights.stream import transform_checkpoint
 from tests.recipes.mergekit._checkpoints import CONFIG, arrays, read, write_config, write_models
 
 
@@ -109,6 +111,16 @@ def test_a_missing_shard_is_refused(folder):
     next((folder / "sharded").glob("model-00002-*")).unlink()
     config = {"merge_method": "linear", "models": _models("sharded", "ft2")}
     _refused(folder, config, r"shards are missing")
+
+
+def test_codes_that_are_not_understood_are_not_merged(folder):
+    config = {**CONFIG, "quantization_config": {"quant_method": "mystery"}}
+    write_safetensors(folder / "coded", arrays("ft1"), files={"config.json": json.dumps(config)})
+    words = r"coded': the quantization_config .*'mystery' cannot be read.*Give a dense checkpoint"
+    _refused(folder, {"merge_method": "linear", "models": _models("ft2", "coded")}, words)
+    tx = mean(weights=[1.0])
+    with pytest.raises(ValueError, match=words):
+        transform_checkpoint(tx, folder / "ft2", folder / "out", models=[folder / "coded"])
 
 
 def test_nan_in_a_model_is_named_with_its_tensor(folder):
