@@ -99,6 +99,7 @@ class Destination:
         self._files = _OpenFiles()
         self._open: dict[str, list[Any]] = {}  # bytes written and running checksum
         self._journal = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
+        os.write(self._journal, b"\n")  # an earlier run's last line may be torn
 
     def append(self, name: str, data: np.ndarray) -> None:
         """Writes the next bytes of a tensor, `(n,)` uint8; the last ones finish it.

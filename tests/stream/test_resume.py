@@ -124,6 +124,22 @@ def test_what_was_written_behind_the_last_tensor_is_written_again(tmp_path, monk
     assert made.keys() == whole.keys()
 
 
+def test_a_torn_line_of_the_journal_takes_no_other_along(tmp_path, monkeypatch):
+    _end(_killed(tmp_path / "out", 5))
+    [partial] = tmp_path.iterdir()
+    with (partial / _destination.JOURNAL).open("a") as journal:
+        journal.write('{"tensor": "lay')
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_destination, "flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", resume=True)
+    assert run(tmp_path / "out", resume=True).resumed == 10
+
+
 def test_a_format_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ValueError, match="format='gguf' cannot be written"):
         run(tmp_path / "out", format="gguf")
