@@ -234,7 +234,8 @@ def adadim(
             if method == "gptq":
                 inputs = int(np.max(np.asarray(result.inputs), initial=0))
                 warn_of_few_tokens(_NAME, path, tokens, inputs, used)
-            warn_of_fallback(_NAME, path, status_of("adadim", tokens, used, damping))
+            status = status_of("adadim", tokens, used, damping)
+            warn_of_fallback(_NAME, path, status, reports=False)
             if report is not None:
                 report(path, choice)
         return problem

@@ -159,6 +159,7 @@ def allocation_needs(
       >>> sorted(allocation_needs({"kernel": jnp.ones((4, 4))}, rounded)["kernel"])
       ['count', 'gram']
     """
+    _check_measure(measure)
     own = {
         path: _READS[measure]
         for path, leaf in flatten(params)[0].items()
@@ -308,12 +309,16 @@ def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, siz
         raise ValueError(
             f"{_NAME}: budget={budget} and bits_per_weight={bits_per_weight}: give one of the two."
         )
+    _check_measure(measure)
+    if size not in get_args(Size):
+        raise ValueError(f"{_NAME}: size={size!r} is unknown. Choose 'stored' or 'packed'.")
+
+
+def _check_measure(measure: str) -> None:
     if measure not in get_args(Measure):
         raise ValueError(
             f"{_NAME}: measure={measure!r} is unknown. Choose one of {', '.join(_READS)}."
         )
-    if size not in get_args(Size):
-        raise ValueError(f"{_NAME}: size={size!r} is unknown. Choose 'stored' or 'packed'.")
 
 
 def _factors(importance: Mapping[str, float] | None, flat: Flat) -> dict[Path, float]:

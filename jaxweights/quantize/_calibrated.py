@@ -104,14 +104,23 @@ def nonfinite_statistics(stats: Stats, paths: Iterable[Path], name: Statistic) -
     return problems
 
 
-def warn_of_fallback(asker: str, path: Path, status: np.ndarray) -> None:
-    """Warns where a matrix was rounded to nearest for want of a usable Gram matrix."""
+def warn_of_fallback(asker: str, path: Path, status: np.ndarray, *, reports: bool = True) -> None:
+    """Warns where a matrix was rounded to nearest for want of a usable Gram matrix.
+
+    Args:
+      asker: What the warning calls the transform.
+      path: The leaf.
+      status: From `status_of`.
+      reports: Whether the transform's report would tell the same.
+    """
     fallen = np.char.startswith(status, "round_to_nearest")
     if fallen.any():
         reasons = sorted({one.split(":")[1] for one in status[fallen].flat})
+        more = "Calibrate on more data, or leave this weight out with `partition`."
+        remedy = "Pass report=... to be told instead of warned." if reports else more
         warnings.warn(
             f"{asker}: {path!r}: was rounded to nearest ({', '.join(reasons)}){places_of(fallen)}. "
-            "Pass report=... to be told instead of warned.",
+            f"{remedy}",
             stacklevel=2,
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core._paths import Params, flatten, nearest, path_key, unflatten
+from jaxweights.core._paths import Flat, Params, flatten, nearest, path_key, unflatten
 from jaxweights.quantize._rotate import gains_of
 from jaxweights.quantize._rotation import Rotation, random_rotation, rotate_flat
 
@@ -67,8 +67,8 @@ def learn_rotations(
       The rotations and the losses.
 
     Raises:
-      ValueError: If a width is unknown, there is no batch, or rotations must be drawn and there is
-        no key.
+      ValueError: If a width is unknown or has only a start, there is no batch, or rotations must be
+        drawn and there is no key.
 
     Example:
       >>> from jaxweights.align import PermutationSpec
@@ -95,6 +95,11 @@ def learn_rotations(
             f"{_NAME}: {unknown[0]!r} is no width of the spec. Its widths are "
             f"{nearest(unknown[0], spec.sizes)}."
         )
+    if left := [name for name in given if name not in widths]:
+        raise ValueError(
+            f"{_NAME}: start[{left[0]!r}]: {left[0]!r} is not among widths={list(widths)}. Add it "
+            "there."
+        )
     if steps < 1:
         raise ValueError(f"{_NAME}: steps={steps} must be at least 1.")
     drawn = [name for name in widths if name not in given]
@@ -108,18 +113,20 @@ def learn_rotations(
         raise ValueError(f"{_NAME}: there is no batch. Pass at least one.")
     flat, treedef = flatten(params)
     gains = gains_of(spec, widths)
+    # Arguments of the step, not constants of its program, which would hold them once more.
+    weights = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")}
 
-    def loss_of(matrices: dict[str, jax.Array], batch: Any) -> jax.Array:
+    def loss_of(matrices: dict[str, jax.Array], weights: Flat, batch: Any) -> jax.Array:
         turns = {name: Rotation(matrix=matrix) for name, matrix in matrices.items()}
-        turned = {path: leaf for path, leaf in flat.items() if path not in gains}
-        new = unflatten(treedef, flat | rotate_flat(spec, turned, turns))
+        turned = {path: leaf for path, leaf in weights.items() if path not in gains}
+        new = unflatten(treedef, flat | weights | rotate_flat(spec, turned, turns))
         return loss(new, *(batch if isinstance(batch, tuple | list) else (batch,)))
 
     @jax.jit
     def step(
-        matrices: dict[str, jax.Array], batch: Any, rate: jax.Array
+        matrices: dict[str, jax.Array], weights: Flat, batch: Any, rate: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array]:
-        value, gradient = jax.value_and_grad(loss_of)(matrices, batch)
+        value, gradient = jax.value_and_grad(loss_of)(matrices, weights, batch)
         new = {name: cayley_step(q, gradient[name], rate) for name, q in matrices.items()}
         return new, value
 
@@ -127,9 +134,9 @@ def learn_rotations(
     losses = []
     for i, batch in zip(range(steps), itertools.chain([first], stream)):
         rate = jnp.asarray(learning_rate * (1 - i / steps), jnp.float32)
-        matrices, value = step(matrices, batch, rate)
+        matrices, value = step(matrices, weights, batch, rate)
         losses.append(value)
-    losses.append(step(matrices, first, jnp.float32(0))[1])
+    losses.append(step(matrices, weights, first, jnp.float32(0))[1])
     return LearnedRotations(
         {name: Rotation(matrix=matrix) for name, matrix in matrices.items()}, jnp.stack(losses)
     )

@@ -190,6 +190,8 @@ def test_what_cannot_be_allocated_is_refused_by_its_words():
         allocate(params, rounded)
     with pytest.raises(ValueError, match=r"measure='best' is unknown. Choose one of relative"):
         allocate(params, rounded, budget=1, measure="best")
+    with pytest.raises(ValueError, match=r"measure='best' is unknown. Choose one of relative"):
+        allocation_needs(params, rounded, measure="best")
     with pytest.raises(ValueError, match=r"size='small' is unknown"):
         allocate(params, rounded, budget=1, size="small")
     with pytest.raises(ValueError, match=r"quantize.allocate: 'stats' is missing"):
