@@ -147,6 +147,12 @@ def describe_bad_blocks(path: Path, weight: Scaled | Quantized) -> str | None:
     bad = np.argwhere(~np.isfinite(scale))
     if not len(bad):
         return None
+    remedy = (
+        "Repair the checkpoint, choose a wider dtype for scales where there is a choice, or leave "
+        "this weight out with `partition`."
+    )
+    if len(bad) == scale.size > 1:  # one bad value spoils a scale of scales, and so all of them
+        return f"{path!r}: holds values that are not finite, or too large for its scales. {remedy}"
     *stack, row, column = (int(i) for i in bad[0])
     height, width = weight.in_dim // scale.shape[-2], weight.out_dim // scale.shape[-1]
     rows = f"inputs {row * height} to {(row + 1) * height - 1}"
@@ -156,6 +162,5 @@ def describe_bad_blocks(path: Path, weight: Scaled | Quantized) -> str | None:
     where = f"{rows} of {columns}" + (f" of matrix {stack} in the stack" if stack else "")
     return (
         f"{path!r}: {len(bad)} of {scale.size} blocks hold values that are not finite, or too "
-        f"large for their scales, the first being {where}. Repair the checkpoint, choose a wider "
-        "dtype for scales where there is a choice, or leave this weight out with `partition`."
+        f"large for their scales, the first being {where}. {remedy}"
     )
