@@ -145,7 +145,9 @@ def sign_sum(
 ) -> jax.Array:
     """Sum of the elected signs of one leaf."""
     deltas = [_sparse_delta(delta_of(base, m), inputs, i, row, plan) for i, m in enumerate(models)]
-    return jnp.sum(jnp.sign(sum(_weighted(deltas, inputs))), dtype=jnp.float32)
+    signs = jnp.sign(sum(_weighted(deltas, inputs))).astype(jnp.int32)
+    # As integers: a float32 sum of ones stands still at 2**24, which large embeddings exceed.
+    return jnp.sum(signs).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("row", "plan", "output", "dtype"))
