@@ -1,6 +1,6 @@
 """What training on a grid regains of what rounding loses, and which weights swing meanwhile.
 
-    python benchmarks/qat.py  # both tables and the figure, about 5 minutes on two cores
+    python benchmarks/qat.py  # both tables and the figure
     python benchmarks/qat.py --table accuracy --seeds 5
     python benchmarks/qat.py --table oscillation
 
