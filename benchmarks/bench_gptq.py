@@ -32,19 +32,23 @@ def problem(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(inputs, outputs)).astype(np.float32), x.T @ x
 
 
-def torch_gptq(weight: np.ndarray, gram: np.ndarray) -> Callable[[], np.ndarray] | None:
+def torch_gptq(
+    weight: np.ndarray, gram: np.ndarray, device: str = "cpu"
+) -> Callable[[], np.ndarray] | None:
     """Dequantized `(in, out)`, groups of 128 with moving scales on the affine grid."""
     try:
         import torch
     except ImportError:
         return None
-    original, hessian = torch.from_numpy(weight.T.copy()), torch.from_numpy(gram)
+    original = torch.from_numpy(weight.T.copy()).to(device)
+    hessian = torch.from_numpy(gram.copy()).to(device)
     top = 2**BITS - 1
 
     def run() -> np.ndarray:
         rows = original.clone()
         result = torch.zeros_like(rows)
-        damped = hessian + DAMPING * torch.mean(torch.diag(hessian)) * torch.eye(len(hessian))
+        eye = torch.eye(len(hessian), device=device)
+        damped = hessian + DAMPING * torch.mean(torch.diag(hessian)) * eye
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         factor = torch.linalg.cholesky(inverse, upper=True)
         for start in range(0, rows.shape[1], 128):
@@ -65,7 +69,7 @@ def torch_gptq(weight: np.ndarray, gram: np.ndarray) -> Callable[[], np.ndarray]
                 errors[:, i] = error
                 result[:, start + i] = rounded
             rows[:, end:] -= errors @ factor[start:end, end:]
-        return result.numpy().T
+        return result.cpu().numpy().T
 
     return run
 
