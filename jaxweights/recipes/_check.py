@@ -141,6 +141,14 @@ def read(node: Located, annotation: Any, where: str, problems: Problems) -> Any:
     return MISSING
 
 
+def without_nulls(node: Located, known: Collection[str]) -> Located:
+    """A mapping without those of its known keys that are null, as if they were not written."""
+    if not isinstance(node.value, dict):
+        return node
+    left = {k: v for k, v in node.value.items() if v.value is not None or k not in known}
+    return dataclasses.replace(node, value=left)
+
+
 def unknown_key(key: str, known: Collection[str], where: str) -> str:
     """The sentence for a key that is not known."""
     if not known:

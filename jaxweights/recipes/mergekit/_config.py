@@ -7,8 +7,18 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxweights.recipes._check import MISSING, Problems, describe, read, read_keys, unknown_key
+from jaxweights.recipes._check import (
+    MISSING,
+    Problems,
+    describe,
+    read,
+    read_keys,
+    unknown_key,
+    without_nulls,
+)
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml_documents
+from jaxweights.recipes.mergekit._chat_templates import AUTO, CHAT_TEMPLATES
+from jaxweights.recipes.mergekit._method import Compat
 from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef, read_model
 from jaxweights.recipes.mergekit._parameters import Setting, read_setting
@@ -16,7 +26,20 @@ from jaxweights.recipes.mergekit._tokenizer_rules import TokenizerRules, read_to
 
 DTYPES = ("float32", "float16", "bfloat16")
 _ORIGIN = "jaxweights merge"
+# Parameters of all methods: what one of them does not have is no typo, but is ignored by mergekit.
+_KINDS = {name: p.kind for method in METHODS.values() for name, p in method.parameters.items()}
+# How mergekit stores signs on the way; without effect on any value, for any method.
+_WITHOUT_EFFECT = ("int8_mask",)
+# Keys of the configurations of mergekit's other programs, and what there is instead.
+_OTHERS = {
+    "experts": "This is a configuration of mergekit-moe, which builds another architecture. This "
+    "command merges models of one architecture.",
+    "genome": "This is a configuration of mergekit-evolve. jaxweights.merge.evolution searches "
+    "for coefficients with a score of your own.",
+}
 
+# A key of slices that mergekit reads and does not use.
+_RESIDUAL = "residual_weight"
 
 Settings = dict[str, Setting]
 
@@ -91,7 +114,8 @@ class MergeConfig:
       dtype: Dtype that inputs are rounded to before they are merged.
       out_dtype: Dtype that is written; None takes `dtype`, or else that of the base.
       tokenizer: Where the vocabulary comes from, and rules for its rows; None leaves it alone.
-      chat_template: Text of a template that is written, or None.
+      chat_template: A template that is written: its text, the name of a usual one, or `"auto"` for
+        the one that most models have.
       line: Where it starts.
     """
 
@@ -118,12 +142,30 @@ class MergeConfig:
             found[self.tokenizer.source] = None
         return tuple(found)
 
+    @property
+    def unused(self) -> dict[str, Setting]:
+        """Parameters that the method does not have, by name."""
+        parts = [part for module in self.modules for part in module.slices]
+        levels = [self.parameters]
+        levels += [holder.parameters for holder in (*self.modules, *parts)]
+        levels += [source.parameters for part in parts for source in part.sources]
+        known = METHODS[self.method].parameters if self.method in METHODS else _KINDS
+        return {
+            name: setting
+            for level in levels
+            for name, setting in level.items()
+            if name not in known and name not in _WITHOUT_EFFECT
+        }
 
-def load_merge_config(path: str | os.PathLike[str]) -> list[MergeConfig]:
+
+def load_merge_config(
+    path: str | os.PathLike[str], *, compat: Compat = "fixed"
+) -> list[MergeConfig]:
     """Reads a configuration; several documents build on each other by name.
 
     Args:
       path: A YAML file as mergekit reads it.
+      compat: `"mergekit"` lets parameters pass that another method has and this one ignores.
 
     Returns:
       Its documents.
@@ -142,31 +184,41 @@ def load_merge_config(path: str | os.PathLike[str]) -> list[MergeConfig]:
         _document(node, str(path), problems)
         for node in parse_yaml_documents(text, str(path), aliases=True)
     ]
+    configs = [config for config in configs if config is not MISSING]
+    for config in configs if compat == "fixed" else ():
+        for name, setting in config.unused.items():
+            problems.add(
+                setting.line,
+                f"{config.method} has no parameter {name!r}: mergekit ignores it. Leave it out, or "
+                "say --compat mergekit to have it ignored here, too.",
+            )
     problems.check()
-    return [config for config in configs if config is not MISSING]
+    return configs
+
+
+_KEYS = {
+    "name": str,
+    "merge_method": str,
+    "models": Any,
+    "slices": Any,
+    "modules": Any,
+    "base_model": Any,
+    "parameters": Any,
+    "dtype": Any,
+    "out_dtype": Any,
+    "tokenizer": Any,
+    "tokenizer_source": Any,
+    "chat_template": str,
+}
 
 
 def _document(node: Located, file: str, problems: Problems) -> Any:
-    values = read_keys(
-        node,
-        {
-            "name": str,
-            "merge_method": str,
-            "models": Any,
-            "slices": Any,
-            "modules": Any,
-            "base_model": Any,
-            "parameters": Any,
-            "dtype": Any,
-            "out_dtype": Any,
-            "tokenizer": Any,
-            "tokenizer_source": Any,
-            "chat_template": str,
-        },
-        ["merge_method"],
-        "recipe",
-        problems,
-    )
+    node = without_nulls(node, _KEYS)
+    for key in _OTHERS:
+        if isinstance(node.value, dict) and key in node.value:
+            problems.add(node.keys[key], f"{key}: {_OTHERS[key]}")
+            return MISSING
+    values = read_keys(node, _KEYS, ["merge_method"], "recipe", problems)
     if not isinstance(node.value, dict):
         return MISSING
     keys: dict[str, Located] = node.value
@@ -204,9 +256,21 @@ def _document(node: Located, file: str, problems: Problems) -> Any:
         dtype=keys["dtype"].value if "dtype" in keys else None,
         out_dtype=keys["out_dtype"].value if "out_dtype" in keys else None,
         tokenizer=read_tokenizer(keys, problems),
-        chat_template=keys["chat_template"].value if "chat_template" in keys else None,
+        chat_template=_chat_template(keys.get("chat_template"), problems),
         line=node.line,
     )
+
+
+def _chat_template(node: Located | None, problems: Problems) -> str | None:
+    if node is None or not isinstance(node.value, str):
+        return None
+    if "{" not in node.value and node.value != AUTO and node.value not in CHAT_TEMPLATES:
+        problems.add(
+            node.line,
+            f"chat_template: is {describe(node)}. It must be {AUTO!r}, one of "
+            f"{', '.join(map(repr, CHAT_TEMPLATES))}, or the text of a Jinja template.",
+        )
+    return node.value
 
 
 def _modules(
@@ -249,7 +313,8 @@ def _slices(kind: str, node: Located, method: str | None, problems: Problems) ->
 
 
 def _slice(node: Located, where: str, method: str | None, problems: Problems) -> Slice | None:
-    keys = {"sources": Any, "base_model": Any, "parameters": Any}
+    keys = {"sources": Any, "base_model": Any, "parameters": Any, _RESIDUAL: Any}
+    node = without_nulls(node, keys)
     if read_keys(node, keys, ["sources"], where, problems) is MISSING:
         return None
     sources = node.value["sources"]
@@ -261,10 +326,13 @@ def _slice(node: Located, where: str, method: str | None, problems: Problems) ->
         for i, item in enumerate(sources.value)
     ]
     base = node.value.get("base_model")
+    settings = _settings(node.value.get("parameters"), method, where, problems)
+    if _RESIDUAL in node.value:
+        settings[_RESIDUAL] = Setting((), node.value[_RESIDUAL].line)
     part = Slice(
         tuple(source for source in found if source is not None),
         None if base is None else read_model(base, f"{where}.base_model", problems),
-        _settings(node.value.get("parameters"), method, where, problems),
+        settings,
         node.line,
     )
     lengths = {s.layers[1] - s.layers[0] for s in part.sources if s.layers is not None}
@@ -305,14 +373,13 @@ def _settings(node: Located | None, method: str | None, where: str, problems: Pr
     if not isinstance(node.value, dict):
         problems.add(node.line, f"{where}.parameters: is {describe(node)}. It must be a mapping.")
         return {}
-    known = METHODS[method].parameters if method else None
+    known = METHODS[method].parameters if method else _KINDS
     found = {}
     for name, value in node.value.items():
-        if known is not None and name not in known:
+        if method and name not in _KINDS:
             problems.add(node.keys[name], unknown_key(name, known, f"parameters of {method}"))
             continue
-        kind = known[name].kind if known is not None else None
-        setting = read_setting(value, kind, name, problems)
+        setting = read_setting(value, _KINDS.get(name), name, problems)
         if setting is not None:
             found[name] = setting
     return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxweights.recipes.mergekit._chat_templates import with_chat_template
 from jaxweights.recipes.mergekit._config import MergeConfig, Module
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model
@@ -43,7 +44,8 @@ def result_files(
         found = _config(config, first, planned, vocabulary)
         files["config.json"] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
     if config.chat_template is not None:
-        files["chat_template.jinja"] = config.chat_template
+        every = [model.files for model in models.values()]
+        files = with_chat_template(files, config.chat_template, every)
     return files
 
 

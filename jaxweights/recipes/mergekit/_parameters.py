@@ -105,13 +105,15 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     int: "a whole number",
     bool: "true or false",
-    None: "a number",
+    None: "a number, or true or false",
 }
 
 
 def _value(value: Any, kind: Kind | None) -> Any:
     if kind is bool:
         return bool(value) if isinstance(value, bool) or value in (0, 1) else None
+    if kind is None:
+        return value if isinstance(value, int | float) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind is int:

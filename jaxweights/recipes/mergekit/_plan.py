@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxweights.recipes._yaml import RecipeError
-from jaxweights.recipes.mergekit._config import MergeConfig, Module, Slice
+from jaxweights.recipes.mergekit._config import MergeConfig, Module, Slice, Source
 from jaxweights.recipes.mergekit._method import Compat, Inputs
 from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef
@@ -64,7 +64,7 @@ class Planner:
     ):
         """Checks what does not depend on tensors."""
         self._config = config
-        self._module = module
+        self._module = with_base(config, module) if compat == "mergekit" else module
         self._models = models
         self._method = METHODS[config.method]
         self._compat: Compat = compat
@@ -311,6 +311,28 @@ class Planner:
             )
         self._problems.append(f"{name!r}: is {words}. {remedy}")
         return True
+
+
+def adds_base(config: MergeConfig) -> bool:
+    """Whether mergekit merges a base that is not listed, with a method that has no base.
+
+    It appends the base to every list of `models` that lacks it.
+    """
+    whole = [module for module in config.modules if not module.is_sliced]
+    return any(with_base(config, module) != module for module in whole)
+
+
+def with_base(config: MergeConfig, module: Module) -> Module:
+    """The module with the models that mergekit merges."""
+    base, unused = config.base_model, METHODS[config.method].merges_base
+    if base is None or not unused or not module.slices or module.is_sliced:
+        return module
+    [part] = module.slices
+    if base in [source.model for source in part.sources]:
+        return module
+    source = Source(base, None, {}, part.line)
+    part = dataclasses.replace(part, sources=(*part.sources, source))
+    return dataclasses.replace(module, slices=(part,))
 
 
 def written_dtype(config: MergeConfig, stored: np.dtype) -> np.dtype:

@@ -19,7 +19,7 @@ from jaxweights.recipes.mergekit._method import Compat
 from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model, open_model
-from jaxweights.recipes.mergekit._plan import PlannedTensor
+from jaxweights.recipes.mergekit._plan import PlannedTensor, adds_base
 from jaxweights.recipes.mergekit._plan_document import plan_document
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._memory import resident_bytes
@@ -178,7 +178,7 @@ def _prepare(
     path: str | os.PathLike[str], compat: Compat, missing: Literal["error", "take"], seed: int
 ) -> _Prepared:
     """Plans the documents in their order; what an earlier one makes is a model of later ones."""
-    configs = load_merge_config(path)
+    configs = load_merge_config(path, compat=compat)
     made: dict[str, Model] = {}
     prepared = None
     for i, config in enumerate(configs):
@@ -240,6 +240,13 @@ def _differences(config: MergeConfig, compat: Compat) -> tuple[str, ...]:
         found.append(
             "Tensors of modules that are not named are taken over from the first model; mergekit "
             "leaves them out."
+        )
+    unused = sorted(config.unused)
+    if unused:
+        found.append(f"Ignored, as mergekit does: {', '.join(unused)}.")
+    if compat == "fixed" and adds_base(config):
+        found.append(
+            f"{config.base_model} is not among the models, so it is not merged; mergekit merges it."
         )
     if compat == "fixed":
         found.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxweights.recipes._check import MISSING, Problems, read_keys
+from jaxweights.recipes._check import MISSING, Problems, read_keys, without_nulls
 from jaxweights.recipes._yaml import Located
 from jaxweights.recipes.mergekit._model_ref import ModelRef, read_model
 
@@ -48,8 +48,8 @@ def read_tokenizer(keys: dict[str, Located], problems: Problems) -> TokenizerRul
         return None if source is None else TokenizerRules(source, {})
     if "tokenizer" not in keys:
         return None
-    node = keys["tokenizer"]
     kinds = {"source": Any, "tokens": Any, "pad_to_multiple_of": int}
+    node = without_nulls(keys["tokenizer"], kinds)
     values = read_keys(node, kinds, [], "tokenizer", problems)
     if values is MISSING:
         return None

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -17,9 +15,14 @@ from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model
+from jaxweights.recipes.mergekit._tokenizer_json import (
+    only_tokens,
+    tokenizer_of,
+    tokens_of,
+    with_tokens,
+)
 from jaxweights.recipes.mergekit._tokenizer_rules import TokenizerRules
 
-_TOKENIZER = "tokenizer.json"
 # Tensors with a row for every token, where their first axis is as long as the vocabulary.
 _ROWS = re.compile(r".*(emb|wte|lm_head|output|score|decoder).*")
 
@@ -65,11 +68,15 @@ def align_vocabularies(
     rules = config.tokenizer
     if rules is None:
         return dict(models), None
-    known = {ref: _tokens(model) for ref, model in models.items()}
+    rows = {ref: _row_count(model) for ref, model in models.items()}
+    # A tokenizer may know tokens beyond the embedding, which the model cannot have learned.
+    known = {
+        ref: {token: i for token, i in tokens_of(model).items() if i < rows[ref]}
+        for ref, model in models.items()
+    }
     base = config.base_model if config.base_model is not None else next(iter(models))
     vocabulary = _choose(config, rules, models, known, base)
     sources = _row_sources(config, rules, vocabulary, known, base)
-    rows = {ref: _row_count(model) for ref, model in models.items()}
     aligned = {
         ref: dataclasses.replace(
             model,
@@ -78,37 +85,6 @@ def align_vocabularies(
         for ref, model in models.items()
     }
     return aligned, vocabulary
-
-
-def _tokens(model: Model) -> dict[str, int]:
-    """Index of every token of a model."""
-    return _read_tokens(_json(model), model.label)
-
-
-def _json(model: Model) -> dict[str, Any]:
-    file = model.files.get(_TOKENIZER)
-    if file is None:
-        raise RecipeError(
-            f"model {model.label!r} has no {_TOKENIZER}, so its rows cannot be matched to tokens. "
-            "Save its tokenizer with the library that made it, or leave 'tokenizer_source' out."
-        )
-    text = Path(file).read_text(encoding="utf-8") if isinstance(file, Path) else str(file)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RecipeError(f"model {model.label!r}: {_TOKENIZER} is damaged: {error}.") from None
-
-
-def _read_tokens(tokenizer: Mapping[str, Any], label: str) -> dict[str, int]:
-    vocab = tokenizer.get("model", {}).get("vocab")
-    if isinstance(vocab, dict):
-        found = {str(token): int(i) for token, i in vocab.items()}
-    elif isinstance(vocab, list):  # Unigram: pairs of a token and its score
-        found = {str(entry[0]): i for i, entry in enumerate(vocab)}
-    else:
-        raise RecipeError(f"model {label!r}: {_TOKENIZER} holds no vocabulary that is known.")
-    added = tokenizer.get("added_tokens") or []
-    return found | {str(token["content"]): int(token["id"]) for token in added}
 
 
 def _row_count(model: Model) -> int:
@@ -126,8 +102,8 @@ def _choose(
     base: ModelRef,
 ) -> Vocabulary:
     ref = rules.source if isinstance(rules.source, ModelRef) else base
-    owner, tokenizer = models[ref], _json(models[ref])
-    ids = dict(known[ref])
+    owner, ids = models[ref], dict(known[ref])
+    tokenizer = only_tokens(tokenizer_of(owner), ids)
     new: list[str] = []
     if rules.source == "union":
         for other in models:
@@ -141,29 +117,8 @@ def _choose(
     if rules.pad_to_multiple_of:
         rows = -(-rows // rules.pad_to_multiple_of) * rules.pad_to_multiple_of
     if numbered:
-        tokenizer = _with_tokens(tokenizer, numbered, [_json(m) for m in models.values()])
+        tokenizer = with_tokens(tokenizer, numbered, [tokenizer_of(m) for m in models.values()])
     return Vocabulary(ids, rows, json.dumps(tokenizer, ensure_ascii=False, indent=2), owner)
-
-
-def _with_tokens(
-    tokenizer: dict[str, Any], numbered: Mapping[str, int], others: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """A tokenizer that knows more tokens: added ones as such, others in its vocabulary."""
-    added = {
-        str(entry["content"]): entry
-        for other in others
-        for entry in other.get("added_tokens") or []
-    }
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    result = json.loads(json.dumps(tokenizer))
-    vocab = result["model"]["vocab"]
-    for token, i in numbered.items():
-        if token in added or not isinstance(vocab, dict):
-            entry = added.get(token, {"content": token, "special": False, **plain})
-            result.setdefault("added_tokens", []).append(entry | {"id": i})
-        else:
-            vocab[token] = i
-    return result
 
 
 def _row_sources(
@@ -247,12 +202,15 @@ class _Aligned:
             held = [table(ref)[row] for ref, row in rows if name in self._models[ref].known]
             if held:
                 result[i] = np.mean(np.asarray(held, np.float32), axis=0).astype(here.dtype)
-        # Rows without a token, which pad an embedding, stay those of the base.
+        # Rows without a token, which pad an embedding, stay those of the base; more are the mean.
         padding = np.setdiff1d(np.arange(len(result)), list(self._vocabulary.ids.values()))
         if padding.size and name in self._models[self._base].known:
             spare = table(self._base)
-            inside = padding[padding < len(spare)]
+            inside, beyond = padding[padding < len(spare)], padding[padding >= len(spare)]
             result[inside] = spare[inside].astype(here.dtype)
+            # Zero would be a large logit beside negative ones.
+            tokens = result[list(self._vocabulary.ids.values())]
+            result[beyond] = np.mean(tokens, axis=0, dtype=np.float32).astype(here.dtype)
         return result
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
