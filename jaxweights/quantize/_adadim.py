@@ -16,7 +16,7 @@ from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._calibrated import (
     OnFailure,
-    check_on_failure,
+    check_failures,
     describe_failure,
     status_of,
     warn_of_fallback,
@@ -41,6 +41,7 @@ from jaxweights.quantize._leaves import (
     unfit_leaf,
 )
 from jaxweights.quantize._output_error import output_error
+from jaxweights.quantize._settings import check_damping, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
@@ -138,17 +139,16 @@ def adadim(
       says otherwise; the authors run the block around it. (2) By method="gptq" the results of GPTQ
       are compared, not those of rounding.
     """
-    if method not in get_args(Method):
+    if not is_word(method, get_args(Method)):
         raise ValueError(
             f"{_NAME}: method={method!r} is unknown. Choose 'round_to_nearest' or 'gptq'."
         )
-    if group_size == "tensor":
+    if is_word(group_size, ["tensor"]):
         raise ValueError(f"{_NAME}: group_size='tensor' has no axis to choose. Give a length.")
-    if not 0 <= damping <= 1:
-        raise ValueError(
-            f"{_NAME}: damping={damping} must lie in [0, 1]: it is a fraction of the mean diagonal."
-        )
-    check_on_failure(_NAME, on_failure)
+    check_damping(_NAME, damping)
+    if not callable(metric):
+        raise TypeError(f"{_NAME}: metric={metric!r} cannot be called. Pass such as output_error.")
+    check_failures(_NAME, on_failure, report)
     grids = tuple(
         make_grid(
             _NAME,

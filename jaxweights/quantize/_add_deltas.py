@@ -20,6 +20,7 @@ from jaxweights.quantize._requantize import (
     view_of,
     why_not_requantizable,
 )
+from jaxweights.quantize._settings import check_damping, check_flags, check_numbers, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._weight import is_weight, materialize
@@ -93,6 +94,9 @@ def add_deltas(
     flat, treedef = flatten(params)
     added = {path: delta for path, delta in flatten(deltas)[0].items() if delta is not None}
     check_rounding(_NAME, rounding)
+    check_numbers(_NAME, coefficient=coefficient)
+    check_damping(_NAME, damping)
+    check_flags(_NAME, rescale=rescale)
     problems = [_unfit(path, delta, flat) for path, delta in added.items()]
     problems += [
         why_no_gram(path, flat[path], stats)
@@ -183,7 +187,7 @@ def loss_of(
 
 def check_rounding(asker: str, rounding: str, *, argument: str = "rounding") -> None:
     """Refuses an unknown way of rounding."""
-    if rounding not in ROUNDINGS:
+    if not is_word(rounding, ROUNDINGS):
         raise ValueError(
             f"{asker}: {argument}={rounding!r} is unknown. Choose one of {', '.join(ROUNDINGS)}."
         )

@@ -24,6 +24,7 @@ from jaxweights.core._transform import Transform
 from jaxweights.quantize._knapsack import Option, convex_front, solve
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._packed_bytes import packed_bytes
+from jaxweights.quantize._settings import check_count, check_positive, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._weight import is_weight, materialize
 
@@ -295,6 +296,8 @@ def _choose(
 
 
 def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, size: str) -> None:
+    if not isinstance(candidates, Mapping):
+        raise TypeError(f"{_NAME}: candidates={candidates!r} must map names to transforms.")
     if not candidates:
         raise ValueError(f"{_NAME}: candidates is empty. Name at least one transform.")
     for name, tx in candidates.items():
@@ -309,13 +312,17 @@ def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, siz
         raise ValueError(
             f"{_NAME}: budget={budget} and bits_per_weight={bits_per_weight}: give one of the two."
         )
+    if budget is not None:
+        check_count(_NAME, "budget", budget)
+    else:
+        check_positive(_NAME, bits_per_weight=bits_per_weight)
     _check_measure(measure)
-    if size not in get_args(Size):
+    if not is_word(size, get_args(Size)):
         raise ValueError(f"{_NAME}: size={size!r} is unknown. Choose 'stored' or 'packed'.")
 
 
 def _check_measure(measure: str) -> None:
-    if measure not in get_args(Measure):
+    if not is_word(measure, get_args(Measure)):
         raise ValueError(
             f"{_NAME}: measure={measure!r} is unknown. Choose one of {', '.join(_READS)}."
         )

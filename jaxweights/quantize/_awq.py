@@ -33,6 +33,7 @@ from jaxweights.quantize._folds import (
 from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, make_grid, unfit_group
 from jaxweights.quantize._groups import Group, find_groups, group_needs, group_targets
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.quantize._settings import check_flags, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._masked import Masked
@@ -42,6 +43,7 @@ _NAME = "quantize.awq"
 _QUERIES_AND_KEYS = r"(?:.*/)?(?:q|k|q_proj|k_proj|query|key)(?:/.*)?"
 
 Moments = Literal["gram", "second_moment"]
+_DUO = (True, False, "both")
 
 
 class AwqMatrix(NamedTuple):
@@ -100,6 +102,8 @@ def awq_matrix(
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 and the authors' code.
     """
     settings = _settings(f"{_NAME}_matrix", bits, group_size, grid, scale_dtype)
+    _check_words(f"{_NAME}_matrix", duo=(duo, _DUO))
+    check_flags(f"{_NAME}_matrix", clip=clip)
     if problem := unfit_group(settings, *weight.shape):
         raise ValueError(f"{_NAME}_matrix: {problem}")
     weight = weight.astype(jnp.float32)
@@ -150,6 +154,7 @@ def awq(
       "abs_sum", "count" and `moments`.
 
     Raises:
+      TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, as `smooth` and
         `round_to_nearest`.
 
@@ -174,6 +179,7 @@ def awq(
     """
     settings = _settings(_NAME, bits, group_size, grid, scale_dtype)
     _check(duo, unclipped, moments, on_failure)
+    check_flags(_NAME, clip=clip)
     folds = check_folds(_NAME, folds)
     wanted = frozenset({"abs_sum", "count", moments})
 
@@ -228,7 +234,7 @@ def awq(
 def _settings(
     asker: str, bits: int, group_size: GroupSize, grid: GridKind, scale_dtype: DTypeLike
 ) -> Grid:
-    if group_size == "tensor":
+    if is_word(group_size, ["tensor"]):
         raise ValueError(
             f"{asker}: group_size='tensor': ranges are searched for groups of one output. Choose a "
             "number of input rows, or None."
@@ -237,15 +243,20 @@ def _settings(
 
 
 def _check(duo: Duo, unclipped: str | None, moments: Moments, on_failure: str) -> None:
-    for name, value, allowed in (
-        ("duo", duo, (True, False, "both")),
-        ("moments", moments, ("gram", "second_moment")),
-        ("on_failure", on_failure, ("error", "round_to_nearest")),
-    ):
-        if not any(value is one or (value == one and isinstance(one, str)) for one in allowed):
-            raise ValueError(f"{_NAME}: {name}={value!r} is unknown. Choose one of {allowed}.")
+    _check_words(
+        _NAME,
+        duo=(duo, _DUO),
+        moments=(moments, ("gram", "second_moment")),
+        on_failure=(on_failure, ("error", "round_to_nearest")),
+    )
     if unclipped is not None:
         check_pattern(f"{_NAME}: unclipped", unclipped)
+
+
+def _check_words(asker: str, **settings: tuple[Any, tuple[Any, ...]]) -> None:
+    for name, (value, known) in settings.items():
+        if not isinstance(value, bool | str) or value not in known:
+            raise ValueError(f"{asker}: {name}={value!r} is unknown. Choose one of {known}.")
 
 
 def _without_tokens(targets: dict[Path, View], context: Context) -> list[str]:

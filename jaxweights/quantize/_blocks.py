@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxweights.quantize._grid import divide, largest_magnitude
+from jaxweights.quantize._settings import is_word
 from jaxweights.weights._scaled import combine
 
 _SLICES = 64
@@ -25,7 +26,7 @@ def check_block(asker: str, block: Any) -> None:
       TypeError: If it is of the wrong kind.
       ValueError: If a length is below 1.
     """
-    if block is None or block == "tensor":
+    if block is None or is_word(block, ["tensor"]):
         return
     sizes = block if isinstance(block, tuple) else (block,)
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
@@ -53,6 +54,16 @@ def unfit_block(block: Block, in_dim: int, out_dim: int, *, word: str | None = N
                 f"length {length}. {remedy}eave this weight out with `partition`."
             )
     return None
+
+
+def refuse_unfit(asker: str, block: Block, shape: tuple[int, ...]) -> None:
+    """Refuses a block size that does not divide a matrix of this shape.
+
+    Raises:
+      ValueError: If it does not.
+    """
+    if problem := unfit_block(block, *shape):
+        raise ValueError(f"{asker}: {problem}")
 
 
 def _smaller(length: int, size: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from jaxweights.core._paths import Path
 from jaxweights.core._stats import Statistic, Stats
+from jaxweights.quantize._settings import check_callable, is_word
 
 OnFailure = Literal["error", "round_to_nearest"]
 
@@ -36,9 +37,10 @@ class LeafReport(NamedTuple):
 ReportLeaf = Callable[[Path, LeafReport], object]
 
 
-def check_on_failure(asker: str, on_failure: OnFailure) -> None:
-    """Refuses an unknown setting."""
-    if on_failure not in ("error", "round_to_nearest"):
+def check_failures(asker: str, on_failure: OnFailure, report: Any = None) -> None:
+    """Refuses an unknown setting, and a report that cannot be called."""
+    check_callable(asker, report=report)
+    if not is_word(on_failure, ("error", "round_to_nearest")):
         raise ValueError(
             f"{asker}: on_failure={on_failure!r} is unknown. Choose 'error' or 'round_to_nearest'."
         )

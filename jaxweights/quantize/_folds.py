@@ -104,6 +104,11 @@ class Site(NamedTuple):
 
 def check_folds(asker: str, folds: Any) -> tuple[Fold, ...]:
     """The folds as a tuple, refused where they are none."""
+    if not isinstance(folds, Fold | Sequence):
+        raise TypeError(
+            f"{asker}: folds={folds!r} must be a `Fold` or a sequence of them, such as "
+            "llama_folds(config)."
+        )
     folds = (folds,) if isinstance(folds, Fold) else tuple(folds)
     fail(
         asker,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -16,11 +16,13 @@ from jaxweights.quantize._blocks import (
     block_max,
     check_block,
     in_units,
+    refuse_unfit,
     stored_scale,
 )
 from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import ELEMENTS
+from jaxweights.quantize._settings import is_word
 from jaxweights.weights._narrow_float import NarrowFloat
 
 _NAME = "quantize.fp8"
@@ -66,13 +68,7 @@ def fp8(
     Differs: (1) Values are clipped before they are cast: a conversion to e4m3 alone makes NaN of
       what a rounded scale leaves above 448. (2) A block of zeros has scale 1.
     """
-    check_block(_NAME, group_size)
-    check_scale_dtype(_NAME, scale_dtype)
-    if element not in ("e4m3", "e5m2"):
-        raise ValueError(
-            f"{_NAME}: element={element!r} is unknown. Choose 'e4m3' or 'e5m2'; narrower floats "
-            "are those of `mx` and `nvfp4`."
-        )
+    _check(_NAME, element, group_size, scale_dtype)
     matrix = functools.partial(
         fp8_matrix, element=element, group_size=group_size, scale_dtype=scale_dtype
     )
@@ -101,9 +97,21 @@ def fp8_matrix(
       >>> fp8_matrix(jnp.array([[2.0]])).values.tolist()
       [[448.0]]
     """
+    _check(f"{_NAME}_matrix", element, group_size, scale_dtype)
+    refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
     kind = ELEMENTS[element]
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(group_size, *weight.shape))
     scale = stored_scale(divide(largest, kind.largest), scale_dtype)
     units = jnp.clip(in_units(wide, scale), -kind.largest, kind.largest)
     return NarrowFloat.from_values(units.astype(kind.dtype), scale)
+
+
+def _check(asker: str, element: Any, group_size: Any, scale_dtype: Any) -> None:
+    check_block(asker, group_size)
+    check_scale_dtype(asker, scale_dtype)
+    if not is_word(element, ("e4m3", "e5m2")):
+        raise ValueError(
+            f"{asker}: element={element!r} is unknown. Choose 'e4m3' or 'e5m2'; narrower floats "
+            "are those of `mx` and `nvfp4`."
+        )

@@ -17,7 +17,7 @@ from jaxweights.quantize._calibrated import (
     LeafReport,
     OnFailure,
     ReportLeaf,
-    check_on_failure,
+    check_failures,
     describe_failure,
     status_of,
     warn_of_fallback,
@@ -137,7 +137,7 @@ def gptq(
         search=search,
     )
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
-    check_on_failure(_NAME, on_failure)
+    check_failures(_NAME, on_failure, report)
 
     def prepare(gram: jax.Array, count: jax.Array) -> PreparedGram:
         del count

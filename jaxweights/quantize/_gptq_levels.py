@@ -29,6 +29,7 @@ from jaxweights.quantize._grid import (
 )
 from jaxweights.quantize._levels import nearest_code
 from jaxweights.quantize._nf4 import FP4_LEVELS, NF4_LEVELS
+from jaxweights.quantize._settings import is_word
 from jaxweights.weights._codebook import Codebook, look_up
 from jaxweights.weights._quantized import Quantized
 
@@ -205,7 +206,7 @@ def make_levels(
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range, or means nothing for a table.
     """
-    table = grid in get_args(Table)
+    table = is_word(grid, get_args(Table))
     kind: Any = "narrow" if table else grid
     settings = make_grid(
         asker,

@@ -21,6 +21,7 @@ from jaxweights.quantize._grid import (
     Search,
     unfit_group,
 )
+from jaxweights.quantize._settings import check_count, check_damping, check_flags, is_word
 
 _NAME = "quantize.gptq_matrix"
 
@@ -142,6 +143,7 @@ def gptq_matrix(
         search=search,
     )
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
+    check_flags(_NAME, compat=compat)
     if problem := unfit_group(levels.grid, *weight.shape):
         raise ValueError(f"{_NAME}: {problem}")
     prepared = prepare_gram(
@@ -167,18 +169,16 @@ def check_gptq(
     static_groups: bool,
     levels: Levels,
 ) -> None:
-    """Refuses settings of GPTQ that are out of range.
+    """Refuses settings of GPTQ that are none.
 
     Raises:
-      ValueError: If one is, naming it.
+      TypeError: If one is of the wrong kind.
+      ValueError: If one is out of range, naming it.
     """
-    if not 0 <= damping <= 1:
-        raise ValueError(
-            f"{asker}: damping={damping} must lie in [0, 1]: it is a fraction of the mean diagonal."
-        )
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"{asker}: block_size={block_size!r} must be a positive integer.")
-    if not isinstance(act_order, bool) and act_order != "groups":  # 1 equals True, but is not it
+    check_damping(asker, damping)
+    check_count(asker, "block_size", block_size)
+    check_flags(asker, static_groups=static_groups)
+    if not isinstance(act_order, bool) and not is_word(act_order, ["groups"]):
         raise ValueError(f"{asker}: act_order={act_order!r} must be False, True or 'groups'.")
     grid = levels.grid
     scatters = act_order is True and isinstance(grid.group_size, int) and not static_groups

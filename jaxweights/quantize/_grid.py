@@ -14,6 +14,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
+from jaxweights.quantize._settings import check_between, check_float_dtype, check_numbers, is_word
+
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
 GroupSize = int | Literal["tensor"] | None
@@ -112,7 +114,7 @@ def make_grid(
       bits: Bits per code, 2 to 8.
       group_size: As in `Grid`.
       grid: Kind; None gives "narrow" at 8 bits and "signed_max" below.
-      scale_dtype: Floating dtype of the stored scales.
+      scale_dtype: float32, bfloat16 or float16.
       search: As in `Grid`.
       group_axis: As in `Grid`.
 
@@ -124,7 +126,7 @@ def make_grid(
       ValueError: If a setting is out of range.
     """
     check_bits(asker, bits)
-    if group_size is not None and group_size != "tensor":
+    if group_size is not None and not is_word(group_size, ["tensor"]):
         if not isinstance(group_size, int) or isinstance(group_size, bool):
             raise TypeError(
                 f"{asker}: group_size={group_size!r} must be an integer, None (one scale per "
@@ -137,19 +139,20 @@ def make_grid(
             )
     if grid is None:
         grid = "narrow" if bits == 8 else "signed_max"
-    if grid not in get_args(GridKind):
+    if not is_word(grid, get_args(GridKind)):
         raise ValueError(f"{asker}: grid={grid!r} is unknown. Choose one of {get_args(GridKind)}.")
-    if not jnp.issubdtype(scale_dtype, jnp.floating):
-        raise TypeError(f"{asker}: scale_dtype={scale_dtype!r} must be a floating dtype.")
+    check_float_dtype(asker, scale_dtype=scale_dtype)
     if isinstance(search, str):
         if search not in ("absmax", "mse"):
             raise ValueError(
                 f"{asker}: search={search!r} is unknown. Choose 'absmax', 'mse', or a percentile "
                 "such as 99.9."
             )
-    elif not 50 < search <= 100:
-        raise ValueError(f"{asker}: search={search} must be a percentile above 50, up to 100.")
-    if group_axis not in get_args(GroupAxis):
+    else:
+        check_numbers(asker, search=search)
+        if not 50 < search <= 100:
+            raise ValueError(f"{asker}: search={search} must be a percentile above 50, up to 100.")
+    if not is_word(group_axis, get_args(GroupAxis)):
         raise ValueError(
             f"{asker}: group_axis={group_axis!r} is unknown. Choose 'input' (groups of rows of one "
             "output) or 'output' (groups of columns of one input)."
@@ -159,10 +162,7 @@ def make_grid(
 
 def check_bits(asker: str, bits: Any) -> None:
     """Refuses what is no number of bits from 2 to 8."""
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"{asker}: bits={bits} must lie between 2 and 8.")
+    check_between(asker, "bits", bits, 2, 8)
 
 
 def unfit_group(grid: Grid, in_dim: int, out_dim: int) -> str | None:

@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._blocks import add_up
+from jaxweights.quantize._blocks import add_up, refuse_unfit
 from jaxweights.quantize._grid import GroupSize, divide, extremes, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
+from jaxweights.quantize._settings import check_count, check_numbers
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._quantized import Quantized
 
@@ -88,18 +89,7 @@ def hqq(
       over all groups rises, and return the offsets of that step. (2) Groups never straddle two
       outputs. (3) Scales have no lower bound. (4) The first offset is not rounded to a code.
     """
-    make_grid(_NAME, bits=bits, group_size=group_size)  # checks both
-    check_scale_dtype(_NAME, scale_dtype)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"{_NAME}: steps={steps!r} must be an integer, 0 or more.")
-    if not isinstance(shrinkage, Shrinkage):
-        raise TypeError(
-            f"{_NAME}: shrinkage={shrinkage!r} is no Shrinkage. Pass such as Shrinkage(norm=0.7)."
-        )
-    if not (0 < shrinkage.norm <= 1 and shrinkage.beta > 0 and shrinkage.growth >= 1):
-        raise ValueError(
-            f"{_NAME}: {shrinkage} must have norm in (0, 1], beta above 0 and growth of 1 or more."
-        )
+    _check(_NAME, bits, group_size, scale_dtype, steps, shrinkage)
     matrix = functools.partial(
         hqq_matrix,
         bits=bits,
@@ -137,6 +127,8 @@ def hqq_matrix(
       >>> hqq_matrix(jnp.array([[5.0], [5.0]]), bits=4, group_size=2).materialize().tolist()
       [[5.0], [5.0]]
     """
+    _check(f"{_NAME}_matrix", bits, group_size, scale_dtype, steps, shrinkage)
+    refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
     in_dim, out_dim = weight.shape
     top = 2**bits - 1
     wide = weight.astype(jnp.float32)
@@ -195,3 +187,21 @@ def _shrink(missed: jax.Array, beta: Any, norm: float) -> jax.Array:
     size = jnp.abs(missed)
     # 0 to a negative power is infinite, and so nothing is left of it.
     return jnp.sign(missed) * jnp.maximum(size - size ** (norm - 1) / beta, 0.0)
+
+
+def _check(
+    asker: str, bits: Any, group_size: Any, scale_dtype: Any, steps: Any, shrinkage: Any
+) -> None:
+    make_grid(asker, bits=bits, group_size=group_size)  # checks both
+    check_scale_dtype(asker, scale_dtype)
+    check_count(asker, "steps", steps, least=0)
+    if not isinstance(shrinkage, Shrinkage):
+        raise TypeError(
+            f"{asker}: shrinkage={shrinkage!r} is no Shrinkage. Pass such as Shrinkage(norm=0.7)."
+        )
+    check_numbers(asker, **{f"shrinkage.{k}": v for k, v in vars(shrinkage).items()})
+    if not (0 < shrinkage.norm <= 1 and shrinkage.beta > 0 and shrinkage.growth >= 1):
+        raise ValueError(
+            f"{asker}: shrinkage={shrinkage} must have norm in (0, 1], beta above 0 and growth of "
+            "1 or more."
+        )

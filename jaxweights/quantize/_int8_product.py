@@ -14,6 +14,7 @@ from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import Codes, Grid, GridKind, divide, make_grid, round_matrix
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.quantize._settings import check_between
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
@@ -103,8 +104,7 @@ def _transform(
             f"{name}: grid={grid!r} has zero points, which products of integers leave out. Choose "
             "'narrow', 'full', 'half' or 'signed_max'."
         )
-    if not isinstance(input_bits, int) or not 2 <= input_bits <= 8:
-        raise ValueError(f"{name}: input_bits={input_bits!r} must be an integer between 2 and 8.")
+    check_between(name, "input_bits", input_bits, 2, 8)
 
     def quantize(weight: jax.Array, **extremes: jax.Array) -> tuple[Codes, jax.Array | None]:
         found = round_matrix(weight, settings)

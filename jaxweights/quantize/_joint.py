@@ -25,6 +25,12 @@ from jaxweights.quantize._around import (
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._low_rank_of import low_rank_of
+from jaxweights.quantize._settings import (
+    check_count,
+    check_float_dtype,
+    check_numbers,
+    check_positive,
+)
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
 from jaxweights.weights._outliers import Outliers
@@ -88,7 +94,7 @@ def joint(
       without the parts that are not asked for. It needs the statistics "gram" and "count".
 
     Raises:
-      TypeError: If the quantizer is no transform.
+      TypeError: If the quantizer is no transform, or a setting is of the wrong kind.
       ValueError: If a setting is out of range; on a tree, if the rank exceeds a side of a matrix,
         a leaf is represented already, a statistic is missing or not finite, or as the quantizer.
 
@@ -195,8 +201,8 @@ def loftq(
     """
     name = "quantize.loftq"
     settings = _check(name, quantizer, rank, 0.0, iterations, dtype, least_rank=1)
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"{name}: alpha={alpha} must be positive.")
+    if alpha is not None:
+        check_positive(name, alpha=alpha)
     scaling = 1.0 if alpha is None else alpha / rank
     settings = dataclasses.replace(settings, weighted=False, scaling=scaling)
     return _transform(name, quantizer, settings)
@@ -213,20 +219,17 @@ def _check(
     least_rank: int = 0,
 ) -> _Settings:
     check_quantizer(name, quantizer)
-    if not isinstance(rank, int) or rank < least_rank:
-        raise ValueError(f"{name}: rank={rank!r} must be an integer of at least {least_rank}.")
+    check_count(name, "rank", rank, least=least_rank)
+    check_numbers(name, outliers=outliers)
     if not 0 <= outliers < 1:
         raise ValueError(f"{name}: outliers={outliers} must lie in [0, 1): a share of the entries.")
-    if not isinstance(sweeps, int) or sweeps < 1:
-        word = "iterations" if name.endswith("loftq") else "sweeps"
-        raise ValueError(f"{name}: {word}={sweeps!r} must be a positive integer.")
+    check_count(name, "iterations" if name.endswith("loftq") else "sweeps", sweeps)
     if rank == 0 and outliers == 0:
         raise ValueError(
             f"{name}: rank=0 and outliers=0 leave nothing beside the quantized part. Ask for one "
             "of them, or apply the quantizer alone."
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}: dtype={dtype!r} must be a floating dtype.")
+    check_float_dtype(name, dtype=dtype)
     return _Settings(rank, float(outliers), sweeps, True, 1.0, np.dtype(dtype))
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxweights.quantize._grid import divide
+from jaxweights.quantize._settings import check_between, check_count, check_float_dtype
 from jaxweights.weights._quantized import codes_per_byte, pack_codes, unpack_codes
 
 _NAME = "quantize.quantize_kv"
@@ -91,15 +92,17 @@ def quantize_kv(
 
     Source: Liu et al. 2024, arXiv:2402.02750, section 3.
     """
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"{_NAME}: bits={bits!r} must be an integer between 1 and 8.")
+    check_between(_NAME, "bits", bits, 1, 8)
+    check_count(_NAME, "group_size", group_size)
+    if scale_dtype is not None:
+        check_float_dtype(_NAME, scale_dtype=scale_dtype)
     if keys.shape[:-1] != values.shape[:-1]:
         raise ValueError(
             f"{_NAME}: keys have shape {keys.shape} and values {values.shape}. All but the last "
             "axis must be equal."
         )
     for name, length in (("tokens", keys.shape[-2]), ("channels of values", values.shape[-1])):
-        if group_size < 1 or length % group_size:
+        if length % group_size:
             raise ValueError(
                 f"{_NAME}: group_size={group_size} does not divide the {length} {name}. Choose a "
                 "divisor; the newest tokens may wait in floats until they fill a group."

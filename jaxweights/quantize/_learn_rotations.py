@@ -11,7 +11,14 @@ import jax.numpy as jnp
 
 from jaxweights.core._paths import Flat, Params, flatten, nearest, path_key, unflatten
 from jaxweights.quantize._rotate import gains_of
-from jaxweights.quantize._rotation import Rotation, random_rotation, rotate_flat
+from jaxweights.quantize._rotation import (
+    Rotation,
+    check_rotations,
+    check_spec,
+    random_rotation,
+    rotate_flat,
+)
+from jaxweights.quantize._settings import check_count, check_names, check_positive
 
 if TYPE_CHECKING:
     from jaxweights.align import PermutationSpec
@@ -88,7 +95,9 @@ def learn_rotations(
     Differs: (1) The Cayley transform is solved, not approximated by iterations. (2) One value
       rotation serves all layers and heads, as in `rotate`; the paper has one a layer.
     """
-    given, widths = dict(start or {}), tuple(widths)
+    check_spec(_NAME, spec)
+    check_names(_NAME, widths=widths)
+    given, widths = check_rotations(_NAME, "start", start), tuple(widths)
     unknown = [name for name in (*widths, *given) if name not in spec.sizes]
     if unknown:
         raise ValueError(
@@ -100,8 +109,8 @@ def learn_rotations(
             f"{_NAME}: start[{left[0]!r}]: {left[0]!r} is not among widths={list(widths)}. Add it "
             "there."
         )
-    if steps < 1:
-        raise ValueError(f"{_NAME}: steps={steps} must be at least 1.")
+    check_count(_NAME, "steps", steps)
+    check_positive(_NAME, learning_rate=learning_rate)
     drawn = [name for name in widths if name not in given]
     if drawn and key is None:
         raise ValueError(f"{_NAME}: 'key' is missing: pass key=jax.random.key(...), or start.")

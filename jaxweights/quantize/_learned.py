@@ -17,12 +17,13 @@ from jaxweights.quantize._calibrated import (
     LeafReport,
     OnFailure,
     ReportLeaf,
-    check_on_failure,
+    check_failures,
     describe_failure,
     status_of,
     warn_of_fallback,
 )
 from jaxweights.quantize._leaves import REFUSAL
+from jaxweights.quantize._settings import check_count, check_positive
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 
@@ -103,11 +104,8 @@ class _Result(NamedTuple):
 
 def check_steps(asker: str, steps: int, **rates: float) -> None:
     """Refuses numbers of steps and rates that are out of range."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"{asker}: steps={steps!r} must be a positive integer.")
-    for name, rate in rates.items():
-        if not rate > 0:
-            raise ValueError(f"{asker}: {name}={rate!r} must be positive.")
+    check_count(asker, "steps", steps)
+    check_positive(asker, **rates)
 
 
 def learned_transform(
@@ -134,7 +132,7 @@ def learned_transform(
     Returns:
       The transform.
     """
-    check_on_failure(name, on_failure)
+    check_failures(name, on_failure, report)
 
     def quantize(
         weight: jax.Array, gram: jax.Array, count: jax.Array, mask: jax.Array | None = None

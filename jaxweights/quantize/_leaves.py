@@ -14,6 +14,7 @@ from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import Block, unfit_block
 from jaxweights.quantize._grid import Codes, Grid, unfit_group
+from jaxweights.quantize._settings import check_float_dtype
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized, codes_per_byte, pack_codes
@@ -45,9 +46,8 @@ def unfit_values(leaf: Any) -> str | None:
 
 
 def check_scale_dtype(asker: str, scale_dtype: Any) -> None:
-    """Refuses what is no floating dtype of 16 bits or more."""
-    if not jnp.issubdtype(scale_dtype, jnp.floating) or jnp.finfo(scale_dtype).bits < 16:
-        raise TypeError(f"{asker}: scale_dtype={scale_dtype!r} must be float32, bfloat16 or such.")
+    """Refuses what is no floating dtype of 16 or 32 bits."""
+    check_float_dtype(asker, scale_dtype=scale_dtype)
 
 
 def represented(

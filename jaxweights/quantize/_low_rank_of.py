@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.quantize._settings import check_count
+
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -41,6 +43,12 @@ def low_rank_of(
     Source: Liu et al. 2024, arXiv:2410.21271 (EoRA); Zhang et al. 2024, arXiv:2410.06040 (QERA),
       theorem 1.
     """
+    check_count("quantize.low_rank_of", "rank", rank, least=0)
+    if rank > min(residual.shape):
+        raise ValueError(
+            f"quantize.low_rank_of: rank={rank} exceeds what a matrix {residual.shape} can have. "
+            f"Choose at most {min(residual.shape)}."
+        )
     residual = residual.astype(jnp.float32)
     in_dim, out_dim = residual.shape
     if not rank:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._blocks import block_counts, block_max, in_units, stored_scale
+from jaxweights.quantize._blocks import (
+    block_counts,
+    block_max,
+    in_units,
+    refuse_unfit,
+    stored_scale,
+)
 from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._levels import (
@@ -23,6 +29,7 @@ from jaxweights.quantize._levels import (
     signed_code,
     signs,
 )
+from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._scaled import combine
@@ -71,12 +78,7 @@ def mx(*, element: Element, scale_rule: ScaleRule = "floor") -> Transform:
       away from zero by default. (2) A scale below 2**-127 is 2**-127.
     """
     name = "quantize.mx"
-    if element not in ELEMENTS:
-        raise ValueError(f"{name}: element={element!r} is unknown. Choose one of {[*ELEMENTS]}.")
-    if scale_rule not in get_args(ScaleRule):
-        raise ValueError(
-            f"{name}: scale_rule={scale_rule!r} is unknown. Choose one of {get_args(ScaleRule)}."
-        )
+    _check(name, element, scale_rule)
     matrix = functools.partial(mx_matrix, element=element, scale_rule=scale_rule)
     word = f"the block of {MX_BLOCK} rows that MX formats have"
     return represented(matrix, name=name, group_size=MX_BLOCK, word=word)
@@ -134,6 +136,9 @@ def mx_matrix(
       >>> mx_matrix(jnp.array([[7.0], [2.4]]), element="e2m1", block=2).materialize().tolist()
       [[6.0], [2.0]]
     """
+    _check("quantize.mx_matrix", element, scale_rule)
+    check_count("quantize.mx_matrix", "block", block)
+    refuse_unfit("quantize.mx_matrix", block, weight.shape)
     kind = ELEMENTS[element]
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(block, *weight.shape))
@@ -150,6 +155,15 @@ def mx_matrix(
         values = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), kind.dtype)
         return NarrowFloat.from_values(values, scale)
     return Codebook.from_codes(codes, jnp.asarray(minifloat_table(kind)), scale, bits=kind.bits)
+
+
+def _check(asker: str, element: Any, scale_rule: Any) -> None:
+    if not is_word(element, ELEMENTS):
+        raise ValueError(f"{asker}: element={element!r} is unknown. Choose one of {[*ELEMENTS]}.")
+    if not is_word(scale_rule, get_args(ScaleRule)):
+        raise ValueError(
+            f"{asker}: scale_rule={scale_rule!r} is unknown. Choose one of {get_args(ScaleRule)}."
+        )
 
 
 def shared_exponent(largest: Float[Array, "rows cols"], kind: Minifloat, rule: ScaleRule) -> Array:
@@ -194,6 +208,7 @@ def nvfp4_matrix(weight: Float[Array, "in out"]) -> Codebook:
       >>> matrix.scale.values.tolist(), float(matrix.materialize()[0, 0])
       ([[448.0]], 3.0)
     """
+    refuse_unfit("quantize.nvfp4_matrix", NVFP4_BLOCK, weight.shape)
     kind, of_scale = ELEMENTS["e2m1"], ELEMENTS["e4m3"]
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(NVFP4_BLOCK, *weight.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +17,13 @@ from jaxweights.quantize._blocks import (
     block_max,
     check_block,
     in_units,
+    refuse_unfit,
     stored_scale,
 )
 from jaxweights.quantize._double import quantize_scales
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import nearest_code, signed_code, signs
+from jaxweights.quantize._settings import check_flags
 from jaxweights.weights._codebook import Codebook
 
 # Quantiles of the normal distribution with an exact zero; appendix E of the paper.
@@ -146,6 +149,9 @@ def four_bit_matrix(
       >>> matrix.codes_matrix()[:, 0].tolist()
       [15, 3]
     """
+    name = "quantize.four_bit_matrix"
+    _check(name, group_size, scale_dtype, double_quantization)
+    refuse_unfit(name, group_size, weight.shape)
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(group_size, *weight.shape))
     scale = stored_scale(largest, scale_dtype)
@@ -164,15 +170,7 @@ def _four_bits(
     scale_dtype: DTypeLike,
     double_quantization: bool,
 ) -> Transform:
-    check_block(name, group_size)
-    check_scale_dtype(name, scale_dtype)
-    if not isinstance(double_quantization, bool):
-        raise TypeError(f"{name}: double_quantization={double_quantization!r} must be a bool.")
-    if double_quantization and jnp.dtype(scale_dtype) != jnp.float32:
-        raise ValueError(
-            f"{name}: scale_dtype={jnp.dtype(scale_dtype)} has no meaning with "
-            "double_quantization=True, whose scales are 8-bit codes. Leave one of them out."
-        )
+    _check(name, group_size, scale_dtype, double_quantization)
     matrix = functools.partial(
         four_bit_matrix,
         levels=levels,
@@ -181,3 +179,14 @@ def _four_bits(
         double_quantization=double_quantization,
     )
     return represented(matrix, name=name, group_size=group_size)
+
+
+def _check(asker: str, group_size: Any, scale_dtype: Any, double_quantization: Any) -> None:
+    check_block(asker, group_size)
+    check_scale_dtype(asker, scale_dtype)
+    check_flags(asker, double_quantization=double_quantization)
+    if double_quantization and jnp.dtype(scale_dtype) != jnp.float32:
+        raise ValueError(
+            f"{asker}: scale_dtype={jnp.dtype(scale_dtype)} has no meaning with "
+            "double_quantization=True, whose scales are 8-bit codes. Leave one of them out."
+        )

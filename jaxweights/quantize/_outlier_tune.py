@@ -17,8 +17,10 @@ from jaxweights.core._paths import Flat, Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._folds import Fold, Site, check_folds, fold_scale
+from jaxweights.quantize._grid import check_bits
 from jaxweights.quantize._groups import group_needs, group_targets
 from jaxweights.quantize._norms import move_shift, norm_sites, shift_homes
+from jaxweights.quantize._settings import check_flags, check_share
 
 _NAME = "quantize.outlier_tune"
 
@@ -65,6 +67,7 @@ def activation_steps(
 
     Source: Wang et al. 2024, arXiv:2406.18832, sections 3.2 and 3.3.
     """
+    _check("quantize.activation_steps", bits, alpha, symmetrize)
     low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     seen = jnp.isfinite(low) & jnp.isfinite(high)
     low, high = (jnp.where(seen, x, 0) for x in (low, high))
@@ -99,6 +102,7 @@ def outlier_tune(
       A transform; it needs the statistics "min" and "max" of the readers.
 
     Raises:
+      TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, if no fold has a norm, a fold's
         leaves are missing or do not fit, or no token reached a reader.
 
@@ -117,7 +121,7 @@ def outlier_tune(
       in the weights. (2) Norms without a bias keep their channels' centres.
     """
     folds = check_folds(_NAME, folds)
-    _check(bits, alpha)
+    _check(_NAME, bits, alpha, symmetrize)
     wanted = frozenset({"count", "min", "max"})
 
     def update(params: Params, context: Context) -> Params:
@@ -151,11 +155,10 @@ def outlier_tune(
     return stateless(update, name=_NAME, needs=needs, reads_statistics=True, moves_inputs=True)
 
 
-def _check(bits: int, alpha: float) -> None:
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"{_NAME}: bits={bits!r} must be an integer between 2 and 8.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{_NAME}: alpha={alpha} must lie in [0, 1].")
+def _check(asker: str, bits: Any, alpha: Any, symmetrize: Any) -> None:
+    check_bits(asker, bits)
+    check_share(asker, alpha=alpha)
+    check_flags(asker, symmetrize=symmetrize)
 
 
 def can_shift(site: Site) -> bool:

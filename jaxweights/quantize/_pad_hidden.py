@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core._paths import Params, Path, fail, flatten, nearest, unflatten
+from jaxweights.quantize._rotation import check_spec
+from jaxweights.quantize._settings import check_count, check_flags
 from jaxweights.weights._weight import is_weight
 
 if TYPE_CHECKING:
@@ -56,13 +58,14 @@ def pad_hidden(
 
     Source: the documentation of Qwen2.5 (arXiv:2412.15115) on quantizing its 72B model.
     """
+    check_spec(_NAME, spec)
     if width not in spec.sizes:
         raise ValueError(
             f"{_NAME}: {width!r} is no width of the spec. Its widths are "
             f"{nearest(width, spec.sizes)}."
         )
-    if not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"{_NAME}: multiple={multiple!r} must be a positive integer.")
+    check_count(_NAME, "multiple", multiple)
+    check_flags(_NAME, interleave=interleave)
     flat, treedef = flatten(params)
     fail(
         _NAME,

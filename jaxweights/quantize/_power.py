@@ -24,11 +24,13 @@ from jaxweights.quantize._blocks import (
     block_max,
     check_block,
     in_units,
+    refuse_unfit,
     stored_scale,
 )
 from jaxweights.quantize._grid import check_bits, divide
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import pick, rank_bits
+from jaxweights.quantize._settings import check_numbers, is_word
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
 
@@ -88,17 +90,9 @@ def power(
     Differs: (1) The exponent is the best of a list instead of the end of a Nelder-Mead search. (2)
       Weights may have scales for groups. (3) Activations are not quantized.
     """
-    check_bits(_NAME, bits)
-    check_block(_NAME, group_size)
-    check_scale_dtype(_NAME, scale_dtype)
-    if scope not in get_args(PowerScope):
+    exponents = _check(_NAME, bits, group_size, exponents, scale_dtype)
+    if not is_word(scope, get_args(PowerScope)):
         raise ValueError(f"{_NAME}: scope={scope!r} is unknown. Choose 'tree' or 'leaf'.")
-    exponents = tuple(float(a) for a in exponents)
-    if not exponents:
-        raise ValueError(f"{_NAME}: exponents is empty. Give at least one, such as [0.7].")
-    for exponent in exponents:
-        if not 0 < exponent <= 1:
-            raise ValueError(f"{_NAME}: exponent {exponent:g} must lie in (0, 1].")
     grid = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
     if len(exponents) == 1 or scope == "leaf":
         matrix = functools.partial(power_matrix, exponents=exponents, **grid)
@@ -154,6 +148,8 @@ def power_matrix(
       >>> matrix.codes_matrix().tolist(), matrix.materialize().round(3).tolist()
       ([[6], [2]], [[9.0], [-1.0]])
     """
+    exponents = _check(f"{_NAME}_matrix", bits, group_size, exponents, scale_dtype)
+    refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
     grid: Any = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
     exponent = jnp.float32(exponents[0])
     if len(exponents) > 1:
@@ -186,6 +182,8 @@ def power_errors(
       >>> power_errors(jnp.array([[9.0], [-1.0]]), bits=3, exponents=[1.0, 0.5]).round(3).tolist()
       [1.0, 0.0]
     """
+    exponents = _check(f"{_NAME}_errors", bits, group_size, exponents, scale_dtype)
+    refuse_unfit(f"{_NAME}_errors", group_size, weight.shape)
     wide = weight.astype(jnp.float32)
     top = 2 ** (bits - 1) - 1
     step = _step(wide, bits, group_size, scale_dtype).astype(jnp.float32)
@@ -203,6 +201,26 @@ def power_errors(
         return jax.lax.map(error, jnp.asarray(exponents, jnp.float32))
 
     return add_up(wide.reshape(len(step), -1, weight.shape[1]), errors)
+
+
+def _check(
+    asker: str, bits: Any, group_size: Any, exponents: Any, scale_dtype: Any
+) -> tuple[float, ...]:
+    """The exponents as numbers, when every setting was found to be one."""
+    check_bits(asker, bits)
+    check_block(asker, group_size)
+    check_scale_dtype(asker, scale_dtype)
+    if isinstance(exponents, str | bytes) or not isinstance(exponents, Sequence | np.ndarray):
+        raise TypeError(
+            f"{asker}: exponents={exponents!r} must be a sequence of numbers, such as [0.7]."
+        )
+    if not len(exponents):
+        raise ValueError(f"{asker}: exponents is empty. Give at least one, such as [0.7].")
+    for i, exponent in enumerate(exponents):
+        check_numbers(asker, **{f"exponents[{i}]": exponent})
+        if not 0 < exponent <= 1:
+            raise ValueError(f"{asker}: exponent {exponent:g} must lie in (0, 1].")
+    return tuple(float(exponent) for exponent in exponents)
 
 
 def _encode(

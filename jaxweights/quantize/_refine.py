@@ -22,6 +22,7 @@ from jaxweights.quantize._around import (
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
+from jaxweights.quantize._settings import check_count
 from jaxweights.weights._axes import View
 from jaxweights.weights._quantized import Quantized, pack_codes
 from jaxweights.weights._weight import is_weight
@@ -53,7 +54,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
       "count".
 
     Raises:
-      TypeError: If the quantizer is no transform.
+      TypeError: If the quantizer is no transform, or sweeps no integer.
       ValueError: If a setting is out of range; on a tree, as the quantizer, if a statistic is
         missing or not finite, or if the quantizer makes something else than `Quantized` weights
         with scales of single outputs.
@@ -72,8 +73,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
     Differs: (1) Scales are refitted between sweeps. (2) It starts from another quantizer's result.
     """
     check_quantizer(_NAME, quantizer)
-    if not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"{_NAME}: sweeps={sweeps!r} must be a positive integer.")
+    check_count(_NAME, "sweeps", sweeps)
 
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)

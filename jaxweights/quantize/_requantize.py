@@ -15,6 +15,7 @@ from jaxweights.quantize._damped_factor import damped_factor, normalize_gram
 from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import Grid, decode, encode
+from jaxweights.quantize._settings import check_damping, check_flags
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange, Rescaled, Rotated
 from jaxweights.weights._masked import Masked
@@ -93,6 +94,8 @@ def requantize(
             f"{_NAME}: value has shape {tuple(value.shape)}, but the weight {tuple(weight.shape)}. "
             "They must be equal."
         )
+    check_damping(_NAME, damping)
+    check_flags(_NAME, rescale=rescale)
     return _requantize(weight, value, gram, damping=damping, rescale=rescale)
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jaxweights.core._context import Context
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest, path_key, unflatten
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._folds import Fold, check_folds
 from jaxweights.quantize._norms import fuse_flat, norm_sites
-from jaxweights.quantize._rotation import Rotation, RotationKind, random_rotation, rotate_flat
+from jaxweights.quantize._rotation import (
+    Rotation,
+    RotationKind,
+    check_kind,
+    check_rotations,
+    check_spec,
+    random_rotation,
+    rotate_flat,
+)
+from jaxweights.quantize._settings import check_flags, check_names
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import Rotated
 from jaxweights.weights._weight import is_weight
@@ -78,8 +87,11 @@ def rotate(
       with LayerNorm keep it, turned by matrices that keep the mean, instead of becoming RMSNorm.
     """
     folds = check_folds(_NAME, folds)
+    check_spec(_NAME, spec)
+    check_names(_NAME, widths=widths, online=online)
+    check_flags(_NAME, inverse=inverse)
     widths, online = tuple(widths), tuple(online)
-    given = dict(rotations or {})
+    given = check_rotations(_NAME, "rotations", rotations)
     _check_settings(spec, widths, online, kind, given)
 
     def update(params: Params, context: Context) -> Params:
@@ -115,10 +127,7 @@ def _check_settings(
     kind: RotationKind,
     given: dict[str, Rotation],
 ) -> None:
-    if kind not in get_args(RotationKind):
-        raise ValueError(
-            f"{_NAME}: kind={kind!r} is unknown. Choose one of {get_args(RotationKind)}."
-        )
+    check_kind(_NAME, kind)
     problems = [
         f"{name!r} is no width of the spec. Its widths are {nearest(name, spec.sizes)}."
         for name in (*widths, *online, *given)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxweights.core._paths import Flat
+from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._hadamard import hadamard_transform
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def random_rotation(key: jax.Array, size: int, kind: RotationKind = "hadamard") 
 
     Source: Ashkboos et al. 2024, arXiv:2404.00456, section 3 (random signs before the transform).
     """
+    check_kind("quantize.random_rotation", kind)
+    check_count("quantize.random_rotation", "size", size)
     if kind == "hadamard":
         return Rotation(signs=jax.random.rademacher(key, (size,), jnp.float32))
     if kind == "orthogonal":
@@ -92,6 +95,44 @@ def random_rotation(key: jax.Array, size: int, kind: RotationKind = "hadamard") 
     turn = jnp.eye(size).at[1:, 1:].set(_uniform(key, size - 1))
     with jax.default_matmul_precision("highest"):
         return Rotation(matrix=reflect @ turn @ reflect)
+
+
+def check_spec(asker: str, spec: Any) -> None:
+    """Refuses what is no `PermutationSpec`.
+
+    Raises:
+      TypeError: If it is none.
+    """
+    from jaxweights.align import PermutationSpec  # which imports this package
+
+    if not isinstance(spec, PermutationSpec):
+        raise TypeError(
+            f"{asker}: spec={spec!r} must be a PermutationSpec, such as "
+            "PermutationSpec.of(params, axes)."
+        )
+
+
+def check_rotations(asker: str, argument: str, rotations: Any) -> dict[str, Rotation]:
+    """The rotations as a dict, empty for None.
+
+    Raises:
+      TypeError: If it maps no names to rotations.
+    """
+    given = {} if rotations is None else rotations
+    if not isinstance(given, Mapping) or not all(isinstance(r, Rotation) for r in given.values()):
+        raise TypeError(
+            f"{asker}: {argument}={rotations!r} must map names of widths to `Rotation`s, such as "
+            "random_rotation(key, size)."
+        )
+    return dict(given)
+
+
+def check_kind(asker: str, kind: Any) -> None:
+    """Refuses an unknown kind of rotation."""
+    if not is_word(kind, get_args(RotationKind)):
+        raise ValueError(
+            f"{asker}: kind={kind!r} is unknown. Choose one of {get_args(RotationKind)}."
+        )
 
 
 def _uniform(key: jax.Array, size: int) -> jax.Array:

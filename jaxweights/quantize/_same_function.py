@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxweights.core._paths import Params
 from jaxweights.lift import lift
+from jaxweights.quantize._settings import check_numbers
 
 _NAME = "quantize.check_same_function"
 
@@ -50,6 +51,7 @@ def check_same_function(
       >>> check_same_function(model, before, after, [jnp.ones((3, 2))])
       0.0
     """
+    check_numbers(_NAME, tolerance=tolerance)
     run = jax.jit(lift(lambda params: [x for x in jax.tree.leaves(fn(params, *inputs))]))
     worst = 0.0
     for i, (old, new) in enumerate(zip(run(before), run(after), strict=True)):

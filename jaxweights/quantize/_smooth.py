@@ -22,6 +22,7 @@ from jaxweights.quantize._groups import (
     group_targets,
     nonfinite_leaves,
 )
+from jaxweights.quantize._settings import check_share, is_word
 from jaxweights.weights._axes import View
 
 _NAME = "quantize.smooth"
@@ -48,6 +49,7 @@ def smooth_scale(
       >>> smooth_scale(jnp.array([16.0, 1.0]), jnp.array([1.0, 4.0])).tolist()
       [4.0, 0.5]
     """
+    check_share(f"{_NAME}_scale", alpha=alpha)
     x = input_max.astype(jnp.float32)
     w = jnp.maximum(weight_max.astype(jnp.float32), _LEAST)
     scale = jnp.maximum(x**alpha / w ** (1 - alpha), _LEAST)
@@ -96,9 +98,8 @@ def smooth(
       multiply their writers by 1e5. (2) Values and output projection, and `up` and `down`, are
       folded too where a fold says so.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{_NAME}: alpha={alpha} must lie in [0, 1].")
-    if unfolded not in ("keep", "leave"):
+    check_share(_NAME, alpha=alpha)
+    if not is_word(unfolded, ("keep", "leave")):
         raise ValueError(f"{_NAME}: unfolded={unfolded!r} is unknown. Choose 'keep' or 'leave'.")
     folds = check_folds(_NAME, folds)
     wanted = frozenset({"count", "min", "max"})

@@ -354,7 +354,7 @@ def test_decode_undoes_a_row_of_codes():
         ({"bits": 4, "grid": "nearest"}, ValueError, "grid='nearest' is unknown. Choose one of"),
         ({"bits": 4, "search": "rms"}, ValueError, "search='rms' is unknown. Choose 'absmax'"),
         ({"bits": 4, "search": 40.0}, ValueError, "search=40.0 must be a percentile above 50"),
-        ({"bits": 4, "scale_dtype": jnp.int8}, TypeError, "must be a floating dtype"),
+        ({"bits": 4, "scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or float16"),
     ],
 )
 def test_settings_are_checked(settings, error, words):

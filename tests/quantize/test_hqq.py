@@ -155,10 +155,14 @@ def test_stacks_of_heads_become_quantized_weights_with_offsets():
     [
         ({"bits": 1}, ValueError, "quantize.hqq: bits=1 must lie between 2 and 8"),
         ({"bits": 4, "group_size": (8, 8)}, TypeError, "group_size=(8, 8) must be an integer, N"),
-        ({"bits": 4, "steps": -1}, ValueError, "quantize.hqq: steps=-1 must be an integer, 0 or"),
+        (
+            {"bits": 4, "steps": -1},
+            ValueError,
+            "quantize.hqq: steps=-1 must be an integer of at least 0",
+        ),
         ({"bits": 4, "shrinkage": Shrinkage(norm=2.0)}, ValueError, "must have norm in (0, 1]"),
         ({"bits": 4, "shrinkage": {"norm": 0.5}}, TypeError, "is no Shrinkage. Pass such as"),
-        ({"bits": 4, "scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or such"),
+        ({"bits": 4, "scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or float16"),
     ],
 )
 def test_settings_are_checked_when_built(settings, error, words):

@@ -229,7 +229,7 @@ def test_refusals_name_the_path_and_the_remedy():
         jw.apply(int8_dynamic(), grouped)
     with pytest.raises(ValueError, match=r"quantize.int8_static: grid='affine' has zero points"):
         int8_static(grid="affine")
-    with pytest.raises(ValueError, match=r"quantize.int8_dynamic: input_bits=9 must be an integer"):
+    with pytest.raises(ValueError, match=r"quantize.int8_dynamic: input_bits=9 must lie between 2"):
         int8_dynamic(input_bits=9)
     with pytest.raises(ValueError, match=r"'w': is already a QuantizedProduct"):
         jw.apply(int8_dynamic(), jw.apply(int8_dynamic(), params))

@@ -73,7 +73,7 @@ def test_refusals():
         quantize_kv(x, x, group_size=3)
     with pytest.raises(ValueError, match=r"group_size=4 does not divide the 6 channels of values"):
         quantize_kv(x, x[:, :6], group_size=4)
-    with pytest.raises(ValueError, match=r"bits=9 must be an integer between 1 and 8"):
+    with pytest.raises(ValueError, match=r"bits=9 must lie between 1 and 8"):
         quantize_kv(x, x, bits=9, group_size=4)
     with pytest.raises(ValueError, match=r"keys have shape \(8, 8\) and values \(4, 8\)"):
         quantize_kv(x, x[:4], group_size=4)

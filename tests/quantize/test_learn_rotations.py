@@ -91,8 +91,11 @@ def test_what_cannot_be_learned_is_refused():
     for settings, message in (
         ({"widths": ["mlp"], "key": KEY}, r"'mlp' is no width of the spec. Its widths are \['hid"),
         ({"widths": ["hidden"]}, "'key' is missing: pass key="),
-        ({"widths": [], "start": {"hidden": None}}, r"'hidden' is not among widths=\[\]. Add it"),
-        ({"widths": ["hidden"], "key": KEY, "steps": 0}, "steps=0 must be at least 1"),
+        (
+            {"widths": [], "start": {"hidden": random_rotation(KEY, 4)}},
+            r"'hidden' is not among widths=\[\]. Add it",
+        ),
+        ({"widths": ["hidden"], "key": KEY, "steps": 0}, "steps=0 must be a positive integer"),
     ):
         with pytest.raises(ValueError, match=message):
             learn_rotations(loss, params, spec, [1], **settings)

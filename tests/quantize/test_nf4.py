@@ -188,9 +188,9 @@ def test_qlora_is_an_adapter_over_it():
         ({"group_size": 0}, ValueError, "group_size=0 must be at least 1"),
         ({"group_size": "row"}, TypeError, "group_size='row' must be an integer, None"),
         ({"group_size": (8, 2, 1)}, TypeError, "or a pair (rows, columns) of a tile"),
-        ({"scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or such"),
-        ({"scale_dtype": jnp.float8_e4m3fn}, TypeError, "must be float32, bfloat16 or such"),
-        ({"double_quantization": 8}, TypeError, "double_quantization=8 must be a bool"),
+        ({"scale_dtype": jnp.int8}, TypeError, "must be float32, bfloat16 or float16"),
+        ({"scale_dtype": jnp.float8_e4m3fn}, TypeError, "must be float32, bfloat16 or float16"),
+        ({"double_quantization": 8}, TypeError, "double_quantization=8 must be True or False"),
         (
             {"double_quantization": True, "scale_dtype": jnp.float16},
             ValueError,

@@ -133,7 +133,7 @@ def test_centring_lowers_the_error_of_activations_and_errors_are_told_apart():
 
 def test_what_cannot_be_tuned_is_refused():
     _, params, _ = layer()
-    with pytest.raises(ValueError, match=r"quantize.outlier_tune: bits=9 must be an integer"):
+    with pytest.raises(ValueError, match=r"quantize.outlier_tune: bits=9 must lie between 2 and 8"):
         outlier_tune(folds=FOLD, bits=9)
     with pytest.raises(ValueError, match=r"alpha=2 must lie in \[0, 1\]"):
         outlier_tune(folds=FOLD, alpha=2)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxweights.core._apply import LayoutLike
 from jaxweights.core._paths import Params, flatten, unflatten
+from jaxweights.quantize._settings import check_numbers
 from jaxweights.quantize.training._thresholds import (
     Quantizer,
     grid_of,
@@ -65,11 +66,12 @@ def confidence_annealing(
       [False, True, False]
 
     Source: Liu et al. 2023, arXiv:2302.02210, section 4.2, and the authors' code.
-    Differs: any grid will do. On a "narrow" grid that does not span its group ("mse" or a
-      percentile), weights at the lower end count one level more than there is.
+    Differs: any grid will do. The thresholds of `binary`, and those of `ternary` with a fitted
+      scale, are taken halfway between the nearest weights on either side of them.
     """
     import optax
 
+    check_numbers(_NAME, boundary=boundary)
     if not boundary >= 0:
         raise ValueError(f"{_NAME}: boundary={boundary} must be at least 0.")
     leaves = quantizer_of(_NAME, quantizer, layout)

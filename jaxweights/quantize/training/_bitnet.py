@@ -11,6 +11,7 @@ from jaxweights.core._leafwise import leafwise
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import Codes, Grid, divide
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.quantize._settings import is_word
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._axes import View
 
@@ -71,7 +72,7 @@ def binary(*, share: Share = "tensor") -> Transform:
     :math:`\hat w = \beta\, \mathrm{sign}(w - \mathrm{mean}(w))` with the mean magnitude
     :math:`\beta`; the sign of 0 is -1. Meant for training, inside `fake_quant`, with
     `clipped="pass"`: its two levels are stored on a grid that has a 0 between them, next to which
-    "zero" would stop gradients, and whose thresholds `confidence_annealing` would look at.
+    "zero" would stop gradients.
 
     Args:
       share: Whose weights share the two means: those of a whole matrix ("tensor"), or of one
@@ -105,7 +106,7 @@ def binary(*, share: Share = "tensor") -> Transform:
 
 def _check(name: str, **settings: tuple[Any, tuple[Any, ...]]) -> None:
     for setting, (value, known) in settings.items():
-        if value not in known:
+        if not is_word(value, known):
             raise ValueError(f"{name}: {setting}={value!r} is unknown. Choose one of {known}.")
 
 

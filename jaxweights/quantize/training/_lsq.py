@@ -15,6 +15,7 @@ from jaxweights.core._paths import Params, Path, flatten, unflatten
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import GroupSize, divide, make_grid, unfit_group
 from jaxweights.quantize._leaves import REFUSAL
+from jaxweights.quantize._settings import check_between, check_flags
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._axes import View
 from jaxweights.weights._learned_step import LearnedStep, learned_round
@@ -177,9 +178,7 @@ def lsq_step(
 
 
 def _code_range(asker: str, bits: int, signed: bool) -> tuple[int, int]:
+    check_flags(asker, signed=signed)
     fewest = 2 if signed else 1
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{asker}: bits={bits!r} must be an integer.")
-    if not fewest <= bits <= 8:
-        raise ValueError(f"{asker}: bits={bits} must lie between {fewest} and 8.")
+    check_between(asker, "bits", bits, fewest, 8)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

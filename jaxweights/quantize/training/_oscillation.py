@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxweights.core._apply import LayoutLike
 from jaxweights.core._paths import Flat, Params, Path
+from jaxweights.quantize._settings import check_numbers
 from jaxweights.quantize.training._thresholds import (
     Quantizer,
     grid_of,
@@ -85,6 +86,7 @@ def oscillation_monitor(
     """
     import optax
 
+    check_numbers(_NAME, momentum=momentum)
     if not 0 < momentum <= 1:
         raise ValueError(f"{_NAME}: momentum={momentum} must lie above 0, up to 1.")
     leaves = quantizer_of(_NAME, quantizer, layout)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.quantize._grid import divide
+from jaxweights.quantize._settings import check_between
 
 _NAME = "quantize.pact"
 
@@ -40,10 +41,7 @@ def pact(x: jax.Array, bound: jax.Array, *, bits: int) -> jax.Array:
 
     Source: Choi et al. 2018, arXiv:1805.06085, equations 1 to 3.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{_NAME}: bits={bits!r} must be an integer.")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{_NAME}: bits={bits} must lie between 1 and 8.")
+    check_between(_NAME, "bits", bits, 1, 8)
     bound = jnp.asarray(bound)
     wide = jnp.broadcast_to(bound.astype(jnp.float32), x.shape)
     return _clipped(x.astype(jnp.float32), wide, 2**bits - 1).astype(x.dtype)

@@ -18,6 +18,7 @@ from jaxweights.core._paths import (
     nearest,
     unflatten,
 )
+from jaxweights.quantize._settings import check_share
 
 if TYPE_CHECKING:
     import optax
@@ -88,10 +89,9 @@ def shrink_embedding_gradients(
     import optax
 
     name = "quantize.shrink_embedding_gradients"
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{name}: alpha={alpha} must lie between 0 and 1.")
+    check_share(name, alpha=alpha)
     if embeddings is not None:
-        check_pattern(name, embeddings)
+        check_pattern(f"{name}: embeddings", embeddings)
 
     def init(params: Params) -> optax.EmptyState:
         _tables(name, params, embeddings)

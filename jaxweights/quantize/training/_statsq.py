@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import represented
+from jaxweights.quantize._settings import check_between
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._codebook import Codebook
 
@@ -49,10 +50,7 @@ def statsq(*, bits: int) -> Transform:
     Differs: (1) each matrix of a stack has scales of its own. (2) Codes are clamped to the levels,
       which matters at 1 bit. (3) An output of zeros stays zero.
     """
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"{_NAME}: bits={bits!r} must be an integer.")
-    if not 1 <= bits <= 8:
-        raise ValueError(f"{_NAME}: bits={bits} must lie between 1 and 8.")
+    check_between(_NAME, "bits", bits, 1, 8)
     return represented(functools.partial(statsq_matrix, bits=bits), name=_NAME, group_size=None)
 
 
@@ -70,6 +68,7 @@ def statsq_matrix(weight: Float[Array, "in out"], *, bits: int) -> Codebook:
       >>> statsq_matrix(jnp.array([[0.5], [-1.5]]), bits=1).materialize().ravel().tolist()
       [1.0, -1.0]
     """
+    check_between(f"{_NAME}_matrix", "bits", bits, 1, 8)
     dense = weight.astype(jnp.float32)
     half = 2 ** (bits - 1)
     scale = divide(2 * ordered_sum(jnp.abs(dense)), max(dense.shape[0], 1))  # (1, out)

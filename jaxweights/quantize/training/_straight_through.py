@@ -15,6 +15,7 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform
+from jaxweights.quantize._settings import is_word
 from jaxweights.quantize.training._thresholds import all_ones
 from jaxweights.weights._learned_step import LearnedStep
 from jaxweights.weights._masked import Masked
@@ -82,7 +83,8 @@ def fake_quant(
       layout: As in `apply`.
 
     Returns:
-      A tree of dense arrays like `params`. Leaves that the transform leaves alone, or that were
+      A tree of dense arrays like `params`. Leaves of integers are what the transform makes of them.
+      Leaves that the transform leaves alone, or that were
       represented before, are as it returns them. Those of `int8_dynamic` and `int8_static` stay
       `QuantizedProduct`, which rounds activations, too: call `lift(model)` on them.
 
@@ -101,10 +103,10 @@ def fake_quant(
 
     Source: Bengio et al. 2013, arXiv:1308.3432, the straight-through estimator.
     """
-    if clipped not in get_args(Clipped):
+    if not is_word(clipped, get_args(Clipped)):
         raise ValueError(f"{_NAME}: clipped={clipped!r} is unknown. Choose one of 'pass', 'zero'.")
     if not isinstance(tx, Transform):
-        raise TypeError(f"{_NAME}: {tx!r} is a {type(tx).__name__}, not a transform.")
+        raise TypeError(f"{_NAME}: tx={tx!r} is a {type(tx).__name__}, not a transform.")
     constant = _without_gradient(params)
     rounded = apply(tx, constant, stats=stats, models=models, key=key, step=step, layout=layout)
     latent, treedef = flatten(params)
@@ -115,8 +117,10 @@ def fake_quant(
         value = after[path]
         if is_weight(leaf):
             new[path] = value
-        elif value is before[path] or not is_float(leaf):
+        elif value is before[path]:
             new[path] = leaf
+        elif not is_float(leaf):
+            new[path] = materialize(value)  # of whole numbers there is no gradient
         else:
             source = leaf
             if clipped == "zero":

@@ -32,8 +32,9 @@ def quantizer_of(asker: str, quantizer: Any, layout: LayoutLike) -> Callable[[Pa
     """
     if not isinstance(quantizer, Transform) and not callable(quantizer):
         raise TypeError(
-            f"{asker}: {quantizer!r} is a {type(quantizer).__name__}. Pass the transform that "
-            "fake_quant uses, or a function from parameters to quantized ones, such as settle."
+            f"{asker}: quantizer={quantizer!r} is a {type(quantizer).__name__}. Pass the "
+            "transform that fake_quant uses, or a function from parameters to quantized ones, "
+            "such as settle."
         )
 
     def leaves(params: Params) -> Flat:
@@ -81,22 +82,53 @@ def threshold_distance(latent: jax.Array, grid: Quantized | Codebook) -> jax.Arr
 
     Returns:
       Of the shape of `latent`: a share of the distance of the two levels. Thresholds lie halfway
-      between levels that exist; beyond the last ones there is none.
+      between levels that exist; beyond the last ones there is none. The lowest level of a signed
+      grid exists where any entry has it, since "narrow" grids leave it out. On signed grids of 2
+      bits, levels and thresholds are read off the entries: see `_distance_on_few_levels`.
     """
     scale = _scale_of_entries(grid)
     offset = _offset_of_entries(grid)
     place = (latent if offset is None else latent - offset) / jnp.where(scale == 0, 1, scale)
     if isinstance(grid, Codebook):
         return _distance_to_table(place, jnp.sort(grid.table, axis=-1))
-    smallest, largest = 0, 2**grid.bits - 1
+    signed = grid.zero_point is None and grid.offset is None
+    if signed and grid.bits == 2:
+        return _distance_on_few_levels(place, grid)
+    smallest, largest = jnp.int32(0), 2**grid.bits - 1
     if grid.zero_point is not None:
         # codes minus zero points: what `place` counts in
         zero = grid.codes_matrix().astype(jnp.float32) - grid.centred(jnp.float32)
         place = place + zero
-    elif grid.offset is None:
+    elif signed:
         smallest, largest = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
-    nearest = jnp.clip(jnp.round(place - 0.5), smallest, largest - 1) + 0.5
+        lowest = grid.codes_matrix() == smallest
+        smallest = jnp.where(jnp.any(lowest, axis=(-2, -1), keepdims=True), smallest, smallest + 1)
+    nearest = jnp.maximum(jnp.minimum(jnp.round(place - 0.5), largest - 1), smallest) + 0.5
     return jnp.abs(place - nearest)
+
+
+def _distance_on_few_levels(place: jax.Array, grid: Quantized) -> jax.Array:
+    """As `threshold_distance`, on signed grids of 2 bits, which `ternary` and `binary` write too.
+
+    Their levels are not all used, and what is rounded at differs from halfway where a mean is taken
+    away first or a scale is fitted afterwards. So a level is left out that no entry of the matrix
+    has, unless it is an inner one that stands at an end of those in use; and a threshold that is
+    not where the entries on either side of it are divided lies halfway between those.
+    """
+    codes = grid.codes_matrix().astype(jnp.int32)
+    any_is = lambda code: jnp.any(codes == code, axis=(-2, -1), keepdims=True)  # noqa: E731
+    lowest = any_is(-2)
+    split = any_is(-1) & any_is(1) & ~any_is(0) & ~lowest  # two levels, 0 not among them
+    axes = (-2, -1) if grid.scale.shape[-1] == 1 else (-2,)
+    distance = jnp.full(place.shape, jnp.inf, jnp.float32)
+    for below, above, exists in ((-2, -1, lowest), (-1, 0, ~split), (0, 1, ~split), (-1, 1, split)):
+        low = jnp.max(jnp.where(codes <= below, place, -jnp.inf), axes, keepdims=True)
+        high = jnp.min(jnp.where(codes >= above, place, jnp.inf), axes, keepdims=True)
+        middle = (below + above) / 2
+        threshold = jnp.where((low <= middle) & (middle <= high), middle, (low + high) / 2)
+        here = jnp.abs(place - threshold) / (above - below)
+        distance = jnp.minimum(distance, jnp.where(exists, here, jnp.inf))
+    return distance
 
 
 def _distance_to_table(place: jax.Array, levels: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.quantize import (
+    binary,
     confidence_annealing,
     fake_quant,
     lsq,
@@ -18,6 +19,7 @@ from jaxweights.quantize import (
     round_to_nearest,
     settle,
     statsq,
+    ternary,
 )
 from jaxweights.quantize.training._thresholds import levels_of, threshold_distance
 
@@ -84,7 +86,8 @@ def test_distances_are_those_to_midpoints_of_levels_that_exist(tx):
             elif leaf.zero_point is not None:
                 levels = (np.arange(2**leaf.bits) - float(leaf.zero_point[r, c])) * scale
             else:
-                levels = np.arange(-(2 ** (leaf.bits - 1)), 2 ** (leaf.bits - 1)) * scale
+                lowest = min(int(leaf.codes_matrix().min()), 1 - 2 ** (leaf.bits - 1))
+                levels = np.arange(lowest, 2 ** (leaf.bits - 1)) * scale
             levels = np.sort(levels)
             middle, gap = (levels[1:] + levels[:-1]) / 2, np.diff(levels)
             far = np.abs(np.asarray(weight)[part, c, None] - middle) / gap
@@ -189,7 +192,7 @@ def test_refusals():
     tx, params = statsq(bits=2), {"w": jnp.ones((4, 4))}
     for make in (confidence_annealing, oscillation_monitor):
         name = f"quantize.{make.__name__}"
-        with pytest.raises(TypeError, match=rf"{name}: 3 is a int. Pass the transform"):
+        with pytest.raises(TypeError, match=rf"{name}: quantizer=3 is a int. Pass the transform"):
             make(3)
         with pytest.raises(ValueError, match=rf"{name}: the quantizer quantizes nothing"):
             make(jw.identity()).init(params)
@@ -199,3 +202,43 @@ def test_refusals():
         confidence_annealing(tx, boundary=-1)
     with pytest.raises(ValueError, match=r"momentum=0 must lie above 0, up to 1"):
         oscillation_monitor(tx, momentum=0)
+
+
+@pytest.mark.parametrize("share", ["tensor", "output"])
+def test_the_threshold_of_two_levels_is_where_the_signs_are_divided(share):
+    """At the mean, which is far from halfway between the levels here, and from their 0."""
+    weight = jax.random.normal(jax.random.key(0), (400, 3)) + jnp.array([2.0, -1.0, 0.5])
+    tx = binary(share=share)
+    leaf = jw.apply(tx, {"w": weight})["w"]
+    axis = 0 if share == "output" else None
+    mean = np.mean(np.asarray(weight, np.float64), axis=axis, keepdims=True)
+    beta = np.mean(np.abs(np.asarray(weight, np.float64)), axis=axis, keepdims=True)
+    expected = np.abs(np.asarray(weight) - mean) / (2 * beta)
+    # The entries show where they are divided no more finely than they lie.
+    np.testing.assert_allclose(threshold_distance(weight, leaf), expected, atol=0.01)
+    free = changed_by(tx, weight, 0.02)
+    assert 0.002 < free.mean() < 0.1 and (expected[free] < 0.03).all()
+
+
+@pytest.mark.parametrize("share", ["tensor", "output"])
+@pytest.mark.parametrize("scale", ["absmean", "least_squares"])
+def test_ternary_weights_have_two_thresholds_and_none_below(share, scale):
+    weight = jax.random.normal(jax.random.key(1), (500, 3)) * jnp.array([1.0, 2.0, 0.3])
+    leaf = jw.apply(ternary(share=share, scale=scale), {"w": weight})["w"]
+    axis = 0 if share == "output" else None
+    step = np.mean(np.abs(np.asarray(weight, np.float64)), axis=axis, keepdims=True)
+    ratio = step / np.asarray(leaf.scale, np.float64)  # a fitted scale is not what was divided by
+    place = np.asarray(weight) / step
+    expected = np.abs(np.abs(place) - 0.5) * ratio
+    np.testing.assert_allclose(threshold_distance(weight, leaf), expected, atol=0.01)
+    assert (np.abs(place + 1.5) < 0.02).any()  # where a level of -2 would be rounded to
+
+
+def test_a_narrow_grid_whose_range_was_shrunk_has_no_threshold_below_its_last_level():
+    weight = jax.random.normal(jax.random.key(2), (300, 2)).at[0].set(-9.0)
+    tx = round_to_nearest(bits=3, grid="narrow", search=99.0)
+    leaf = jw.apply(tx, {"w": weight})["w"]
+    place = np.asarray(weight) / np.asarray(leaf.scale)
+    assert (place < -4).any()  # would stand by a threshold at -3.5 if there were a level of -4
+    far = np.abs(place[..., None] - (np.arange(-3, 3) + 0.5)).min(-1)
+    np.testing.assert_allclose(threshold_distance(weight, leaf), far, atol=1e-4)

@@ -179,7 +179,7 @@ def test_refusals_name_the_path_and_the_remedy():
         ValueError, match=r"clipped='none' is unknown. Choose one of 'pass', 'zero'"
     ):
         fake_quant(params, round_to_nearest(bits=4), clipped="none")
-    with pytest.raises(TypeError, match=r"quantize.fake_quant: 4 is a int, not a transform"):
+    with pytest.raises(TypeError, match=r"quantize.fake_quant: tx=4 is a int, not a transform"):
         fake_quant(params, 4)
     with pytest.raises(ValueError, match=r"'w': became a LowRank, whose levels .*clipped='pass'"):
         fake_quant(params, jw.adapt.lora(rank=1), clipped="zero", key=jax.random.key(0))
@@ -196,3 +196,18 @@ def test_straight_through_returns_the_value_to_the_last_bit():
         3,
         0,
     )
+
+
+def test_changes_of_integer_leaves_are_kept():
+    """A transform may count, too, and leaves of whole numbers then are not what they were."""
+
+    def count(params, context):
+        del context
+        return {**params, "count": params["count"] + 1}
+
+    counting = jw.core.stateless(count, name="count")
+    tx = jw.chain(counting, Q.round_to_nearest(bits=4))
+    params = {"count": jnp.int32(3), "w": jax.random.normal(jax.random.key(0), (8, 4))}
+    new = Q.fake_quant(params, tx)
+    assert int(new["count"]) == 4
+    assert bool(jnp.all(new["w"] == jw.materialize(jw.apply(tx, params))["w"]))
