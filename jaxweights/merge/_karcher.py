@@ -20,12 +20,18 @@ from jaxweights.merge._models import (
     Weights,
     check_choice,
     check_weights,
-    compute_dtype,
     per_model,
 )
 from jaxweights.merge._multislerp import SHORTEST, refuse_cancelling
-from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import chords, mean_direction, safe_inverse, safe_sqrt, weighted_sum
+from jaxweights.merge._sphere import (
+    Measuring,
+    Vectors,
+    chords,
+    mean_direction,
+    safe_inverse,
+    safe_sqrt,
+)
+from jaxweights.merge._spherical import SphereMerge, spherical
 
 # Steps cost nothing beside the leaf, and points in one half of the sphere converge in a few dozen.
 _STEPS = {"paper": 50, "mergekit": 10}
@@ -94,29 +100,19 @@ def karcher(
         raise ValueError(f"{name}: steps={steps} and tolerance={tolerance} must not be negative.")
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
-    def merge_leaf(job: LeafJob) -> Merged:
-        n, dtype = len(job.models), compute_dtype(job.base)
+    def factors(vectors: Vectors) -> Measuring[tuple[jax.Array, jax.Array]]:
+        n = vectors.models
         given = per_model(name, "weights", np.ones(n) if weights is None else weights, n)
-        shares = jnp.asarray(given, dtype)
+        shares = jnp.asarray(given, vectors.dtype)
         shares = shares / jnp.sum(shares)
-        how = {"axes": job.axes, "deltas": deltas}
-        norms, length = mean_direction(job.base, job.models, shares, **how)
-        squares = chords(job.base, job.models, norms, **how)
-        limit = jnp.asarray(tolerance, dtype)
-        factors, cancels = _factors(norms, length, squares, shares, limit, steps=steps)
-        value, finite = weighted_sum(
-            job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
-        )
-        return Merged(value, finite, cancels)
+        norms, length = yield from mean_direction(vectors, shares)
+        squares = yield from chords(vectors, norms)
+        limit = jnp.asarray(tolerance, vectors.dtype)
+        return _factors(norms, length, squares, shares, limit, steps=steps)
 
-    return per_leaf(
-        name,
-        merge_leaf,
-        output=output,
-        names=names,
-        delta=deltas,
-        report=functools.partial(refuse_cancelling, name),
-    )
+    report = functools.partial(refuse_cancelling, name)
+    merge = SphereMerge(name, factors, output, deltas=deltas, report=report)
+    return spherical(merge, names=names)
 
 
 @functools.partial(jax.jit, static_argnames="steps")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,10 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._transform import Transform
 from jaxweights.merge._delta_leaf import Compat
-from jaxweights.merge._models import Nonfloat, Output, Rounding, check_choice, compute_dtype
-from jaxweights.merge._per_leaf import GROUPS, Group, LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import mean_direction, norms_of, vectors_of, weighted_sum
+from jaxweights.merge._models import Nonfloat, Output, Rounding, check_choice
+from jaxweights.merge._per_leaf import GROUPS, Group
+from jaxweights.merge._sphere import Measuring, Vectors, chords, mean_direction, norms_of
+from jaxweights.merge._spherical import SphereMerge, spherical
 
 _MERGEKIT_FLOOR = 1e-6  # of products of two norms
 
@@ -75,59 +75,46 @@ def model_stock(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
     clip = compat == "paper" if clip is None else clip
 
-    def merge_leaf(job: LeafJob) -> Merged:
-        cosine = _mean_cosine(job.base, job.models, axes=job.axes, compat=compat)
-        factors = _factors(cosine, len(job.models), clip=clip)
-        return Merged(
-            *weighted_sum(
-                job.base,
-                job.models,
-                factors,
-                job.key,
-                axes=job.axes,
-                deltas=True,
-                output=output,
-                dtype=job.dtype,
-            )
-        )
+    def factors(vectors: Vectors) -> Measuring[tuple[jax.Array, None]]:
+        cosine = yield from _mean_cosine(vectors, compat=compat)
+        return _factors(cosine, vectors.models, clip=clip), None
 
-    return per_leaf(
+    merge = SphereMerge(
         name,
-        merge_leaf,
-        output=output,
-        names=names,
+        factors,
+        output,
+        deltas=True,
+        group=group,
         fewest=2,
         remedy="One delta has no angle to another; `mean` or `task_arithmetic` takes a single one.",
-        delta=True,
-        group=group,
     )
+    return spherical(merge, names=names)
 
 
-def _mean_cosine(
-    base: Any, models: list[Any], *, axes: tuple[int, ...], compat: Compat
-) -> jax.Array:
+def _mean_cosine(vectors: Vectors, *, compat: Compat) -> Measuring[jax.Array]:
     """Mean cosine of the angles between all pairs of deltas, `(vectors,)`."""
-    n = len(models)
+    n = vectors.models
     pairs = n * (n - 1)
     if compat == "mergekit":
-        return _sum_of_guarded_cosines(base, models, axes=axes) / pairs
+        norms = jnp.stack((yield from norms_of(vectors)))
+        squares = yield from chords(vectors, norms)
+        return _sum_of_guarded_cosines(norms, squares) / pairs
     # The square of the sum of unit vectors is the sum of all cosines, those with themselves too.
-    norms, length = mean_direction(
-        base, models, jnp.ones(n, compute_dtype(base)), axes=axes, deltas=True
-    )
+    norms, length = yield from mean_direction(vectors, jnp.ones(n, vectors.dtype))
     return (length * length - jnp.sum(norms > 0, axis=0, dtype=norms.dtype)) / pairs
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _sum_of_guarded_cosines(base: Any, models: list[Any], *, axes: tuple[int, ...]) -> jax.Array:
-    vectors = vectors_of(base, models, deltas=True)
-    norms = norms_of(base, models, axes=axes, deltas=True)
+@jax.jit
+def _sum_of_guarded_cosines(
+    norms: jax.Array,  # (models, vectors)
+    squares: jax.Array,  # (vectors, models, models)
+) -> jax.Array:
     total = jnp.zeros_like(norms[0])
-    for i in range(len(models)):
+    for i in range(len(norms)):
         for j in range(i):
-            product = jnp.sum(vectors[i] * vectors[j], axis=axes).reshape(-1)
-            size = jnp.maximum(norms[i] * norms[j], _MERGEKIT_FLOOR)
-            total = total + 2 * jnp.clip(product / size, -1, 1)
+            size = norms[i] * norms[j]
+            cosine = jnp.where(size > 0, 1 - squares[:, i, j] / 2, 0)
+            total = total + 2 * jnp.clip(cosine * size / jnp.maximum(size, _MERGEKIT_FLOOR), -1, 1)
     return total
 
 

@@ -18,11 +18,10 @@ from jaxweights.merge._models import (
     Rounding,
     Weights,
     check_weights,
-    compute_dtype,
     per_model,
 )
-from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import mean_direction, safe_inverse, weighted_sum
+from jaxweights.merge._sphere import Measuring, Vectors, mean_direction, safe_inverse
+from jaxweights.merge._spherical import SphereMerge, spherical
 
 # A mean of unit vectors that is shorter points nowhere in particular.
 SHORTEST = 1e-6
@@ -78,26 +77,16 @@ def multislerp(
     weights = check_weights(name, weights, normalize=normalize)
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
-    def merge_leaf(job: LeafJob) -> Merged:
-        n = len(job.models)
+    def factors(vectors: Vectors) -> Measuring[tuple[jax.Array, jax.Array]]:
+        n = vectors.models
         given = per_model(name, "weights", np.ones(n) if weights is None else weights, n)
-        shares = _shares(jnp.asarray(given, compute_dtype(job.base)), normalize=normalize)
-        how = {"axes": job.axes, "deltas": deltas}
-        norms, length = mean_direction(job.base, job.models, shares, **how)
-        factors, cancels = _factors(norms, length, shares)
-        value, finite = weighted_sum(
-            job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
-        )
-        return Merged(value, finite, cancels)
+        shares = _shares(jnp.asarray(given, vectors.dtype), normalize=normalize)
+        norms, length = yield from mean_direction(vectors, shares)
+        return _factors(norms, length, shares)
 
-    return per_leaf(
-        name,
-        merge_leaf,
-        output=output,
-        names=names,
-        delta=deltas,
-        report=functools.partial(refuse_cancelling, name),
-    )
+    report = functools.partial(refuse_cancelling, name)
+    merge = SphereMerge(name, factors, output, deltas=deltas, report=report)
+    return spherical(merge, names=names)
 
 
 def refuse_cancelling(name: str, paths: list[Path]) -> None:

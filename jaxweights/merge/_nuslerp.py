@@ -21,12 +21,12 @@ from jaxweights.merge._models import (
     Weights,
     check_choice,
     check_weights,
-    compute_dtype,
     per_model,
 )
-from jaxweights.merge._per_leaf import GROUPS, Group, LeafJob, Merged, per_leaf
+from jaxweights.merge._per_leaf import GROUPS, Group
 from jaxweights.merge._slerp import Antipodal, refuse_antipodal
-from jaxweights.merge._sphere import arcs, slerp_factors, weighted_sum
+from jaxweights.merge._sphere import Measuring, Vectors, arcs, slerp_factors
+from jaxweights.merge._spherical import SphereMerge, spherical
 
 _MERGEKIT_ZERO = 1e-6  # weights whose sum is smaller count as equal there
 
@@ -89,28 +89,23 @@ def nuslerp(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
     strict = (antipodal or ("error" if compat == "paper" else "lerp")) == "error"
 
-    def merge_leaf(job: LeafJob) -> Merged:
+    def factors(vectors: Vectors) -> Measuring[tuple[jax.Array, jax.Array]]:
         given = per_model(name, "weights", np.ones(2) if weights is None else weights, 2)
-        t = _place(jnp.asarray(given, compute_dtype(job.base)), compat=compat)
-        how = {"axes": job.axes, "deltas": deltas}
-        factors, antipodal = slerp_factors(arcs(job.base, job.models, **how), t)
-        value, finite = weighted_sum(
-            job.base, job.models, factors, job.key, **how, output=output, dtype=job.dtype
-        )
-        return Merged(value, finite, antipodal)
+        t = _place(jnp.asarray(given, vectors.dtype), compat=compat)
+        return slerp_factors((yield from arcs(vectors)), t)
 
-    return per_leaf(
+    merge = SphereMerge(
         name,
-        merge_leaf,
-        output=output,
-        names=names,
+        factors,
+        output,
+        deltas=deltas,
+        group=group,
         fewest=2,
         most=2,
         remedy="`slerp` takes the tree and one model; `karcher` merges more than two.",
-        delta=deltas,
-        group=group,
         report=functools.partial(refuse_antipodal, name) if strict else None,
     )
+    return spherical(merge, names=names)
 
 
 def _check_sum(name: str, weights: Any) -> None:

@@ -51,6 +51,7 @@ def per_leaf(
     group: Group | None = "leaf",
     scope: Scope = "matrix",
     report: Callable[[list[Path]], None] | None = None,
+    settings: Any = None,
 ) -> Transform:
     """A transform from a method that merges one leaf.
 
@@ -67,6 +68,7 @@ def per_leaf(
       group: What one vector is; None for methods that are elementwise, and need no axes.
       scope: As in `Transform`, where rounding is to the nearest.
       report: Called with the paths of all leaves that were found odd, outside of `jit`.
+      settings: As in `Transform`.
 
     Returns:
       The transform; it acts on every floating leaf.
@@ -77,7 +79,7 @@ def per_leaf(
         everything, treedef = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=delta)
-        _check_count(name, len(models), fewest, most, remedy)
+        check_count(name, len(models), fewest, most, remedy)
         floats = {path: leaf for path, leaf in flat.items() if is_float(leaf)}
         none = dict.fromkeys(floats, ())
         stacks = none if group is None else stack_axes(name, floats, context.layout)
@@ -101,10 +103,12 @@ def per_leaf(
                 report(found)
         return unflatten(treedef, everything | new)
 
-    return stateless(update, name=name, scope=scope if output.rounding == "nearest" else "leaf")
+    scope = scope if output.rounding == "nearest" else "leaf"
+    return stateless(update, name=name, scope=scope, settings=settings)
 
 
-def _check_count(name: str, given: int, fewest: int, most: int | None, remedy: str) -> None:
+def check_count(name: str, given: int, fewest: int, most: int | None, remedy: str) -> None:
+    """Refuses a number of models that a method does not take."""
     if given >= fewest and (most is None or given <= most):
         return
     wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"

@@ -20,10 +20,9 @@ from jaxweights.merge._models import (
     Output,
     Rounding,
     check_choice,
-    compute_dtype,
 )
-from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
-from jaxweights.merge._sphere import arcs, slerp_factors, weighted_sum
+from jaxweights.merge._sphere import Measuring, Vectors, arcs, slerp_factors
+from jaxweights.merge._spherical import SphereMerge, spherical
 
 Antipodal = Literal["error", "lerp"]
 Norm = Literal["blend", "interpolate"]
@@ -94,28 +93,25 @@ def slerp(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
     strict = (antipodal or ("error" if compat == "paper" else "lerp")) == "error"
 
-    def merge_leaf(job: LeafJob) -> Merged:
-        ends, how = [job.base, job.models[0]], {"axes": job.axes, "deltas": False}
-        factors, antipodal = slerp_factors(
-            arcs(job.base, ends, **how),
-            jnp.asarray(t, compute_dtype(job.base)),
+    def factors(vectors: Vectors) -> Measuring[tuple[jax.Array, jax.Array]]:
+        found = yield from arcs(vectors)
+        return slerp_factors(
+            found,
+            jnp.asarray(t, vectors.dtype),
             interpolate_norm=norm == "interpolate",
             lerp_cosine=_MERGEKIT_COSINE if compat == "mergekit" else None,
         )
-        value, finite = weighted_sum(
-            job.base, ends, factors, job.key, **how, output=output, dtype=job.dtype
-        )
-        return Merged(value, finite, antipodal)
 
-    return per_leaf(
+    merge = SphereMerge(
         name,
-        merge_leaf,
-        output=output,
-        names=names,
+        factors,
+        output,
+        tree_is_model=True,
         most=1,
         remedy="The tree is t = 0 and the model t = 1; `karcher` merges more than two.",
         report=functools.partial(refuse_antipodal, name) if strict else None,
     )
+    return spherical(merge, names=names)
 
 
 def check_unit_interval(name: str, argument: str, value: Any) -> None:
@@ -130,7 +126,8 @@ def refuse_antipodal(name: str, paths: list[Path]) -> None:
         name,
         [
             f"{path!r}: the two vectors point in opposite directions, so that no single arc joins "
-            "them. Pass antipodal='lerp' to interpolate linearly there."
+            "them. Pass antipodal='lerp' to interpolate linearly there, or give this weight to "
+            "`mean` ('linear' in a configuration)."
             for path in paths
         ],
     )

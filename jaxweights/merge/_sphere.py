@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxweights.merge._models import Output, all_finite, compute_dtype
 # Below this angle the first two terms of the series are exact to float32.
 _SMALL = 1e-3
 # Sums of squares in float32 lose nothing to underflow above this; below it, vectors are lifted.
-_LEAST_SQUARE, _LIFT = 1e-24, 2.0**60
+LEAST_SQUARE, _LIFT = 1e-24, 2.0**60
 _ANTIPODAL = math.pi - 1e-3  # beyond it the arc between two points is not determined
 
 
@@ -31,6 +32,64 @@ class Arcs(NamedTuple):
     second: jax.Array  # norm of the second's
     apart: jax.Array  # square of the distance between the two directions
     together: jax.Array  # square of the length of the sum of the two directions
+
+
+class Vectors(NamedTuple):
+    """What is measured: vectors of one leaf, as many of each model."""
+
+    models: int
+    count: int
+    dtype: Any  # of the computation
+
+
+class Length(NamedTuple):
+    """One question about them: the squared lengths `(vectors,)` of a sum of some models."""
+
+    models: tuple[int, ...]
+    factors: jax.Array  # (these models, vectors)
+
+
+Found = TypeVar("Found")
+# Asks in rounds, and gets the answers in the order of the questions. Who answers decides how: from
+# a whole leaf, or from slices of one that is never held.
+Measuring = Generator[list[Length], list[jax.Array], Found]
+
+
+def measured(
+    measuring: Measuring[Found],
+    base: Any,
+    models: list[Any],
+    *,
+    axes: tuple[int, ...],
+    deltas: bool,
+) -> Found:
+    """What comes of measuring a leaf that is at hand.
+
+    Args:
+      measuring: What asks.
+      base: The tree's leaf.
+      models: The models' leaves.
+      axes: Along which a vector runs.
+      deltas: Whether the vectors are differences to the base.
+    """
+    try:
+        asked = next(measuring)
+        while True:
+            answers = [
+                squared_length(
+                    base, [models[i] for i in one.models], one.factors, axes=axes, deltas=deltas
+                )
+                for one in asked
+            ]
+            asked = measuring.send(answers)
+    except StopIteration as end:
+        return end.value
+
+
+def vectors_in(base: Any, models: int, axes: tuple[int, ...]) -> Vectors:
+    """The vectors of a leaf that run along some of its axes."""
+    count = math.prod(n for a, n in enumerate(jnp.shape(base)) if a not in axes)
+    return Vectors(models, count, compute_dtype(base))
 
 
 def vectors_of(base: Any, models: list[Any], *, deltas: bool) -> list[jax.Array]:
@@ -73,21 +132,17 @@ def _sum(vectors: list[jax.Array], factors: jax.Array, axes: tuple[int, ...]) ->
     return jnp.asarray(sum(x * f.reshape(kept) for x, f in zip(vectors, factors, strict=True)))
 
 
-def norms_of(
-    base: Any, models: list[Any], *, axes: tuple[int, ...], deltas: bool
-) -> list[jax.Array]:
+def norms_of(vectors: Vectors) -> Measuring[list[jax.Array]]:
     """Norms `(vectors,)` of each model's vectors."""
-    count = math.prod(n for a, n in enumerate(jnp.shape(base)) if a not in axes)
-    one = jnp.ones((1, count), compute_dtype(base))
-    norms = []
-    for model in models:
-        plain = squared_length(base, [model], one, axes=axes, deltas=deltas)
-        tiny = plain < _LEAST_SQUARE
-        norm = safe_sqrt(plain)
-        if _may_hold(tiny):
-            lifted = squared_length(base, [model], _LIFT * one, axes=axes, deltas=deltas)
-            norm = jnp.where(tiny, safe_sqrt(lifted) / _LIFT, norm)
-        norms.append(norm)
+    one = jnp.ones((1, vectors.count), vectors.dtype)
+    plain = yield [Length((i,), one) for i in range(vectors.models)]
+    norms = [safe_sqrt(square) for square in plain]
+    tiny = [square < LEAST_SQUARE for square in plain]
+    lifting = [i for i, flags in enumerate(tiny) if _may_hold(flags)]
+    if lifting:
+        lifted = yield [Length((i,), _LIFT * one) for i in lifting]
+        for i, square in zip(lifting, lifted, strict=True):
+            norms[i] = jnp.where(tiny[i], safe_sqrt(square) / _LIFT, norms[i])
     return norms
 
 
@@ -96,50 +151,43 @@ def _may_hold(flags: jax.Array) -> bool:
     return isinstance(flags, Tracer) or bool(flags.any())
 
 
-def arcs(base: Any, models: list[Any], *, axes: tuple[int, ...], deltas: bool) -> Arcs:
+def arcs(vectors: Vectors) -> Measuring[Arcs]:
     """Lengths and distances of two models' vectors."""
-    how = {"axes": axes, "deltas": deltas}
-    norms = norms_of(base, models, **how)
+    norms = yield from norms_of(vectors)
     a, b = (safe_inverse(n) for n in norms)
-    apart = squared_length(base, models, jnp.stack([a, -b]), **how)
+    [apart] = yield [Length((0, 1), jnp.stack([a, -b]))]
     # The two squares sum to 4. Only near π, where the second nearly vanishes, is it summed itself.
     together = jnp.maximum(4 - apart, 0)
     near = apart > 3
     if _may_hold(near):
-        summed = squared_length(base, models, jnp.stack([a, b]), **how)
+        [summed] = yield [Length((0, 1), jnp.stack([a, b]))]
         together = jnp.where(near, summed, together)
     return Arcs(norms[0], norms[1], apart, together)
 
 
-def mean_direction(
-    base: Any, models: list[Any], shares: jax.Array, *, axes: tuple[int, ...], deltas: bool
-) -> tuple[jax.Array, jax.Array]:
+def mean_direction(vectors: Vectors, shares: jax.Array) -> Measuring[tuple[jax.Array, jax.Array]]:
     """Norms of the models' vectors `(models, vectors)`, and of the weighted sum of directions."""
-    norms = jnp.stack(norms_of(base, models, axes=axes, deltas=deltas))
+    norms = jnp.stack((yield from norms_of(vectors)))
     factors = shares[:, None] * safe_inverse(norms)
-    return norms, safe_sqrt(squared_length(base, models, factors, axes=axes, deltas=deltas))
+    [square] = yield [Length(tuple(range(vectors.models)), factors)]
+    return norms, safe_sqrt(square)
 
 
-def chords(
-    base: Any, models: list[Any], norms: jax.Array, *, axes: tuple[int, ...], deltas: bool
-) -> jax.Array:
+def chords(vectors: Vectors, norms: jax.Array) -> Measuring[jax.Array]:
     """Squared distances between the models' directions, `(vectors, models, models)`.
 
     Args:
-      base: The tree's leaf.
-      models: The models' leaves.
+      vectors: What is measured.
       norms: As `mean_direction` gives them.
-      axes: Along which a vector runs.
-      deltas: Whether the vectors are differences to the base.
     """
-    scale, n = safe_inverse(norms), len(models)
+    scale, n = safe_inverse(norms), vectors.models
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    squares = []
+    if pairs:
+        squares = yield [Length((i, j), jnp.stack([scale[i], -scale[j]])) for i, j in pairs]
     found = [[jnp.zeros_like(norms[0])] * n for _ in range(n)]
-    for i in range(n):
-        for j in range(i):
-            factors = jnp.stack([scale[i], -scale[j]])
-            pair = [models[i], models[j]]
-            found[i][j] = squared_length(base, pair, factors, axes=axes, deltas=deltas)
-            found[j][i] = found[i][j]
+    for (i, j), square in zip(pairs, squares, strict=True):
+        found[i][j] = found[j][i] = square
     return jnp.stack([jnp.stack(row, axis=-1) for row in found], axis=-2)
 
 

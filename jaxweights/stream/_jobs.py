@@ -105,6 +105,8 @@ class Job:
       temporaries: Bytes for each entry that `compute` needs at most, besides operands and result.
       survey: What must be known before `compute` is called; jobs may share one, and then stand
         next to each other.
+      unit: Pieces hold a multiple of so many entries, where they do not end what they are cut from.
+      block: No piece reaches over a multiple of so many entries; None lets all of them.
     """
 
     name: str
@@ -115,6 +117,8 @@ class Job:
     entrywise: bool = False
     temporaries: int = 0
     survey: Survey | None = None
+    unit: int = 1
+    block: int | None = None
 
     @property
     def entries(self) -> int:
@@ -168,15 +172,28 @@ def cut(job: Job, budget: int) -> Iterator[Piece]:
     if not job.entrywise and job.compute is not None:
         yield Piece(job, 0, job.entries, None)
         return
-    size = PIECE_ENTRIES
-    while size > _SMALLEST and Piece(job, 0, size, size).cost > budget:
-        size //= 2
-    small = max(size // _SMALL, 1)
-    start = 0
-    while start < job.entries or start == 0:
-        left = job.entries - start
+    size = _multiple(PIECE_ENTRIES, job.unit)
+    while size > max(_SMALLEST, job.unit) and Piece(job, 0, size, size).cost > budget:
+        size = _multiple(size // 2, job.unit)
+    small = _multiple(size // _SMALL, job.unit)
+    block = job.block or max(job.entries, 1)
+    for first in range(0, max(job.entries, 1), block):
+        end = min(first + block, job.entries)
+        for padded, start in _runs(first, end, size, small):
+            yield Piece(job, start, min(padded, end - start), padded)
+
+
+def _runs(start: int, end: int, size: int, small: int) -> Iterator[tuple[int, int]]:
+    """Lengths and starts of the pieces of a block, which is one piece where it is empty."""
+    while True:
         # Padding a large piece costs no more than the last two small ones.
-        padded = size if left > size - 2 * small else small
-        count = min(padded, left)
-        yield Piece(job, start, count, padded)
+        padded = size if end - start > size - 2 * small else small
+        yield padded, start
         start += padded
+        if start >= end:
+            return
+
+
+def _multiple(size: int, unit: int) -> int:
+    """The largest multiple of a unit that is no larger than a size, and the unit at least."""
+    return max(size // unit, 1) * unit

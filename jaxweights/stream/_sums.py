@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_RUN = 1 << 17  # entries that are summed together; it divides every piece that is not smaller
+RUN = 1 << 17  # entries that are summed together; it divides every piece that is not smaller
 # XLA adds long slices faster than it reduces on a CPU, and four better than eight.
 _FOLDS = (4, 4, 4)
 
 
 def partial_sums(x: jax.Array) -> jax.Array:
     """Sums of 64 entries each, `(runs, sums)`: so short that float32 loses little."""
-    rows = x.reshape(-1, min(_RUN, x.size))
+    return folded(x.reshape(-1, min(RUN, x.size)))
+
+
+def folded(rows: jax.Array) -> jax.Array:
+    """Sums of up to 64 entries each along the axis 1, which becomes so much shorter."""
     for fold in _FOLDS:
         if rows.shape[1] % fold:
             break

@@ -8,9 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core._apply import LayoutLike, apply
+from jaxweights.core._apply import LayoutLike, apply, resolve_layout
 from jaxweights.core._transform import Transform
+from jaxweights.merge._per_leaf import group_axes
+from jaxweights.merge._spherical import SphereMerge
+from jaxweights.merge._stacks import stack_axes
 from jaxweights.stream._jobs import Job, Operand
+from jaxweights.stream._sphere import Grouping, sphere_job
 from jaxweights.weights._weight import materialize
 
 # float32 copies of operands and results, which most methods make.
@@ -42,6 +46,11 @@ def transform_job(
       The job.
     """
     assert tx.scope != "tree", "checked by who builds the jobs"
+    if isinstance(tx.settings, SphereMerge):
+        models = operands if leaf_is_model and not tx.settings.tree_is_model else operands[1:]
+        grouping = _grouping(name, operands[0], tx.settings, layout)
+        if grouping is not None:
+            return sphere_job(name, dtype, (operands[0], *models), tx.settings, grouping)
 
     def compute(arrays: Sequence[Any], start: int) -> Any:
         del start
@@ -64,3 +73,13 @@ def transform_job(
         entrywise=tx.scope == "entry",
         temporaries=_WIDE_BYTES * (len(operands) + 1),
     )
+
+
+def _grouping(name: str, leaf: Operand, merge: SphereMerge, layout: LayoutLike) -> Grouping | None:
+    """What the vectors of a leaf are; None where only the whole of it can be merged."""
+    if merge.output.rounding != "nearest":
+        return None
+    flat = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
+    found = resolve_layout(flat, layout)
+    stacks = stack_axes(merge.name, flat, found)
+    return Grouping.of(leaf.shape, group_axes(flat, found, stacks, merge.group)[name])

@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.merge._sphere import angle, arcs, norms_of, sine_ratio
+from jaxweights.merge._sphere import angle, arcs, measured, norms_of, sine_ratio, vectors_in
 
 HOW = {"axes": (0,), "deltas": False}
+
+
+def _norms(leaf):
+    return measured(norms_of(vectors_in(leaf, 1, (0,))), leaf, [leaf], **HOW)
 
 
 def between(first, second):
     """The angle between two vectors."""
     pair = [jnp.asarray(x, jnp.float32) for x in (first, second)]
-    found = arcs(pair[0], pair, **HOW)
+    found = measured(arcs(vectors_in(pair[0], 2, (0,))), pair[0], pair, **HOW)
     return float(angle(found.apart, found.together)[0])
 
 
@@ -46,14 +50,14 @@ def test_the_ratio_of_sines_has_finite_gradients_at_zero():
 def test_norms_are_right_where_squares_would_vanish(size):
     x = size * np.random.default_rng(0).normal(size=50)
     leaf = jnp.asarray(x, jnp.float32)
-    (got,) = norms_of(leaf, [leaf], **HOW)
+    (got,) = _norms(leaf)
     np.testing.assert_allclose(got, [np.linalg.norm(x)], rtol=1e-6)
     # Under `jit`, where values cannot be looked at, it is the same.
-    (traced,) = jax.jit(lambda leaf: norms_of(leaf, [leaf], **HOW))(leaf)
+    (traced,) = jax.jit(_norms)(leaf)
     np.testing.assert_allclose(traced, got, rtol=1e-6)
 
 
 def test_tiny_vectors_do_not_spoil_those_beside_them():
     leaf = jnp.asarray([[1e-25, 3.0, 0.0], [0.0, 4.0, 0.0]], jnp.float32)
-    (got,) = norms_of(leaf, [leaf], **HOW)
+    (got,) = _norms(leaf)
     np.testing.assert_allclose(got, [1e-25, 5.0, 0.0], rtol=1e-6)

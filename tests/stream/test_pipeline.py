@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
 from jaxweights.stream import _jobs, _pipeline
 from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
@@ -18,7 +19,7 @@ from jaxweights.stream._jobs import Job, Operand, Piece
 from jaxweights.stream._mean import mean_job
 from jaxweights.stream._memory import Budget
 from jaxweights.stream._run import stream_jobs
-from jaxweights.stream._slerp import slerp_job
+from jaxweights.stream._transform import transform_job
 from jaxweights.stream._turns import Stopped, Turns
 from jaxweights.stream._virtual import Made
 
@@ -218,7 +219,7 @@ def test_a_tensor_that_is_made_twice_is_the_same():
     a = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     b = -a + 0.05 * np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
     operands = Operand(_Arrays(a), "w", "a"), Operand(_Arrays(b), "w", "b")
-    made = Made([slerp_job("w", a.dtype, operands, t=0.5, lerp_cosine=None)])
+    made = Made([transform_job("w", operands, jw.merge.slerp(), dtype=a.dtype)])
     np.testing.assert_array_equal(made.read("w"), made.read("w"))
 
 

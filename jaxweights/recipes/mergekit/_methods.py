@@ -42,12 +42,9 @@ def _mean(inputs: Inputs, weights: Sequence[float], *, normalize: bool) -> Job:
 
 
 def _slerp(inputs: Inputs) -> Job:
-    from jaxweights.stream._slerp import slerp_job
+    from jaxweights.merge import slerp
 
-    assert inputs.base is not None
-    cosine = 0.9995 if inputs.compat == "mergekit" else None
-    ends = (inputs.base, inputs.models[0])
-    return slerp_job(inputs.name, inputs.dtype, ends, t=inputs.values["t"], lerp_cosine=cosine)
+    return on_base(inputs, slerp, t=inputs.values["t"], compat=inputs.mode)
 
 
 def _with_or_without_base(inputs: Inputs, make: Callable[..., Any], **settings: Any) -> Job:
