@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ examples:
   jaxweights merge ties.yml merged
   jaxweights merge ties.yml merged --memory 1GB --resume
   jaxweights merge ties.yml merged --report report.html
+  jaxweights merge ties.yml merged --evaluate prose.txt --curve 5 --report report.html
   jaxweights merge ties.yml --explain
 
 a configuration:
@@ -77,6 +79,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="make a page about the deltas too: cosines, sign conflicts, sizes by depth",
     )
+    parser.add_argument(
+        "--evaluate",
+        metavar="TEXT",
+        help="score the models and the merged one on a text file, or on pydoc-topics, moby-dick or "
+        "brown; whole models are held for it, two at a time",
+    )
+    parser.add_argument(
+        "--windows",
+        type=_windows,
+        default=(8, 512),
+        metavar="COUNTxTOKENS",
+        help="how much of the text, from its beginning (8x512)",
+    )
+    parser.add_argument(
+        "--curve",
+        type=int,
+        default=0,
+        metavar="POINTS",
+        help="score this many models on the line from the base to each other, too",
+    )
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     parser.add_argument(
         "--overwrite",
@@ -92,16 +114,24 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
       The result for programs, and for people.
     """
     from jaxweights.cli._progress import show_progress
-    from jaxweights.recipes.mergekit import explain_merge, run_merge
+    from jaxweights.recipes.mergekit import Evaluation, explain_merge, run_merge
     from jaxweights.stream._memory import keep_freed_pages
 
     common = {"compat": options.compat, "missing": options.missing, "seed": options.seed}
+    if options.curve and options.evaluate is None:
+        raise ValueError("--curve needs a text to score the models on. Say --evaluate TEXT, too.")
     if options.explain:
-        if options.report is not None:
-            raise ValueError("--explain reads no values, so it has no --report. Leave one out.")
+        for name in ("report", "evaluate"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--explain reads no values, so it has no --{name}. Leave one out."
+                )
         return _explained(explain_merge(options.config, **common))
     if options.destination is None:
         raise ValueError("OUT is missing. Name the folder to make, or say --explain.")
+    evaluate = None
+    if options.evaluate is not None:
+        evaluate = Evaluation(options.evaluate, *options.windows, curve=options.curve)
     keep_freed_pages()
     with show_progress(options.quiet, unit="bytes") as progress:
         done = run_merge(
@@ -113,6 +143,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             overwrite=options.overwrite,
             resume=options.resume,
             report=options.report,
+            evaluate=evaluate,
             progress=progress,
             **common,
         )
@@ -124,6 +155,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "bytes_read": done.bytes_read,
         "bytes_written": done.bytes_written,
         "seconds": round(done.seconds, 3),
+        "scores": None if done.scores is None else dataclasses.asdict(done.scores),
         "checksums": done.checksums,
     }
     rate = (done.bytes_read + done.bytes_written) / 1e9 / max(done.seconds, 1e-9)
@@ -133,9 +165,23 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     if done.resumed:
         text += f"; {done.resumed} tensors were there from before"
+    if done.scores is not None:
+        text += f"\n\n{_scored(done.scores)}"
     if options.report is not None:
         text += f"\nreport: {options.report}"
     return result, text
+
+
+def _scored(scores: Any) -> str:
+    width = max(map(len, scores.perplexity))
+    lines = [scores.definition]
+    lines += [f"  {label:<{width}}  {value:.4g}" for label, value in scores.perplexity.items()]
+    if scores.curves:
+        shares = "".join(f"{alpha:>9.3g}" for alpha in scores.alphas)
+        lines += ["", f"  {'share of the other model':<{max(width, 24)}}{shares}"]
+        for label, line in scores.curves.items():
+            lines.append(f"  {label:<{max(width, 24)}}" + "".join(f"{x:>9.4g}" for x in line))
+    return "\n".join(lines)
 
 
 def _explained(explanation: Any) -> tuple[dict[str, Any], str]:
@@ -165,6 +211,13 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{model} {_value(item)}" for model, item in value.items())
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _windows(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"\s*([0-9]+)\s*[x×]\s*([0-9]+)\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of windows. Write 8x512.")
+    return int(found[1]), int(found[2])
 
 
 def _bytes(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def perplexity(
 
     Args:
       fn: `fn(params, tokens)` gives logits `(batch, time, vocab)`; for represented weights, lift
-        it first.
+        it first. One function is compiled once, for all models of its architecture.
       params: What `fn` takes.
       tokens: `(windows, time)`, integers.
       batch: Windows at a time.
@@ -163,18 +164,11 @@ def perplexity(
       >>> round(perplexity(uniform, {}, np.zeros((2, 8), np.int32)).perplexity, 4)
       50.0
     """
-
-    @jax.jit
-    def nll_of(params: Any, window: jax.Array) -> jax.Array:
-        logits = fn(params, window)[:, :-1].astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, window[:, 1:, None], axis=-1)[..., 0]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)
-
     count = len(tokens)
     batch = min(batch, count)
     found: list[float] = []
     for rows in _batches(tokens, batch):
-        found += np.asarray(nll_of(params, jnp.asarray(rows)), np.float64).tolist()
+        found += np.asarray(_nll_of(fn, params, jnp.asarray(rows)), np.float64).tolist()
         if progress is not None:
             progress(task, min(len(found), count), count)
     nll = np.asarray(found[:count])  # the last batch is filled up
@@ -188,6 +182,14 @@ def perplexity(
     scored = count * (tokens.shape[1] - 1)
     # exp overflows beyond 709 nats, which only a broken model reaches.
     return PerplexityScore(math.exp(min(mean, 700.0)), mean, error, scored, tuple(nll.tolist()))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nll_of(fn: Callable[[Any, jax.Array], jax.Array], params: Any, window: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of each window, `(batch,)`."""
+    logits = fn(params, window)[:, :-1].astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, window[:, 1:, None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)
 
 
 def relative_change(before: PerplexityScore, after: PerplexityScore) -> tuple[float, float]:

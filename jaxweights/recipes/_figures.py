@@ -20,6 +20,7 @@ _COLOURS = {
 }
 _INK, _RULE, _BEFORE, _AFTER, _CARD = _COLOURS
 _CURVES = (_AFTER, "#e08a1e", "#2f9e77", "#c65b8f", "#8272c4")
+MOST_CURVES = len(_CURVES)
 
 _WIDTH = 9.3  # inches, at which text is as large as the page's small print
 

@@ -108,9 +108,11 @@ def _perplexity(section: Perplexity, recipe: Recipe, model: Model, progress: Pro
         f"{_words(section, text)}; the first token of a window is not predicted."
     )
 
+    forward = lift(model.forward)
+
     def score(params: Any, when: str) -> dict[str, Any]:
         found = perplexity(
-            lift(model.forward),
+            forward,
             params,
             tokens,
             batch=section.batch,

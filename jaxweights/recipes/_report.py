@@ -134,19 +134,23 @@ def _curves(result: Mapping[str, Any]) -> str:
     found = result.get("curves")
     if found is None:
         return ""
-    rises = []
-    for name, losses in found["perplexity"].items():
-        logs, alphas = np.log(losses), np.asarray(found["alphas"])
-        heights = logs - ((1 - alphas) * logs[0] + alphas * logs[-1])
-        top = int(np.argmax(heights))
-        rises.append(
-            f"{name}: the loss rises {heights[top]:.3g} above the straight line between its ends, "
-            f"at {alphas[top]:.2g}."
-            if heights[top] > 0
-            else f"{name}: the loss rises nowhere above the straight line between its ends."
-        )
+    lines = found["perplexity"].items()
+    rises = " ".join(barrier_sentence(name, line, found["alphas"]) for name, line in lines)
     drawn = loss_curves(found["alphas"], found["perplexity"], "perplexity")
-    return _figure(drawn, f"Perplexity on the straight lines between models. {' '.join(rises)}")
+    return _figure(drawn, f"Perplexity on the straight lines between models. {rises}")
+
+
+def barrier_sentence(name: str, perplexities: Sequence[float], alphas: Sequence[float]) -> str:
+    """Says how far the loss, the logarithm of perplexity, rises between two models."""
+    logs, shares = np.log(perplexities), np.asarray(alphas)
+    heights = logs - ((1 - shares) * logs[0] + shares * logs[-1])
+    top = int(np.argmax(heights))
+    if heights[top] <= 0:
+        return f"{name}: the loss rises nowhere above the straight line between its ends."
+    return (
+        f"{name}: the loss rises {heights[top]:.3g} above the straight line between its ends, "
+        f"at {shares[top]:.2g}."
+    )
 
 
 def _summary(result: Mapping[str, Any]) -> str:

@@ -2,5 +2,8 @@
 
 from jaxweights.recipes.mergekit._config import MergeConfig as MergeConfig
 from jaxweights.recipes.mergekit._config import load_merge_config as load_merge_config
+from jaxweights.recipes.mergekit._evaluate import Evaluation as Evaluation
+from jaxweights.recipes.mergekit._evaluate import Scores as Scores
+from jaxweights.recipes.mergekit._run import Merged as Merged
 from jaxweights.recipes.mergekit._run import explain_merge as explain_merge
 from jaxweights.recipes.mergekit._run import run_merge as run_merge

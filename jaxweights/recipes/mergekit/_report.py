@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 
 from jaxweights.checkpoint._atomic import atomic, check_destination
-from jaxweights.recipes._report import _STYLE, _figure, _section, _table, _text
+from jaxweights.recipes._figures import MOST_CURVES, loss_curves
+from jaxweights.recipes._report import (
+    _STYLE,
+    _figure,
+    _section,
+    _table,
+    _text,
+    barrier_sentence,
+)
 from jaxweights.recipes.mergekit._config import MergeConfig
+from jaxweights.recipes.mergekit._evaluate import Scores
 from jaxweights.recipes.mergekit._figures import MOST_LINES, by_depth, cosine_heatmaps
 from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef
@@ -120,6 +129,7 @@ def write_report(
     text: str,
     stats: Sequence[DeltaStats],
     done: Streamed,
+    scores: Scores | None = None,
     *,
     overwrite: bool,
 ) -> None:
@@ -131,15 +141,20 @@ def write_report(
       text: The configuration as it was written.
       stats: What was found about every tensor that was merged.
       done: What the merge did.
+      scores: Perplexities, where they were measured.
       overwrite: Whether an existing file may be replaced.
     """
-    page = render_report(config, text, stats, done)
+    page = render_report(config, text, stats, done, scores)
     with atomic(_NAME, report, directory=False, overwrite=overwrite) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
 def render_report(
-    config: MergeConfig, text: str, stats: Sequence[DeltaStats], done: Streamed
+    config: MergeConfig,
+    text: str,
+    stats: Sequence[DeltaStats],
+    done: Streamed,
+    scores: Scores | None = None,
 ) -> str:
     """Writes the report of a merge.
 
@@ -148,6 +163,7 @@ def render_report(
       text: The configuration as it was written.
       stats: What was found about every tensor that was merged.
       done: What the merge did.
+      scores: Perplexities, where they were measured.
 
     Returns:
       HTML that needs no other file and no network, with every text escaped.
@@ -173,6 +189,7 @@ def render_report(
     body = [
         f"<h1>{_text(title)}</h1>",
         *content,
+        _section("Perplexity", _scores(scores)),
         _section("The configuration", f"<pre>{_text(text)}</pre>"),
         '<footer class="note">Written by jaxweights.</footer>',
     ]
@@ -296,6 +313,24 @@ def _cards(found: _Found) -> str:
         for label, value, note in cards
     )
     return f'<ul class="cards">{"".join(items)}</ul>'
+
+
+def _scores(scores: Scores | None) -> str:
+    if scores is None:
+        return ""
+    rows = [[_text(label), f"{value:.2f}"] for label, value in scores.perplexity.items()]
+    table = f'<p class="note">{_text(scores.definition)}</p>' + _table(
+        ["Model", "#Perplexity"], rows
+    )
+    if not scores.curves:
+        return table
+    short = _short(list(scores.curves))
+    named = {short[label]: line for label, line in scores.curves.items()}
+    shown = dict(list(named.items())[-MOST_CURVES:])
+    drawn = loss_curves(scores.alphas, shown, "perplexity")
+    first = next(iter(scores.perplexity))
+    rises = " ".join(barrier_sentence(name, line, scores.alphas) for name, line in named.items())
+    return table + _figure(drawn, f"On the straight lines from {first} to the others. {rises}")
 
 
 def _cosines(found: _Found) -> str:

@@ -14,6 +14,7 @@ from jaxweights.checkpoint import Checkpoint
 from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, load_merge_config
+from jaxweights.recipes.mergekit._evaluate import Evaluation, Evaluator, Scores
 from jaxweights.recipes.mergekit._files import result_files
 from jaxweights.recipes.mergekit._method import Compat
 from jaxweights.recipes.mergekit._methods import METHODS
@@ -27,6 +28,17 @@ from jaxweights.stream._pipeline import Progress
 from jaxweights.stream._run import Format, Streamed, stream_jobs
 
 _NAME = "jaxweights merge"
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(Streamed):
+    """What a merge did.
+
+    Attributes:
+      scores: Perplexities of the models and of the result, where they were asked for.
+    """
+
+    scores: Scores | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +89,9 @@ def run_merge(
     overwrite: bool = False,
     resume: bool = False,
     report: str | os.PathLike[str] | None = None,
+    evaluate: Evaluation | None = None,
     progress: Progress | None = None,
-) -> Streamed:
+) -> Merged:
     """Merges checkpoints as a mergekit configuration says, without holding them in memory.
 
     Args:
@@ -95,6 +108,8 @@ def run_merge(
       resume: Whether to go on where a killed run with the same configuration stopped.
       report: An HTML file to make, about how the models' deltas relate; the models are read once
         more for it, after the merge.
+      evaluate: A text to score the models and the merged one on, after the merge; whole models are
+        held in memory for it, two at a time.
       progress: Called with (task, bytes done, bytes in all).
 
     Returns:
@@ -110,7 +125,15 @@ def run_merge(
         from jaxweights.recipes.mergekit._report import check_report
 
         check_report(report, destination, config, overwrite=overwrite)
+    if evaluate is not None and memory is not None:
+        raise ValueError(
+            f"{_NAME}: memory={memory} bounds what is held, but scores need two whole models at a "
+            "time. Give a memory, or a text to evaluate."
+        )
     prepared = _prepare(config, compat, missing, seed)
+    evaluator = None
+    if evaluate is not None:
+        evaluator = Evaluator(evaluate, prepared.config, prepared.models, prepared.files)
     text = Path(config).read_text(encoding="utf-8")
     limit = None if memory is None else memory - resident_bytes()
     first = prepared.models[prepared.config.models[0]].tensors
@@ -136,16 +159,18 @@ def run_merge(
         resume=resume,
         progress=progress,
     )
+    scores = None if evaluator is None else evaluator.scores(destination, progress)
+    merged = Merged(**vars(done), scores=scores)
     if report is not None:
-        _report(report, prepared, text, done, overwrite=overwrite, limit=limit, progress=progress)
-    return done
+        _report(report, prepared, text, merged, overwrite=overwrite, limit=limit, progress=progress)
+    return merged
 
 
 def _report(
     report: str | os.PathLike[str],
     prepared: _Prepared,
     text: str,
-    done: Streamed,
+    done: Merged,
     *,
     overwrite: bool,
     limit: int | None,
@@ -158,7 +183,7 @@ def _report(
     # Half of what the merge was allowed, whose memory is used again: figures need some, too.
     half = None if limit is None else limit // 2
     found = delta_stats(requests, limit=half, progress=progress)
-    write_report(report, prepared.config, text, found, done, overwrite=overwrite)
+    write_report(report, prepared.config, text, found, done, done.scores, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
