@@ -61,3 +61,5 @@ from jaxweights.merge._task_arithmetic import task_arithmetic as task_arithmetic
 from jaxweights.merge._task_arithmetic import task_vector as task_vector
 from jaxweights.merge._ties import ties as ties
 from jaxweights.merge._tsv import tsv as tsv
+from jaxweights.merge._upcycle import router_from_stats as router_from_stats
+from jaxweights.merge._upcycle import upcycle as upcycle

@@ -16,6 +16,7 @@ from jaxweights.models._llama import Llama as Llama
 from jaxweights.models._llama_config import LlamaConfig as LlamaConfig
 from jaxweights.models._load import Pretrained as Pretrained
 from jaxweights.models._load import load_pretrained as load_pretrained
+from jaxweights.models._mixtral import mixtral_checkpoint as mixtral_checkpoint
 from jaxweights.models._registry import ModelConfig as ModelConfig
 from jaxweights.models._registry import build as build
 from jaxweights.models._registry import config_from_dict as config_from_dict

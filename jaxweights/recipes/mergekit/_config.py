@@ -32,8 +32,8 @@ _KINDS = {name: p.kind for method in METHODS.values() for name, p in method.para
 _WITHOUT_EFFECT = ("int8_mask",)
 # Keys of the configurations of mergekit's other programs, and what there is instead.
 _OTHERS = {
-    "experts": "This is a configuration of mergekit-moe, which builds another architecture. This "
-    "command merges models of one architecture.",
+    "experts": "This is a configuration of mergekit-moe, which builds another architecture. "
+    "jaxweights.merge.upcycle and jaxweights.models.mixtral_checkpoint do so from Python.",
     "genome": "This is a configuration of mergekit-evolve. jaxweights.merge.evolution searches "
     "for coefficients with a score of your own.",
 }
