@@ -16,7 +16,6 @@ from quality_distil import Rates, decoder_loss, distil, encoder_loss
 import jaxweights as jw
 from jaxweights.align import bert_permutations, llama_permutations
 from jaxweights.core import flatten
-from jaxweights.weights import Quantized
 
 FIXED_CODES = Rates(scale=3e-3, loose=3e-3, code=0.0)
 
@@ -84,7 +83,7 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         "rounded, symmetric": Row(lambda b: b.apply(rtn(**at)), False),
         "rounded, mse": Row(lambda b: b.apply(rtn(grid="affine", search="mse", **at)), False),
         "gptq, its authors' code": Row(_authors_gptq),
-        "gptq, as its authors' code": Row(_compat_gptq),
+        "gptq, as its authors' code": Row(lambda b: b.apply(gptq(compat=True, **at))),
         "gptq": Row(lambda b: b.apply(gptq(**at))),
         "gptq, ordered": Row(lambda b: b.apply(gptq(**ordered, **at))),
         "gptq, ordered, mse": Row(lambda b: b.apply(gptq(**searched, **at))),
@@ -168,23 +167,6 @@ def _authors_gptq(bench: Bench) -> Any:
     def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
         gram = np.asarray(bench.stats().get(path, "gram"))[place]
         return gptq(weight, gram, bits=bench.bits, group=bench.group)
-
-    return _by_matrix(bench, one)
-
-
-def _compat_gptq(bench: Bench) -> Any:
-    """Ours with the authors' habit of reading scales from rows that lack their block's errors."""
-
-    def one(path: str, weight: np.ndarray, place: tuple[int, ...]) -> np.ndarray:
-        found = jw.quantize.gptq_matrix(
-            jnp.asarray(weight),
-            bench.stats().get(path, "gram")[place],
-            bits=bench.bits,
-            group_size=bench.group,
-            scale_dtype="float16",
-            compat=True,
-        )
-        return np.asarray(Quantized.from_codes(*found.codes, bits=bench.bits).matrix())
 
     return _by_matrix(bench, one)
 

@@ -34,6 +34,7 @@ from jaxweights.quantize._gptq_matrix import (
 from jaxweights.quantize._grid import Codes, GridKind, GroupAxis, GroupSize, Search
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, unfit_leaf
 from jaxweights.quantize._output_error import output_error
+from jaxweights.quantize._settings import check_flags
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
@@ -64,6 +65,7 @@ def gptq(
     block_size: int = 128,
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
+    compat: bool = False,
     on_failure: OnFailure = "error",
     report: ReportLeaf | None = None,
 ) -> Transform:
@@ -91,6 +93,8 @@ def gptq(
       block_size: Rows whose errors are spread over the rest in one product. Changes speed only.
       scale_dtype: Dtype that scales are stored in; codes are chosen for the stored scale.
       search: As in `Grid`.
+      compat: As in `gptq_matrix`: the authors' dead inputs and moving groups, for results like
+        those of their code.
       on_failure: What to do with a matrix that no token reached, or whose Gram matrix no damping
         makes positive definite: refuse it by name, or round it to nearest.
       report: Called on the host with each leaf's path and `LeafReport`, which tells which matrices
@@ -137,11 +141,13 @@ def gptq(
         search=search,
     )
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
+    check_flags(_NAME, compat=compat)
     check_failures(_NAME, on_failure, report)
 
     def prepare(gram: jax.Array, count: jax.Array) -> PreparedGram:
         del count
-        return prepare_gram(gram, levels.grid, act_order=act_order, damping=damping)
+        fill = 1.0 if compat else None
+        return prepare_gram(gram, levels.grid, act_order=act_order, damping=damping, fill=fill)
 
     def quantize(
         weight: jax.Array,
@@ -158,6 +164,7 @@ def gptq(
             static_groups=static_groups,
             block_size=block_size,
             mask=mask,
+            compat=compat,
         )
         rounded = levels.represent(result.codes, result.group_index)
         error = None

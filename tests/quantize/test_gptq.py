@@ -342,6 +342,22 @@ def test_a_stack_equals_its_matrices_one_by_one():
         assert np.array_equal(one.scale, alone.codes.scale)
 
 
+def test_a_tree_can_be_rounded_as_the_authors_do():
+    weight, gram = correlated()
+    gram = gram.at[5].set(0).at[:, 5].set(0)
+    stats = stats_of({"kernel": weight}, {"kernel": (gram, 256)})
+    settings = {"bits": 3, "group_size": 16, "block_size": 32}
+    found = {}
+    for compat in (False, True):
+        tx = gptq(compat=compat, **settings)
+        found[compat] = apply(tx, {"kernel": weight}, stats=stats)["kernel"]
+        alone = run(weight, gram, compat=compat, **settings).codes
+        assert np.array_equal(found[compat].codes_matrix(), alone.codes)
+        assert np.array_equal(found[compat].scale, alone.scale)
+    assert np.all(found[True].materialize()[5] == 0)
+    assert not np.array_equal(found[True].scale, found[False].scale)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_an_attention_kernel_is_rounded_as_its_matrix(act_order):
     weight, gram = correlated()
