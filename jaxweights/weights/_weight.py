@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
+from jaxweights.weights._show import show_weight
 
 W = TypeVar("W", bound=type)
+
+_USE_LIFT = (
+    "Call the model through jaxweights.lift(fn)(params, ...), which lets any function take "
+    "represented weights, or make the tree dense with jaxweights.materialize(params)."
+)
 
 
 class Weight(abc.ABC):
@@ -30,8 +36,26 @@ class Weight(abc.ABC):
     # Dtype of the dense weight: a static field in some classes, a property in others.
     dtype: Any
 
-    # `x @ weight` on an array must never silently densify.
+    # `x @ weight` on an array must never silently densify, nor numpy wrap the weight in an object.
     __array_ufunc__ = None
+
+    def __repr__(self) -> str:
+        return show_weight(self)
+
+    def _refuse_use_as_array(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{self!r} was used as an array. {_USE_LIFT}")
+
+    if not TYPE_CHECKING:  # for those who forgot `lift`; a checker finds them by itself
+        __array__ = __jax_array__ = __getitem__ = __neg__ = _refuse_use_as_array
+        __matmul__ = __rmatmul__ = __mul__ = __rmul__ = _refuse_use_as_array
+        __add__ = __radd__ = __sub__ = __rsub__ = _refuse_use_as_array
+        __truediv__ = __rtruediv__ = __pow__ = _refuse_use_as_array
+
+        def __getattr__(self, name: str) -> NoReturn:
+            words = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if not name.startswith("_") and hasattr(jax.Array, name):
+                words += f", which arrays have. {_USE_LIFT}"
+            raise AttributeError(words, name=name, obj=self)
 
     @property
     @abc.abstractmethod
@@ -176,7 +200,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def weight_dataclass(cls: W) -> W:
     """Makes a class a frozen dataclass that is a pytree; fields with `static=True` are metadata."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     return jax.tree_util.register_dataclass(cls)
 
 
