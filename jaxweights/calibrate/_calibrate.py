@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
 from jaxweights.core import Layout, Needs, Params, Path, Stats, fail, flatten, nearest, unflatten
@@ -58,7 +59,8 @@ def calibrate(
       The statistics, as raw sums in float32 (counts in int32), with the layout that was seen.
 
     Raises:
-      ValueError: If there is no batch, a need is unknown, or gradients are needed without a loss.
+      ValueError: If there is no batch, a need is unknown, gradients are needed without a loss, or
+        what was summed is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,8 +105,43 @@ def calibrate(
             jax.block_until_ready(total)
             progress("calibrate", done, total_batches)
     assert total is not None
+    fail("calibrate", _nonfinite(total))
     kept = tuple((path, owner) for path, owner in owners.items() if owner in total)
     return Stats(total, kept, axes)
+
+
+_SUMS = ("gram", "second_moment", "sum", "abs_sum", *GRADIENT_STATISTICS)
+_MOST_SHOWN = 5
+
+
+@jax.jit
+def _finite(total: dict[Path, dict[str, jax.Array]]) -> dict[Path, jax.Array]:
+    """Whether the sums of each weight are finite; of Gram matrices the diagonals tell."""
+    flags = {}
+    for path, record in total.items():
+        sums = {name: value for name, value in record.items() if name in _SUMS}
+        if "gram" in sums:
+            sums["gram"] = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
+        flags[path] = jnp.stack(
+            [jnp.asarray(True), *(jnp.isfinite(x).all() for x in sums.values())]
+        ).all()
+    return flags
+
+
+def _nonfinite(total: dict[Path, Any]) -> list[str]:
+    """A complaint that names the weights whose inputs or gradients were not finite."""
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(total)):
+        return []
+    bad = [path for path, ok in _finite(total).items() if not ok]
+    if not bad:
+        return []
+    more = f" and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
+    return [
+        f"{', '.join(map(repr, bad[:_MOST_SHOWN]))}{more}: what the model fed into these weights "
+        "held NaN or infinity, or squares beyond float32. Look for token ids out of range and for "
+        "overflow in the batches, run the model in a wider dtype, or leave these weights out of "
+        "needs with `partition`."
+    ]
 
 
 def _check_needs(needs: Needs, loss: Any) -> None:

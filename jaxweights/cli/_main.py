@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        _say(_clean(error), options)
+        _say(_clean(error, options.command), options)
         return FAILED
     try:
         print(json.dumps(result, ensure_ascii=False) if options.json else text, flush=True)
@@ -118,11 +118,19 @@ class _Version(argparse.Action):
         parser.exit(OK)
 
 
-def _clean(error: Exception) -> str:
-    """An error as its reader needs it: the message, and the kind only where it says something."""
+def _clean(error: Exception, command: str) -> str:
+    """An error as its reader needs it: the message, and the kind only where it says something.
+
+    Example:
+      >>> words = "jaxweights merge: 'out' exists. Remove it, or say overwrite=True."
+      >>> _clean(FileExistsError(words), "merge")
+      "'out' exists. Remove it, or say --overwrite."
+    """
     message = str(error).strip()
     if isinstance(error, KeyError) and error.args:
         message = str(error.args[0])  # KeyError quotes its message
+    message = message.removeprefix(f"jaxweights {command}: ")
+    message = message.replace("say overwrite=True", "say --overwrite")
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError | KeyError):
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (--debug shows where)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,12 @@ from jaxweights.core._paths import (
     fail,
     flatten,
     matching,
-    nearest,
+    no_match,
     unflatten,
 )
 from jaxweights.core._stats import Stats
 from jaxweights.core._transform import Transform
+from jaxweights.core._untouched import untouched_tree
 from jaxweights.weights._axes import Axes
 
 LayoutLike = Layout | Mapping[str, Axes] | None
@@ -63,8 +63,9 @@ def apply(
       The tree, transformed.
 
     Raises:
-      ValueError: If something that the transform needs is missing, a leaf does not suit it, or
-        the transform gives back another tree.
+      TypeError: If an argument is of another kind, such as a tree in the transform's place.
+      ValueError: If something that the transform needs is missing, a leaf does not suit it, the
+        transform gives back another tree, or a method of this library finds no leaf to change.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -73,6 +74,35 @@ def apply(
       >>> float(pruned["dense"]["kernel"].mask.mean())
       0.5
     """
+    _check_arguments(tx, stats, models, key, layout)
+    new = transform_tree(
+        tx,
+        params,
+        stats=stats,
+        models=models,
+        grads=grads,
+        key=key,
+        step=step,
+        layout=layout,
+        progress=progress,
+    )
+    fail("apply", untouched_tree(tx.name, params, new, resolve_layout(params, layout, stats)))
+    return new
+
+
+def transform_tree(
+    tx: Transform,
+    params: Params,
+    *,
+    stats: Stats | None = None,
+    models: Sequence[Params] | None = None,
+    grads: Params | None = None,
+    key: jax.Array | None = None,
+    step: int | jax.Array | None = None,
+    layout: LayoutLike = None,
+    progress: Progress | None = None,
+) -> Params:
+    """As `apply`, for trees that may have nothing to transform, such as one leaf of a stream."""
     flat, treedef = flatten(params)
     unique, representative = _untie(flat)
     _refuse_torn_ties(tx, representative)
@@ -96,6 +126,36 @@ def apply(
     return unflatten(treedef, {path: new[representative[path]] for path in flat})
 
 
+def _check_arguments(tx: Any, stats: Any, models: Any, key: Any, layout: Any) -> None:
+    """Refuses arguments of another kind, before anything is computed."""
+    if not isinstance(tx, Transform):
+        raise TypeError(
+            f"apply: the first argument is a {type(tx).__name__}, not a transform. Write "
+            "apply(tx, params), with a transform such as quantize.round_to_nearest(bits=4)."
+        )
+    if stats is not None and not isinstance(stats, Stats):
+        raise TypeError(
+            f"apply: stats is a {type(stats).__name__}. Pass what calibrate(fn, params, batches, "
+            "needs=tx.needs(params)) returns."
+        )
+    if models is not None and not isinstance(models, list | tuple):
+        raise TypeError(
+            f"apply: models is a {type(models).__name__}. Pass a list of trees, models=[model] "
+            "where there is one."
+        )
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(
+            f"apply: key={key!r} is a {type(key).__name__}. Pass key=jax.random.key({key!r})."
+            if isinstance(key, int)
+            else f"apply: key is a {type(key).__name__}. Pass key=jax.random.key(0)."
+        )
+    if layout is not None and not isinstance(layout, Mapping):
+        raise TypeError(
+            f"apply: layout is a {type(layout).__name__}. Pass infer_layout(fn, params, *inputs), "
+            "or a dict from patterns of paths to Axes."
+        )
+
+
 def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = None) -> Layout:
     """The layout to use: the caller's, else the statistics', else the conventional one."""
     if isinstance(layout, Layout):
@@ -111,10 +171,7 @@ def resolve_layout(params: Params, layout: LayoutLike, stats: Stats | None = Non
         matched = matching(pattern, paths)
         stated |= dict.fromkeys(matched, axes)
         if not matched:
-            problems.append(
-                f"pattern {pattern!r} matches no leaf. The nearest paths: "
-                f"{nearest(re.sub(r'[.*]+', '', pattern), paths)}."
-            )
+            problems.append(no_match(pattern, paths))
     fail("apply: layout", problems)
     return found.with_stated(stated)
 

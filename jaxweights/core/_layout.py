@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxweights.core._paths import Params, Path, flatten
-from jaxweights.weights._axes import CONV_HWIO, EMBEDDING, Axes
+from jaxweights.weights._axes import CONV_HWIO, CONV_OIHW, EMBEDDING, OUTPUTS_FIRST, Axes
 
 # Segments of a path that say a leaf is no matrix to transform unless a rule names it.
 _NOT_A_TARGET = re.compile(
@@ -22,7 +22,13 @@ _NOT_A_TARGET = re.compile(
 _VECTOR_NAMES = re.compile(
     r"(?:.*/)?(?:bias|scale|beta|gamma|\w*norm\w*)(?:/value)?", re.IGNORECASE
 )
-_EMBEDDING_NAMES = re.compile(r"(?:.*/)?(?:embedding|embeddings|wte|wpe)(?:/value)?", re.IGNORECASE)
+_EMBEDDING_NAMES = re.compile(
+    r"(?:.*/)?(?:embedding|embeddings|wte|wpe)(?:/value)?"
+    r"|(?:.*[/_.])?(?:embed(?:ding)?s?(?:_\w+)?|\w+_embeddings?|wte|wpe)[/.]weight",
+    re.IGNORECASE,
+)
+# Torch and Equinox call a matrix `weight` and put its outputs first; Flax says `kernel`.
+_OUTPUTS_FIRST_NAMES = re.compile(r"(?:.*[/.])?weight(?:/value)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,17 @@ class Layout(Mapping[Path, Axes]):
         entries = tuple((dict(self) | dict(stated)).items())
         return Layout(entries, self.traced, unclear, self.seen)
 
+    def __str__(self) -> str:
+        """A line per matrix."""
+        found = "traced" if self.traced else "conventional or stated"
+        lines = [
+            f"{path}  inputs={axes.inputs} outputs={axes.outputs}"
+            + (f" {axes.kind}" if axes.kind != "linear" else "")
+            for path, axes in self.entries
+        ]
+        lines += [f"{path}  unclear: {reason}" for path, reason in self.unclear]
+        return "\n".join([f"Layout of {len(self)} matrices, {found}", *lines])
+
     @property
     def _index(self) -> dict[Path, Axes]:
         cached = self.__dict__.get("_cached_index")
@@ -84,25 +101,32 @@ def conventional_layout(params: Params) -> Layout:
     """Reads the layout off names and ranks, where there is no model to trace.
 
     Float leaves of rank 2 are `(in, out)`, tables named like an embedding are `(vocab, dim)`,
-    kernels of rank 4 under a path with `conv` are HWIO. A leaf of rank 3 or more that is none of
-    these gets no entry: it is ambiguous, and a transform that wants it says so.
+    kernels of rank 4 under a path with `conv` are HWIO. Leaves called `weight`, as torch and
+    Equinox have them, are `(out, in)`, and OIHW under a path with `conv`. A leaf of rank 3 or more
+    that is none of these gets no entry: it is ambiguous, and a transform that wants it says so.
 
     Args:
       params: Tree of arrays, abstract arrays or represented weights.
 
     Returns:
       The layout.
+
+    Example:
+      >>> layout = conventional_layout({"kernel": jnp.ones((4, 3)), "weight": jnp.ones((3, 4))})
+      >>> layout["kernel"].inputs, layout["weight"].inputs
+      ((-2,), (-1,))
     """
     axes: dict[Path, Axes] = {}
     for path, leaf in flatten(params)[0].items():
         if not is_float(leaf) or is_vector(path, leaf):
             continue
+        outputs_first = _OUTPUTS_FIRST_NAMES.fullmatch(path) is not None
         if _EMBEDDING_NAMES.fullmatch(path) and len(leaf.shape) == 2:
             axes[path] = EMBEDDING
         elif len(leaf.shape) == 2:
-            axes[path] = Axes()
+            axes[path] = OUTPUTS_FIRST if outputs_first else Axes()
         elif len(leaf.shape) == 4 and "conv" in path.lower():
-            axes[path] = CONV_HWIO
+            axes[path] = CONV_OIHW if outputs_first else CONV_HWIO
     return Layout.of(axes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import reprlib
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from jaxweights.core._paths import (
     flatten,
     matching,
     nearest,
+    no_match,
     unflatten,
 )
 from jaxweights.core._stats import Needs, union_needs
@@ -42,6 +44,7 @@ def partition(*rules: Rule) -> Transform:
       One transform.
 
     Raises:
+      TypeError: When built, if a rule is no pair of a pattern and a transform.
       ValueError: When built, if a pattern is no regular expression or stands behind `...`; when it
         first sees a tree, if a pattern takes no leaf, or tied leaves have different rules.
 
@@ -52,9 +55,19 @@ def partition(*rules: Rule) -> Transform:
       ...     (..., jw.identity()),
       ... )
     """
-    for i, (pattern, transform) in enumerate(rules):
+    for i, rule in enumerate(rules):
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(
+                f"partition: rule {i}: {reprlib.repr(rule)} is no pair of a pattern and a "
+                "transform. Write partition((pattern, transform), ..., (..., identity())), and "
+                "partition(*rules.items()) for a dict of rules."
+            )
+        pattern, transform = rule
         if not isinstance(transform, Transform):
-            raise TypeError(f"partition: rule {i}: {transform!r} is no transform.")
+            raise TypeError(
+                f"partition: rule {i}: {reprlib.repr(transform)} is no transform. A rule is "
+                "(pattern, transform), in this order."
+            )
         if pattern is ...:
             if i + 1 < len(rules):
                 raise ValueError(f"partition: rule {i}: rules behind `...` can match nothing.")
@@ -75,8 +88,7 @@ def partition(*rules: Rule) -> Transform:
                     f"pattern {pattern!r} takes no leaf: earlier rules took all that it matches, "
                     f"such as {shadowed[0]!r}. Put it before them."
                     if shadowed
-                    else f"pattern {pattern!r} matches no leaf. The nearest paths: "
-                    f"{nearest(pattern, flat)}."
+                    else no_match(pattern, flat)
                 )
             parts.append({path: left.pop(path) for path in paths})
         fail("partition", problems)

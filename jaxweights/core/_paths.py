@@ -82,6 +82,24 @@ def nearest(wanted: str, candidates: Iterable[str], count: int = 5) -> list[str]
     return close or pool[:count]
 
 
+def no_match(pattern: str, paths: Iterable[Path]) -> str:
+    """What to say of a pattern that matches no path from start to end, and what would match.
+
+    Example:
+      >>> no_match("up/kernel", ["mlp/up/kernel", "mlp/down/kernel"])
+      "pattern 'up/kernel' matches no leaf. It must match a whole path; '.*up/kernel' would."
+      >>> no_match("mlp/op/.*", ["mlp/up/kernel"])
+      "pattern 'mlp/op/.*' matches no leaf. The nearest paths: ['mlp/up/kernel']."
+    """
+    pool = list(paths)
+    for longer in (f".*{pattern}", f"{pattern}.*", f".*{pattern}.*"):
+        if "|" not in pattern and matching(longer, pool):
+            whole = f"It must match a whole path; {longer!r} would."
+            return f"pattern {pattern!r} matches no leaf. {whole}"
+    plain = re.sub(r"[.*]{2,}", "", pattern)
+    return f"pattern {pattern!r} matches no leaf. The nearest paths: {nearest(plain, pool)}."
+
+
 def fail(asker: str, problems: Iterable[str], error: type[Exception] = ValueError) -> None:
     """Raises one error that lists every problem; does nothing when there is none."""
     lines = list(problems)

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.core._apply import LayoutLike, apply, resolve_layout
-from jaxweights.core._layout import Layout, is_default_target, is_float, is_vector
+from jaxweights.core._apply import LayoutLike, resolve_layout, transform_tree
+from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Flat, Params, Path, flatten, unflatten
 from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Stats
 from jaxweights.core._transform import Transform
+from jaxweights.core._untouched import why_untouched
 from jaxweights.weights._axes import View
 from jaxweights.weights._weight import is_weight
 
@@ -184,7 +185,7 @@ def plan(
         if others is not None and others_arrays is not None:
             parts = zip(others, others_arrays, strict=True)
             trees = [unflatten(structure, whole | own) for (whole, structure), own in parts]
-        new = apply(tx, tree, stats=stats, models=trees, key=key, step=0, layout=found)
+        new = transform_tree(tx, tree, stats=stats, models=trees, key=key, step=0, layout=found)
         leaves = flatten(new)[0]
         # A leaf that comes back as the very same object was not touched.
         untouched.update(path for path in flat if leaves[path] is traced[owners[path]])
@@ -241,7 +242,7 @@ def _leaf_plan(
     path: Path, leaf: Any, new: Any, untouched: bool, owner: Path, layout: Layout
 ) -> LeafPlan:
     tied = owner != path
-    why = _why_untouched(path, leaf, layout) if untouched else ""
+    why = why_untouched(path, leaf, layout) if untouched else ""
     return LeafPlan(
         path=path,
         shape=tuple(jnp.shape(leaf)),
@@ -255,23 +256,6 @@ def _leaf_plan(
         changed=not untouched,
         why=f"tied to {owner}" if tied else why,
     )
-
-
-def _why_untouched(path: Path, leaf: Any, layout: Layout) -> str:
-    if not is_float(leaf):
-        return f"{_dtype(leaf)}, not floating"
-    if len(leaf.shape) < 2:
-        return "a vector"
-    axes = layout.get(path)
-    if axes is None and layout.traced:
-        return "no matrix of the traced model"
-    if axes is None and is_vector(path, leaf):
-        return "a bias or norm"
-    if axes is not None and axes.kind == "embedding":
-        return "an embedding; name it in `partition` to transform it"
-    if not is_default_target(path):
-        return "an embedding, head, router or norm; name it in `partition` to transform it"
-    return "no rule takes it"
 
 
 def describe_leaf(leaf: Any) -> str:

@@ -19,6 +19,7 @@ from jaxweights.core._paths import (
     flatten,
     matching,
     nearest,
+    no_match,
 )
 from jaxweights.weights._weight import is_weight
 
@@ -170,9 +171,7 @@ def _chosen(select: Filter, leaves: Flat, values: Flat) -> set[Path]:
         named = set(matching(select, values))
         for path in matching(select, leaves):
             named |= set(fields[path])
-        advice = (
-            f"pattern {select!r} matches no leaf. The nearest paths: {nearest(select, values)}."
-        )
+        advice = no_match(select, values)
     else:
         named, problems = _ask(select, leaves, fields, values)
         fail("core.split", problems)

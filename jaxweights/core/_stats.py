@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Path, fail, nearest
+from jaxweights.weights._show import show_array
 
 Statistic = str
 
@@ -30,7 +31,7 @@ Needs = dict[Path, frozenset[Statistic]]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Stats:
     """Statistics per weight, as raw sums, so that two halves of the data add up to the whole.
 
@@ -54,6 +55,15 @@ class Stats:
     values: dict[Path, dict[Statistic, jax.Array]]
     owners: tuple[tuple[Path, Path], ...] = dataclasses.field(default=(), metadata={"static": True})
     layout: Layout = dataclasses.field(default_factory=Layout, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """A line per weight: arrays as dtype and shape."""
+        lines = [
+            f"{path}  {', '.join(f'{name}={_show(value)}' for name, value in entry.items())}"
+            for path, entry in self.values.items()
+        ]
+        lines += [f"{path}  as {owner}" for path, owner in self.owners if path not in self.values]
+        return "\n".join([f"Stats of {len(lines)} weights", *lines])
 
     @property
     def paths(self) -> list[Path]:
@@ -90,6 +100,12 @@ class Stats:
     def __add__(self, other: Stats) -> Stats:
         """Statistics of both sets of data together."""
         return merge_stats(self, other)
+
+
+def _show(value: Any) -> str:
+    if not hasattr(value, "dtype"):
+        return repr(value)
+    return show_array(value) if value.shape else str(value)
 
 
 def combine(name: Statistic, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -161,8 +161,8 @@ def requantized_sum(
         failed = np.isnan(np.asarray(result.damping))
         if failed.any():
             problem = (
-                f"{path!r}: its Gram matrix is not positive definite even with damping=1"
-                f"{places_of(failed)}. Calibrate again, or pass {argument}='nearest'."
+                f"{path!r}: its Gram matrix is not positive definite even with damping=1, "
+                f"or not finite{places_of(failed)}. Calibrate again, or pass {argument}='nearest'."
             )
     return result.weight, loss._replace(clipped=result.clipped), problem
 

@@ -71,7 +71,7 @@ def describe_failure(path: Path, tokens: np.ndarray, damping: np.ndarray) -> str
     """Says which matrices of a leaf could not be factored, and why; None if all could."""
     empty = np.asarray(tokens) == 0
     failed = np.isnan(np.asarray(damping)) & ~empty
-    singular = "its Gram matrix is not positive definite even with damping=1"
+    singular = "its Gram matrix is not positive definite even with damping=1, or not finite"
     for bad, reason, remedy in (
         (empty, "no calibration token reached it", "Calibrate on more data"),
         (failed, singular, "Calibrate again"),

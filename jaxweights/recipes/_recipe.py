@@ -123,6 +123,11 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not UTF-8 text, so it is no recipe.") from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path}: is a folder. A recipe is a YAML file, whose model: {{path: {path}}} names "
+            "a folder; those in configs/ explain every key."
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from None
     return parse_recipe(text, name=os.fspath(path))
@@ -156,6 +161,12 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
     problems = Problems(name)
     if not isinstance(root.value, dict):
         problems.add(root.line, "a recipe is a mapping with `model`, `transforms` and `output`.")
+        problems.check()
+    if "merge_method" in root.value:
+        problems.add(
+            root.keys["merge_method"],
+            f"is a merge configuration, no recipe. Run it with `jaxweights merge {name} OUT`.",
+        )
         problems.check()
     steps_node = root.value.get("transforms")
     sections = read_sections(root, problems)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core import Layout, Transform, apply, chain, describe_nonfinite, fail
+from jaxweights.core import Layout, Transform, chain, describe_nonfinite, fail
+from jaxweights.core._apply import transform_tree
 from jaxweights.core._plan import describe_leaf, leaf_bytes
 from jaxweights.models._outline import Outline, Place, outline
 from jaxweights.recipes._download import Progress
@@ -260,7 +261,7 @@ class Streaming:
             if tx is not None:
                 models = [{path: other} for other in others] or None
                 key = jax.random.key(self._recipe.seed)
-                new = apply(tx, {path: leaf}, models=models, key=key, layout=layout)[path]
+                new = transform_tree(tx, {path: leaf}, models=models, key=key, layout=layout)[path]
             self._look(place, leaf, new)
             dense = np.array(materialize(new))  # what was read into is used again
             return place.rule.to_checkpoint(dense if place.layer is None else dense[0])

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core._apply import LayoutLike, apply, resolve_layout
+from jaxweights.core._apply import LayoutLike, resolve_layout, transform_tree
 from jaxweights.core._transform import Transform
 from jaxweights.merge._per_leaf import group_axes
 from jaxweights.merge._spherical import SphereMerge
@@ -61,7 +61,7 @@ def transform_job(
         # Copied, so that nothing aliases what is used again.
         given = None if tx.scope == "entry" else layout
         key = jax.random.key(seed)
-        new = apply(tx, {name: leaf}, models=models, key=key, layout=given)[name]
+        new = transform_tree(tx, {name: leaf}, models=models, key=key, layout=given)[name]
         return np.array(materialize(new))
 
     return Job(

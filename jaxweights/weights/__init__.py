@@ -1,7 +1,9 @@
 """Representations: small frozen pytrees that stand for a dense weight."""
 
 from jaxweights.weights._axes import CONV_HWIO as CONV_HWIO
+from jaxweights.weights._axes import CONV_OIHW as CONV_OIHW
 from jaxweights.weights._axes import EMBEDDING as EMBEDDING
+from jaxweights.weights._axes import OUTPUTS_FIRST as OUTPUTS_FIRST
 from jaxweights.weights._axes import Axes as Axes
 from jaxweights.weights._axes import View as View
 from jaxweights.weights._codebook import Codebook as Codebook

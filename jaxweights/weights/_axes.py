@@ -61,7 +61,9 @@ class Axes:
         return len(self.inputs) + len(self.outputs)
 
 
+OUTPUTS_FIRST = Axes(inputs=(-1,), outputs=(-2,))
 CONV_HWIO = Axes(inputs=(-4, -3, -2), outputs=(-1,), kind="conv")
+CONV_OIHW = Axes(inputs=(-3, -2, -1), outputs=(-4,), kind="conv")
 EMBEDDING = Axes(inputs=(-1,), outputs=(-2,), kind="embedding")
 
 

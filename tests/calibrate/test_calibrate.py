@@ -498,3 +498,17 @@ def test_memory_does_not_grow_with_layers_times_tokens():
 
 def test_every_statistic_has_a_test():
     assert set(STATISTICS) == ALL | {"count", "grad_abs", "grad_sq"}
+
+
+def test_inputs_that_are_not_finite_are_refused_where_they_arise():
+    params = {"table": jnp.ones((5, 4)), "up": jnp.ones((4, 3)), "other": jnp.ones((4, 3))}
+
+    def model(params, ids):
+        table = jnp.take(params["table"], ids, axis=0, mode="fill")  # NaN for an id out of range
+        return table @ params["up"], jnp.ones((2, 4)) @ params["other"]
+
+    needs = {"up": {"gram"}, "other": {"gram"}}
+    good, bad = jnp.arange(5), jnp.arange(1, 6)
+    calibrate(model, params, [good], needs=needs)
+    with pytest.raises(ValueError, match=r"^calibrate: 'up': what the model .* ids out of range"):
+        calibrate(model, params, [good, bad], needs=needs)

@@ -82,6 +82,7 @@ def test_explaining_resolves_every_parameter_and_writes_nothing(capsys, folder):
         (["merge.yml"], "OUT is missing"),
         (["nope.yml", "out"], "cannot be read"),
         (["merge.yml", "first"], "exists and nothing was written"),
+        (["merge.yml", "first"], "remove it, or say --overwrite."),
         (["merge.yml", "out", "--memory", "1MB"], "memory=1000000 leaves nothing"),
     ],
 )
@@ -91,6 +92,7 @@ def test_what_cannot_be_done_is_said_and_ends_with_one(capsys, folder, arguments
     code, _, err = _run(capsys, folder / config, *rest)
     assert code == 1
     assert words in err
+    assert err.count("jaxweights merge: ") == 1
     assert not (folder / "out").exists()
 
 

@@ -177,3 +177,47 @@ def test_a_transform_that_loses_leaves_is_named():
     loses = stateless(lambda params, _: {"w": params["w"]}, name="loses")
     with pytest.raises(ValueError, match=r"apply: loses gave back no leaf at \['v'\]\. A t"):
         apply(loses, {"v": matrix(0, 2, 2), "w": matrix(1, 2, 2)})
+
+
+PAIR = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda tx: jw.apply(PAIR, tx),
+            r"the first argument is a dict.*apply\(tx, ",
+        ),
+        (lambda tx: jw.apply(tx, PAIR, models=PAIR), r"models is a dict.*models=\[model\]"),
+        (lambda tx: jw.apply(tx, PAIR, stats={}), r"stats is a dict.*calibrate"),
+        (lambda tx: jw.apply(tx, PAIR, key=3), r"key=3 is a int.*key=jax\.random\.key\(3\)"),
+        (lambda tx: jw.apply(tx, PAIR, layout=jw.Axes()), r"layout is a Axes.*infer_layout"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_with_what_to_pass(call, words):
+    with pytest.raises(TypeError, match=f"apply: {words}"):
+        call(jw.quantize.round_to_nearest(bits=8))
+
+
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        (
+            {"lm_head": {"kernel": jnp.ones((4, 4))}},
+            r"it leaves 'lm_head/kernel' \(an embed",
+        ),
+        ({"bias": jnp.ones(4)}, r"of 1 none is a floating matrix"),
+    ],
+)
+def test_a_method_that_finds_nothing_to_change_is_an_error_and_no_copy(params, words):
+    for tx in (
+        jw.quantize.round_to_nearest(bits=8),
+        jw.chain(jw.sparsify.magnitude(sparsity=0.5), jw.adapt.lora(rank=1)),
+    ):
+        with pytest.raises(ValueError, match=f"apply: .*finds no leaf to change: {words}"):
+            jw.apply(tx, params)
+        assert not jw.plan(tx, params).changed
+    kept = jw.apply(jw.partition((..., jw.identity())), params)
+    assert jax.tree.leaves(kept)[0] is jax.tree.leaves(params)[0]
+    assert jw.apply(jw.quantize.round_to_nearest(bits=8), {}) == {}

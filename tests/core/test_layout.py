@@ -7,7 +7,7 @@ import pytest
 from jaxweights.core import Layout, conventional_layout, is_default_target
 from jaxweights.core._apply import resolve_layout
 from jaxweights.lift import infer_layout
-from jaxweights.weights import CONV_HWIO, EMBEDDING, Axes, Masked
+from jaxweights.weights import CONV_HWIO, CONV_OIHW, EMBEDDING, OUTPUTS_FIRST, Axes, Masked
 
 
 def leaf(*shape, dtype=jnp.float32):
@@ -31,6 +31,30 @@ def test_the_conventional_layout_reads_names_and_ranks_and_leaves_the_rest_open(
         "embed/embedding": EMBEDDING,
         "conv_1/kernel": CONV_HWIO,
     }
+
+
+def test_leaves_called_weight_have_their_outputs_first_as_in_torch_and_equinox():
+    tree = {
+        "layers": [{"weight": leaf(3, 4), "bias": leaf(3)}],
+        "conv": {"weight": leaf(8, 4, 3, 3)},
+        "embed_tokens.weight": leaf(9, 4),
+        "norm": {"weight": leaf(4)},
+        "model.q_proj.weight": leaf(3, 4),
+        "my_weight": leaf(4, 3),
+    }
+    assert dict(conventional_layout(tree)) == {
+        "layers/0/weight": OUTPUTS_FIRST,
+        "conv/weight": CONV_OIHW,
+        "embed_tokens.weight": EMBEDDING,
+        "model.q_proj.weight": OUTPUTS_FIRST,
+        "my_weight": Axes(),
+    }
+
+
+def test_a_layout_prints_a_line_for_every_matrix():
+    shown = str(conventional_layout(PARAMS)).splitlines()
+    assert shown[0] == "Layout of 3 matrices, conventional or stated"
+    assert "dense/kernel  inputs=(-2,) outputs=(-1,)" in shown
 
 
 def test_represented_weights_have_the_layout_of_the_dense_ones():

@@ -114,3 +114,17 @@ def test_bad_rules_are_refused_when_built():
         partition(("*", add(1)))
     with pytest.raises(TypeError, match=r"partition: rule 0: 5 is no transform"):
         partition(("a", 5))
+
+
+@pytest.mark.parametrize("rules", [{"a": add(1)}, "ab", ("a", add(1), add(2))])
+def test_a_rule_that_is_no_pair_is_refused_with_the_way_to_write_it(rules):
+    with pytest.raises(TypeError, match=r"rule 0: .* is no pair .*partition\(\*rules\.items\(\)\)"):
+        partition(rules)
+
+
+def test_a_pattern_for_a_part_of_a_path_is_told_the_pattern_for_the_whole():
+    params = {"params": {"Dense_0": {"kernel": jnp.ones((2, 2))}}}
+    words = r"pattern 'Dense_0/kernel' matches no leaf.*whole path; '\.\*Dense_0/kernel' would"
+    with pytest.raises(ValueError, match=words):
+        apply(partition(("Dense_0/kernel", add(1))), params)
+    apply(partition((".*Dense_0/kernel", add(1))), params)

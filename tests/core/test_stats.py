@@ -79,3 +79,13 @@ def test_a_missing_statistic_is_explained():
 def test_needs_are_united_per_path():
     parts = [{"a": frozenset({"gram"})}, {"a": frozenset({"sum"}), "b": frozenset({"count"})}]
     assert union_needs(parts) == {"a": frozenset({"gram", "sum"}), "b": frozenset({"count"})}
+
+
+def test_statistics_print_a_line_for_every_weight_and_no_values():
+    layout = Layout.of({"q": Axes(), "k": Axes()})
+    stats = Stats({"q": {"count": jnp.int32(3), "gram": GRAM}}, owners=(("k", "q"),), layout=layout)
+    assert repr(stats).splitlines() == [
+        "Stats of 2 weights",
+        "q  count=3, gram=float32[2,2]",
+        "k  as q",
+    ]

@@ -253,6 +253,15 @@ def test_a_file_that_is_missing_or_binary_is_refused(tmp_path):
         load_recipe(tmp_path / "weights.yaml")
 
 
+def test_a_folder_and_a_merge_configuration_are_told_where_they_belong(tmp_path):
+    with pytest.raises(RecipeError, match=r"is a folder\. A recipe is a YAML file"):
+        load_recipe(tmp_path)
+    message = refusal("merge_method: ties\nbase_model: a\nmodels: []\n")
+    assert message.splitlines() == [
+        "r.yaml:1: is a merge configuration, no recipe. Run it with `jaxweights merge r.yaml OUT`."
+    ]
+
+
 NESTED = """\
 model:
   path: somewhere
