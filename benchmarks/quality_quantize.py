@@ -58,7 +58,8 @@ def recipe_of(model: str, options: argparse.Namespace) -> Any:
     )
     return parse_recipe(
         f"model: {{package: {PACKAGES[model]}}}\n"
-        f"calibrate: {{text: {text}, sequences: {options.sequences}, length: 128}}\n"
+        f"calibrate: {{text: {text}, sequences: {options.sequences}, length: 128, "
+        f"batch: {options.batch}}}\n"
         "transforms: [{method: quantize.gptq, bits: 4}]\n"
         f"evaluate:\n  {measure}\n"
         "output: {directory: unused}\n"
@@ -94,7 +95,7 @@ def run(model_name: str, bits: int, options: argparse.Namespace) -> dict[str, An
     (measure,) = prepare_measures(recipe, model, _silent)
     found: dict[str, Any] = {"float": {"scores": [measure.score(model.params, "float")]}}
     for draw, batches in enumerate(draws_of(recipe, model, options.draws)):
-        bench = Bench(model, measure, batches, bits, options.group)
+        bench = Bench(model, measure, batches, bits, options.group, options.steps)
         for name, row in rows(bits, options.group).items():
             if not re.search(options.rows, name) or (draw and not row.reads_data):
                 continue
@@ -187,6 +188,8 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=int, default=1024, help="of 128 tokens, to calibrate on"
     )
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--steps", type=int, default=256, help="batches that distilling takes")
     parser.add_argument("--draws", type=int, default=3, help="calibrations on other sequences")
     parser.add_argument("--rows", default="", help="regular expression for the rows to run")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quality_distil import Rates, decoder_loss, distil, encoder_loss
 
 import jaxweights as jw
 from jaxweights.align import bert_permutations, llama_permutations
 from jaxweights.core import flatten
+from jaxweights.models import sentence_embedding
 
-FIXED_CODES = Rates(scale=3e-3, loose=3e-3, code=0.0)
+FIXED_CODES = {"code_rate": 0.0, "scale_rate": 3e-3, "float_rate": 3e-3}
 
 Maker = Callable[["Bench"], Any]  # parameters of the quantized model
 
@@ -39,7 +39,9 @@ class Bench:
     batches: list[tuple[np.ndarray]]
     bits: int
     group: int
+    steps: int = 256
     _stats: Any = None
+    _refined: Any = None
 
     def stats(self) -> Any:
         """Statistics of the float model, collected once a draw for all rows."""
@@ -63,6 +65,12 @@ class Bench:
         """One transform, with the statistics of the float model."""
         return jw.apply(tx, self.model.params, stats=self.stats())
 
+    def refined(self) -> Any:
+        """GPTQ in order of activity, searched and refined, made once a draw."""
+        if self._refined is None:
+            self._refined = self.apply(refined_gptq(self.bits, self.group))
+        return self._refined
+
     def in_blocks(self, *stages: jw.Transform) -> Any:
         """Stages, each layer calibrated on what the layers before it, already done, give."""
         return jw.pipeline(
@@ -77,7 +85,7 @@ def rows(bits: int, group: int) -> dict[str, Row]:
     rtn, gptq = q.round_to_nearest, q.gptq
     ordered = {"act_order": True, "static_groups": True}
     searched = ordered | {"search": "mse"}
-    best = q.refine(gptq(**searched, **at))
+    best = refined_gptq(bits, group)
     return {
         "rounded": Row(lambda b: b.apply(rtn(grid="affine", **at)), False),
         "rounded, symmetric": Row(lambda b: b.apply(rtn(**at)), False),
@@ -101,17 +109,24 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),
         "rotated, gptq, refined": Row(lambda b: _rotated(b).apply(best)),
-        "gptq, refined": Row(lambda b: b.apply(best)),
+        "gptq, refined": Row(Bench.refined),
         "gptq, refined, blocks": Row(lambda b: b.in_blocks(best)),
         "gptq + rank 4": Row(lambda b: b.apply(q.low_rank_residual(gptq(**at), rank=4))),
         "gptq + 0.5 % outliers + rank 4": Row(
             lambda b: b.apply(q.joint(gptq(**at), rank=4, outliers=0.005, sweeps=2))
         ),
         "allocated, refined": Row(_allocated),
-        "gptq, refined, scales distilled": Row(lambda b: _distil(b, b.apply(best), FIXED_CODES)),
-        "gptq, refined, distilled": Row(lambda b: _distil(b, b.apply(best), Rates())),
-        "allocated, refined, distilled": Row(lambda b: _distil(b, _allocated(b), Rates())),
+        "gptq, refined, scales distilled": Row(lambda b: _distilled(b, b.refined(), **FIXED_CODES)),
+        "gptq, refined, distilled": Row(lambda b: _distilled(b, b.refined())),
+        "allocated, refined, distilled": Row(lambda b: _distilled(b, _allocated(b))),
     }
+
+
+def refined_gptq(bits: int, group: int) -> jw.Transform:
+    """The best of one pass over the layers, in the bytes of plain GPTQ."""
+    settings: dict[str, Any] = {"act_order": True, "static_groups": True, "search": "mse"}
+    settings |= {"group_size": group, "scale_dtype": "float16"}
+    return jw.quantize.refine(jw.quantize.gptq(bits=bits, **settings))
 
 
 def _rotated(bench: Bench) -> Bench:
@@ -133,10 +148,8 @@ def _rotated(bench: Bench) -> Bench:
 def _allocated(bench: Bench) -> Any:
     """Refined GPTQ, a bit less or more for each kind of matrix, in the bytes of plain GPTQ."""
     q, group = jw.quantize, bench.group
-    settings: dict[str, Any] = {"act_order": True, "static_groups": True, "search": "mse"}
-    settings |= {"group_size": group, "scale_dtype": "float16"}
     candidates = {
-        f"{bits} bits": q.refine(q.gptq(bits=bits, **settings))
+        f"{bits} bits": refined_gptq(bits, group)
         for bits in range(max(bench.bits - 1, 2), bench.bits + 2)
     }
     # Codes, and for each group a scale of 16 bits and a zero point as wide as a code.
@@ -152,13 +165,24 @@ def _allocated(bench: Bench) -> Any:
     return bench.apply(found.transform)
 
 
-def _distil(bench: Bench, params: Any, rates: Rates, *, steps: int = 256) -> Any:
+def _distilled(bench: Bench, params: Any, **rates: float) -> Any:
     """Trained on the calibration batches to give the float model's outputs, in the same bytes."""
-    loss = decoder_loss if bench.model.is_decoder else encoder_loss
-    model = bench.model
-    return distil(
-        model.forward, model.params, params, bench.batches, loss=loss, steps=steps, rates=rates
-    )
+    return jw.quantize.distill(
+        bench.model.forward,
+        bench.model.params,
+        params,
+        bench.batches,
+        loss="divergence" if bench.model.is_decoder else _encoder_loss,
+        steps=bench.steps,
+        **rates,
+    ).params
+
+
+def _encoder_loss(hidden: jax.Array, target: jax.Array) -> jax.Array:
+    """Relative squared error of the encodings, and what the sentences' cosines lack to 1."""
+    error = jnp.mean(jnp.square(hidden - target)) / jnp.mean(jnp.square(target))
+    cosine = jnp.sum(sentence_embedding(hidden) * sentence_embedding(target), axis=-1)
+    return error + jnp.mean(1 - cosine)
 
 
 def _authors_gptq(bench: Bench) -> Any:

@@ -16,6 +16,8 @@ from jaxweights.quantize._awq import AwqMatrix as AwqMatrix
 from jaxweights.quantize._awq import awq as awq
 from jaxweights.quantize._awq import awq_matrix as awq_matrix
 from jaxweights.quantize._calibrated import LeafReport as LeafReport
+from jaxweights.quantize._distill import Distilled as Distilled
+from jaxweights.quantize._distill import distill as distill
 from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._fp8 import fp8 as fp8
 from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix
