@@ -198,6 +198,8 @@ def task_methods() -> dict[str, Method]:
         "della": scaled(M.della, SCALES, density=chances),
         "della_linear": scaled(M.della_linear, SCALES, density=chances),
         "sce": grid(M.sce, density=(0.1, 0.2, 0.5, 0.8, 1.0)),
+        "ram": grid(M.ram, epsilon=(1e-5, 1e-3, 1e-2)),
+        "ram_plus": grid(M.ram_plus, epsilon=(1e-5, 1e-3), gain=(0.1, 0.5), most=(0.2, 1.0)),
         "pcb": scaled(M.pcb, SCALES, density=(0.05, 0.1, 0.3)),
         "slerp, one by one": folded(lambda n: M.slerp(t=1 / n), base=False),
         "nuslerp of deltas, one by one": folded(

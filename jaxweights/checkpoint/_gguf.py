@@ -140,7 +140,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFReader:
         has a tensor of a type that is not known.
 
     Source: the format's specification, `docs/gguf.md` in the ggml repository.
-    Differs: (1) tensors are never split over several files here.
+    Differs: (1) one file is read; `open_checkpoint` finds the other parts of a split model.
     """
     file = MappedFile(Path(path), function="open_gguf")
     cursor = _Cursor(file)

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from jaxweights.checkpoint._checkpoint import Checkpoint
-from jaxweights.checkpoint._gguf import GGUFReader, open_gguf
+from jaxweights.checkpoint._gguf import GGUFReader, GGUFTensorInfo
+from jaxweights.checkpoint._gguf_parts import first_part, open_gguf_parts
 from jaxweights.checkpoint._manifest import Parts, build_tree, digest_of, leaf_parts, object_at
 from jaxweights.checkpoint._raw_arrays import CheckedSlices
 from jaxweights.checkpoint._safetensors_checkpoint import SafetensorsCheckpoint, companions
@@ -26,8 +27,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a checkpoint of any format that this library reads.
 
     Args:
-      path: A `.safetensors` or `.gguf` file; a folder with safetensors files, with one GGUF file,
-        or made by `save_tree`.
+      path: A `.safetensors` or `.gguf` file, of a split model any of its parts; a folder with
+        safetensors files, with one GGUF model, or made by `save_tree`.
 
     Returns:
       The checkpoint, of which nothing but headers is read yet.
@@ -66,14 +67,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         return SafetensorsCheckpoint(path, path)
     ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        file = contained(path, ggufs[0].name, "open_checkpoint")
+    first = ggufs[0] if len(ggufs) == 1 else first_part(ggufs)
+    if first is not None:
+        file = contained(path, first.name, "open_checkpoint")
         return _GGUFCheckpoint(file, companions(path))
     if ggufs:
         raise ValueError(
-            f"open_checkpoint: '{path}' holds {len(ggufs)} GGUF files, "
-            f"{[file.name for file in ggufs[:5]]}. Give the one that is meant; a model split over "
-            "several must be joined first with llama.cpp's `llama-gguf-split --merge`."
+            f"open_checkpoint: '{path}' holds {len(ggufs)} GGUF files that are not the parts of "
+            f"one model, {[file.name for file in ggufs[:5]]}. Give the one that is meant."
         )
     raise FileNotFoundError(
         f"open_checkpoint: '{path}' holds no safetensors, no GGUF file and no {MANIFEST}. Give a "
@@ -82,41 +83,50 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 class _GGUFCheckpoint(Checkpoint):
-    """A GGUF file."""
+    """A GGUF file, or several of one model."""
 
     format = "gguf"
 
     def __init__(self, path: Path, files: dict[str, Path]):
-        self._reader: GGUFReader = open_gguf(path)
-        metadata = self._reader.metadata
+        parts = open_gguf_parts(path)
+        self._owners: dict[str, GGUFReader] = {name: part for part in parts for name in part}
+        path, metadata = parts[0].path, parts[0].metadata
         config = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
         super().__init__(path, config, metadata, files)
 
+    def _owner(self, name: str) -> GGUFReader:
+        if name not in self._owners:
+            raise KeyError(f"{self.path}: holds no tensor {name!r}.")
+        return self._owners[name]
+
+    def _info(self, name: str) -> GGUFTensorInfo:
+        return self._owner(name)[name]
+
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._reader)
+        return tuple(self._owners)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader[name].shape
+        return self._info(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        return self._reader[name].dtype
+        return self._info(name).dtype
 
     def read(self, name: str) -> np.ndarray:
-        return self._reader.read(name)
+        return self._owner(name).read(name)
 
     def represented(self, name: str) -> np.ndarray | Represented:
-        info = self._reader[name]
+        info = self._info(name)
         if info.block_type.name in INTEGER_TYPES and len(info.shape) == 2:
             rows, columns = info.shape
-            return unpack_gguf(info.block_type.name, self._reader.raw(name), (rows, columns))
-        return self._reader.read(name)
+            return unpack_gguf(info.block_type.name, self._owner(name).raw(name), (rows, columns))
+        return self._owner(name).read(name)
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:
-        return functools.partial(self._reader.read_into, name)
+        return functools.partial(self._owner(name).read_into, name)
 
     def _stored(self, name: str) -> tuple[str, np.ndarray]:
-        return self._reader[name].block_type.name, self._reader.raw(name).reshape(-1)
+        return self._info(name).block_type.name, self._owner(name).raw(name).reshape(-1)
 
 
 class _OrbaxCheckpoint(Checkpoint):

@@ -58,11 +58,12 @@ def _plain(checkpoint: Any) -> Any:
 
 
 def _gguf(checkpoint: Any) -> Any:
-    from jaxweights.checkpoint import open_gguf
+    from jaxweights.checkpoint._gguf_parts import open_gguf_parts
 
-    reader = open_gguf(checkpoint.path)
+    owners = {name: reader for reader in open_gguf_parts(checkpoint.path) for name in reader}
 
     def stored(name: str) -> tuple[str, int]:
+        reader = owners[name]
         return reader[name].block_type.name, int(reader.raw(name).nbytes)
 
     return stored

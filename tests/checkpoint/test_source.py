@@ -14,6 +14,7 @@ from jaxweights.checkpoint import (
     save_tree,
     write_safetensors,
 )
+from jaxweights.checkpoint import write_gguf as write
 from jaxweights.weights import Masked
 
 TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array([1, 2], np.int8)}
@@ -139,10 +140,74 @@ def test_what_cannot_be_opened_is_said_with_the_remedy(tmp_path):
     for path in (tmp_path, tmp_path / "pytorch_model.bin"):
         with pytest.raises(ValueError, match=r"pytorch_model.bin' is a pickle.*weights_only=True"):
             open_checkpoint(path)
-    for name in ("a-00001-of-00002.gguf", "a-00002-of-00002.gguf"):
+    (tmp_path / "pytorch_model.bin").unlink()
+    for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"holds 2 GGUF files.*llama-gguf-split --merge"):
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files that are not the parts of one model"):
         open_checkpoint(tmp_path)
+
+
+PARTS = {"a": {"x": np.arange(6.0, dtype=np.float32)}, "b": {"y": np.ones((2, 3), np.float32)}}
+
+
+def _split(folder, tensors=2, numbers=(0, 1)):
+    """A model of two parts, as llama-gguf-split writes them."""
+    folder.mkdir()
+    for i, (number, part) in enumerate(zip(numbers, PARTS.values(), strict=True)):
+        metadata = {"split.no": number, "split.count": 2, "split.tensors.count": tensors}
+        metadata |= {"general.architecture": "llama"} if not i else {}
+        write(folder / f"m-{i + 1:05}-of-00002.gguf", part, metadata)
+    return folder
+
+
+@pytest.mark.parametrize("given", ["", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])
+def test_the_parts_of_a_model_are_read_as_one(tmp_path, given):
+    opened = open_checkpoint(_split(tmp_path / "split") / given)
+    assert opened.names == ("x", "y") and opened.metadata["general.architecture"] == "llama"
+    for part in PARTS.values():
+        for name, want in part.items():
+            assert opened.shape(name) == want.shape and opened.dtype(name) == want.dtype
+            np.testing.assert_array_equal(opened.read(name), want)
+            got = np.empty(2, np.float32)
+            opened.reader(name)(1, got)
+            np.testing.assert_array_equal(got, want.reshape(-1)[1:3])
+    write_gguf(tmp_path / "whole.gguf", PARTS["a"] | PARTS["b"])
+    assert opened.fingerprint() == open_checkpoint(tmp_path / "whole.gguf").fingerprint()
+    with pytest.raises(KeyError, match="holds no tensor 'z'"):
+        opened.read("z")
+
+
+def test_the_parts_that_llama_cpps_own_package_writes_are_read(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_block_count(2)
+    for part in PARTS.values():
+        for name, value in part.items():
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    opened = open_checkpoint(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 and opened.names == ("x", "y")
+    assert opened.metadata["llama.block_count"] == 2
+    np.testing.assert_array_equal(opened.read("y"), PARTS["b"]["y"])
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    lonely = _split(tmp_path / "lonely")
+    (lonely / "m-00002-of-00002.gguf").unlink()
+    with pytest.raises(FileNotFoundError, match=r"\['m-00002-of-00002.gguf'\] is not beside it"):
+        open_checkpoint(lonely)
+    (lonely / "m-00001-of-00002.gguf").rename(lonely / "renamed.gguf")
+    with pytest.raises(ValueError, match=r"its name does not end in -00001-of-00002.gguf"):
+        open_checkpoint(lonely)
+    with pytest.raises(ValueError, match="has 3 tensors, but its 2 parts hold 2"):
+        open_checkpoint(_split(tmp_path / "fewer", tensors=3))
+    with pytest.raises(
+        ValueError, match=r"says that it is part 1 of 2, .*but its name says 0 of 2"
+    ):
+        open_checkpoint(_split(tmp_path / "swapped", numbers=(1, 0)))
 
 
 def test_a_config_that_is_no_object_is_refused(tmp_path):
