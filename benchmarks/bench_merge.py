@@ -1,19 +1,34 @@
-"""Merges of whole checkpoints from disk to disk, beside mergekit and a plain copy.
+"""Merges of whole checkpoints from disk to disk, beside mergekit and what moves the same bytes.
 
 Makes a base and three fine-tunes of 0.5 B parameters in bfloat16 (random weights in the shapes of
-Qwen2.5-0.5B), and merges them with every program, each run in a process of its own that starts from
-nothing. `--memory` runs one merge with that budget besides. Wall time is what a user waits for; on
-a machine that others use, too, compare processor seconds (user and system, of all threads).
+Qwen2.5-0.5B, the same in every layer), and merges them with every program, each run in a process of
+its own that starts from nothing. Wall time is what a user waits for; on a machine that others use,
+too, compare processor seconds (user and system, of all threads).
 
-Run: python benchmarks/bench_merge.py [--mergekit PYTHON] [--repeats 3] [--layers 24]
+Two floors stand beside the merge's own time ("stream s", without start-up): "cp s", in which `cp`
+copies as many bytes as the merge writes, and "move s", in which a program does all but arithmetic:
+with as many threads as cores it reads every operand, takes its checksum, and writes as many bytes
+as the result has.
+
+`--memory` merges with that budget besides, and prints the peak of the process's resident memory.
+That counts pages of the operands' files as long as they are mapped, so it is no less than what the
+merge holds. `--repeats 0` runs nothing else. A model six times as large is merged within 1 GB by
+
+    python benchmarks/bench_merge.py --layers 36 --width 2048 --links --memory 1GB --repeats 0
+
+where `--links` makes the second and third fine-tune links to the first, to spare the disk.
+
+Run: python benchmarks/bench_merge.py [--mergekit PYTHON] [--repeats 3] [--layers 24] [--width 896]
 PYTHON is an interpreter with mergekit installed; without it the columns of the peer stay empty.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 import shutil
 import statistics
@@ -28,14 +43,11 @@ import numpy as np
 
 from jaxweights.checkpoint import write_safetensors
 
-WIDTH, HIDDEN, HEADS, VOCABULARY = 896, 4864, 128, 151936
+WIDTH, HEADS, VOCABULARY = 896, 128, 151936
 MODELS = ("base", "ft1", "ft2", "ft3")
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
-    "hidden_size": WIDTH,
-    "intermediate_size": HIDDEN,
-    "num_attention_heads": 14,
     "num_key_value_heads": 2,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 32768,
@@ -44,37 +56,50 @@ CONFIG = {
 }
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, as the model's checkpoints have them."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
-    for i in range(layers):
-        layer = f"model.layers.{i}."
-        for name, out in (("q", WIDTH), ("k", HEADS), ("v", HEADS)):
-            found[f"{layer}self_attn.{name}_proj.weight"] = (out, WIDTH)
-            found[f"{layer}self_attn.{name}_proj.bias"] = (out,)
-        found[f"{layer}self_attn.o_proj.weight"] = (WIDTH, WIDTH)
-        found[f"{layer}mlp.gate_proj.weight"] = (HIDDEN, WIDTH)
-        found[f"{layer}mlp.up_proj.weight"] = (HIDDEN, WIDTH)
-        found[f"{layer}mlp.down_proj.weight"] = (WIDTH, HIDDEN)
-        found[f"{layer}input_layernorm.weight"] = (WIDTH,)
-        found[f"{layer}post_attention_layernorm.weight"] = (WIDTH,)
-    return found | {"model.norm.weight": (WIDTH,)}
+LAYER = "model.layers.{}."
 
 
-def make_models(folder: Path, layers: int) -> int:
-    """Writes the checkpoints; returns the bytes of one."""
+def shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as the model's checkpoints have them; one name stands for all layers."""
+    hidden = width * 38 // 7
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, width)}
+    for name, out in (("q", width), ("k", HEADS), ("v", HEADS)):
+        found[f"{LAYER}self_attn.{name}_proj.weight"] = (out, width)
+        found[f"{LAYER}self_attn.{name}_proj.bias"] = (out,)
+    found[f"{LAYER}self_attn.o_proj.weight"] = (width, width)
+    found[f"{LAYER}mlp.gate_proj.weight"] = (hidden, width)
+    found[f"{LAYER}mlp.up_proj.weight"] = (hidden, width)
+    found[f"{LAYER}mlp.down_proj.weight"] = (width, hidden)
+    found[f"{LAYER}input_layernorm.weight"] = (width,)
+    found[f"{LAYER}post_attention_layernorm.weight"] = (width,)
+    return found | {"model.norm.weight": (width,)}
+
+
+def make_models(folder: Path, layers: int, width: int, *, links: bool) -> None:
+    """Writes the checkpoints."""
+    sizes = {"hidden_size": width, "intermediate_size": width * 38 // 7}
+    heads = {"num_attention_heads": width // 64, "num_hidden_layers": layers}
+    files = {"config.json": json.dumps(CONFIG | sizes | heads)}
     base: dict[str, np.ndarray] = {}
     for i, model in enumerate(MODELS):
+        if links and i > 1:
+            shutil.copytree(folder / "ft1", folder / model, copy_function=os.link)
+            continue
         draw = np.random.default_rng(i)
-        tensors = {}
-        for name, shape in shapes(layers).items():
+        drawn = {}
+        for name, shape in shapes(width).items():
             noise = draw.standard_normal(shape, np.float32)
-            start = base[name].astype(np.float32) if i else np.float32("norm" in name)
-            tensors[name] = (start + noise * (0.002 if i else 0.02)).astype(ml_dtypes.bfloat16)
-        base = base or tensors
-        files = {"config.json": json.dumps(CONFIG | {"num_hidden_layers": layers})}
+            noise *= 0.002 if i else 0.02
+            noise += base[name].astype(np.float32) if i else np.float32("norm" in name)
+            drawn[name] = noise.astype(ml_dtypes.bfloat16)
+        base = base or drawn
+        # No merge looks from one tensor to another, so layers may be alike.
+        tensors = {
+            name.format(i): array
+            for name, array in drawn.items()
+            for i in range(layers if LAYER in name else 1)
+        }
         write_safetensors(folder / model, tensors, files=files)
-    return sum(x.nbytes for x in base.values())
 
 
 def configurations(folder: Path) -> dict[str, str]:
@@ -128,9 +153,48 @@ def run(command: list[str]) -> Run:
 
 def copied(source: Path, target: Path) -> Run:
     """What `cp` takes for the bytes that a merge writes."""
-    copy = run(["cp", str(source / "model.safetensors"), str(target)])
-    target.unlink()
+    copy = run(["cp", "-r", str(source), str(target)])
+    shutil.rmtree(target)
     return copy
+
+
+CHUNK = 8 << 20
+
+
+def move(operands: list[Path], target: Path) -> None:
+    """Reads models that are alike, takes their checksums, and writes as many bytes as one has."""
+    start = time.perf_counter()
+    for file in (operands[0]).glob("*.safetensors"):
+        move_file([path / file.name for path in operands], target)
+    print(json.dumps({"seconds": time.perf_counter() - start}))
+
+
+def move_file(operands: list[Path], target: Path) -> None:
+    """Reads files of one length, and writes one of that length."""
+    import xxhash
+
+    sources = [os.open(path, os.O_RDONLY) for path in operands]
+    length = os.fstat(sources[0]).st_size
+    target.touch()
+    result = os.open(target, os.O_WRONLY)
+    workers = os.cpu_count() or 1
+    # Buffers that stay in a core's cache, as a merge's do.
+    buffers = [[bytearray(CHUNK) for _ in sources] for _ in range(workers)]
+    part = math.ceil(length / workers / CHUNK) * CHUNK
+
+    def move_part(worker: int) -> None:
+        digests = [xxhash.xxh3_128() for _ in sources]
+        for start in range(worker * part, min((worker + 1) * part, length), CHUNK):
+            count = min(CHUNK, length - start)
+            for source, buffer, digest in zip(sources, buffers[worker], digests, strict=True):
+                view = memoryview(buffer)[:count]
+                assert os.preadv(source, [view], start) == count
+                digest.update(view)
+            assert os.pwrite(result, memoryview(buffers[worker][0])[:count], start) == count
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(move_part, range(workers)))
+        os.fsync(result)
 
 
 def main() -> None:
@@ -142,21 +206,29 @@ def main() -> None:
     parser.add_argument("--memory", metavar="BYTES", help="also merge within it, such as 1GB")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are kept and found")
     parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the residual stream")
+    parser.add_argument("--links", action="store_true", help="only one fine-tune is written")
     parser.add_argument("--make", action="store_true", help="only make the checkpoints")
+    parser.add_argument("--move", metavar="MODEL", nargs="+", help="only move these models' bytes")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-merge-"))
     if options.make:
-        make_models(folder, options.layers)
+        make_models(folder, options.layers, options.width, links=options.links)
+        return
+    if options.move:
+        move([folder / model for model in options.move], folder / "moved")
         return
     try:
         if not (folder / "ft3").exists():
             # In a process of its own: a child's peak memory counts that of its parent.
             make = ["--make", "--folder", str(folder), "--layers", str(options.layers)]
+            make += ["--width", str(options.width), *(["--links"] if options.links else [])]
             subprocess.run([sys.executable, __file__, *make], check=True)
-        nbytes = (folder / "base" / "model.safetensors").stat().st_size
-        print(f"{nbytes / 2e9:.2f} B parameters, bfloat16, {os.cpu_count()} cores; medians of "
+        nbytes = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+        print(f"{nbytes / 2e9:.2f} B parameters, bfloat16, {os.cpu_count()} cores; medians, runs: "
               f"{options.repeats}")  # fmt: skip
         print(f"{'':18}{'s':>7}{'cpu s':>7}{'MB':>7}{'stream s':>10}{'cp s':>7}{'x cp':>6}"
+              f"{'move s':>8}{'cpu s':>7}{'x move':>8}"
               f"{'mergekit s':>12}{'cpu s':>7}{'MB':>7}{'faster':>8}{'cpu':>6}")  # fmt: skip
         for method, text in configurations(folder).items():
             if options.methods and method not in options.methods:
@@ -172,33 +244,53 @@ def show(folder: Path, method: str, options: argparse.Namespace) -> None:
     """Prints one method's row, and one with bounded memory."""
     config, out = str(folder / f"{method}.yml"), folder / "out"
     ours = [sys.executable, "-m", "jaxweights.cli", "merge", config, str(out), "--quiet", "--json"]
-    rows, copies, peers = [], [], []
+    if options.repeats:
+        print(compared(folder, out, ours, method, options), flush=True)
+    if options.memory:
+        one = run([*ours, "--memory", options.memory])
+        shutil.rmtree(out)
+        stream = json.loads(one.text)["seconds"]
+        label = f"{method} in {options.memory}"
+        print(
+            f"{label:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}{stream:10.2f}", flush=True
+        )
+
+
+def compared(
+    folder: Path, out: Path, ours: list[str], method: str, options: argparse.Namespace
+) -> str:
+    """One method's row: medians of runs of all programs by turns."""
+    rows, copies, moves, peers = [], [], [], []
+    operands = MODELS[:2] if method == "slerp" else MODELS
+    mover = [sys.executable, __file__, "--folder", str(folder), "--move", *operands]
     for _ in range(options.repeats):
         os.sync()  # what an earlier run wrote is on the disk, and does not slow this one
         rows.append(run(ours))
         shutil.rmtree(out)
         os.sync()
         copies.append(copied(folder / "base", folder / "copy"))
+        os.sync()
+        moves.append(run(mover))
+        (folder / "moved").unlink()
         if options.mergekit:
             os.sync()
             peers.append(
-                run([options.mergekit, "-m", "mergekit.scripts.run_yaml", config, str(out)])
+                run([options.mergekit, "-m", "mergekit.scripts.run_yaml", ours[4], str(out)])
             )
             shutil.rmtree(out)
     one, copy = median(rows), median(copies).seconds
-    stream = statistics.median(json.loads(row.text)["seconds"] for row in rows)
+    stream, moved = (
+        statistics.median(json.loads(row.text)["seconds"] for row in found)
+        for found in (rows, moves)
+    )
     line = f"{method:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}"
     line += f"{stream:10.2f}{copy:7.2f}{stream / copy:6.1f}"
+    line += f"{moved:8.2f}{median(moves).cpu:7.2f}{stream / moved:8.1f}"
     if peers:
         peer = median(peers)
         line += f"{peer.seconds:12.2f}{peer.cpu:7.2f}{peer.peak:7.0f}"
         line += f"{peer.seconds / one.seconds:7.1f}x{peer.cpu / one.cpu:5.1f}x"
-    print(line, flush=True)
-    if options.memory:
-        one = run([*ours, "--memory", options.memory])
-        shutil.rmtree(out)
-        label = f"  in {options.memory}"
-        print(f"{label:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}", flush=True)
+    return line
 
 
 def median(runs: list[Run]) -> Run:
