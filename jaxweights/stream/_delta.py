@@ -298,7 +298,9 @@ class _DeltaNorms(Survey):
         masks = [_mask(self._settings, self._name, i, start, base.size) for i in range(len(models))]
         if count >= job.entries:  # the same worker makes the slice next
             self._drawn[start] = masks
-        return run_sums(_partial_norms(base, tuple(models), tuple(masks)))
+        whole = [_partial_norm(base, model, None) for model in models]
+        left = [_partial_norm(base, x, mask) for x, mask in zip(models, masks, strict=True)]
+        return run_sums([*whole, *left])
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
         self._sums.add(seen)
@@ -317,8 +319,10 @@ class _DeltaNorms(Survey):
 
 
 @jax.jit
-def _partial_norms(base: Any, models: tuple[Any, ...], masks: tuple[Any, ...]) -> list[jax.Array]:
-    """Sums of |delta| of each model in parts, then those of what is kept."""
-    sizes = [jnp.abs(delta_of(base, model)) for model in models]
-    left = [x if m is None else jnp.where(m, x, 0) for x, m in zip(sizes, masks, strict=True)]
-    return [partial_sums(x) for x in (*sizes, *left)]
+def _partial_norm(base: Any, model: Any, mask: Any) -> jax.Array:
+    """Sums of |delta| in parts, or of what a mask keeps of it.
+
+    One program for each sum: several would share the widened deltas, and write them to memory.
+    """
+    size = jnp.abs(delta_of(base, model))
+    return partial_sums(size if mask is None else jnp.where(mask, size, 0))

@@ -94,8 +94,9 @@ class RankSurvey:
 
     Args:
       values: `values(arrays, model)` gives the ranked float32 values of a model from a job's
-        operands, elementwise; traceable, and the same bits from NumPy's arrays. It may read the
-        first operand and the model's own, `arrays[model + 1]`.
+        operands, elementwise; traceable, and the same bits from NumPy's arrays. It reads the
+        first operand and the model's own, `arrays[model + 1]`, and depends on the model by them
+        alone.
       targets: What is wanted.
       entries: Number of entries that are ranked together.
     """
@@ -125,11 +126,11 @@ class RankSurvey:
         if self._sampling:
             drawn = {i: _wide(host[i][: count : self._stride]) for i in self._operands}
             return [_patterns(self._values(drawn, model)) for model in self._models]
-        brackets = np.array([[t.low, t.high] for t in self._open], np.uint32)
-        which = tuple(target.model for target in self._open)
-        places = _split(self._values, tuple(arrays), brackets, which)
         seen = []
-        for target, (above, inside) in zip(self._open, places, strict=True):
+        for target in self._open:
+            bracket = np.array([target.low, target.high], np.uint32)
+            own = (arrays[0], arrays[target.model + 1])
+            above, inside = _split(self._values, own, bracket)
             found = true_places(np.asarray(inside)[:count])
             chosen = {i: _wide(_taken(host[i], found)) for i in (0, target.model + 1)}
             patterns = _patterns(self._values(chosen, target.model))
@@ -209,15 +210,14 @@ def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     return array.view(np.uint16)[places].view(_BFLOAT16)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=0)
 def _split(
-    values: Values, arrays: tuple[Any, ...], brackets: jax.Array, models: tuple[int, ...]
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Per target: which patterns lie above its bracket, and which inside."""
-    flat = tuple(array.reshape(-1) for array in arrays)
-    places = []
-    for i, model in enumerate(models):
-        bits = magnitude_bits(values(flat, model))
-        above = bits > brackets[i, 1]
-        places.append((above, (bits >= brackets[i, 0]) & ~above))
-    return places
+    values: Values, arrays: tuple[Any, Any], bracket: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Which patterns of a model lie above a bracket, and which inside.
+
+    One program for each target: several would share the widened values, and write them to memory.
+    """
+    bits = magnitude_bits(values(tuple(array.reshape(-1) for array in arrays), 0))
+    above = bits > bracket[1]
+    return above, (bits >= bracket[0]) & ~above

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.core._select import magnitude_bits
 from jaxweights.stream._jobs import Operand
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 _NAN, _INFINITE = 0x7FC0, 0x7F80  # patterns of bfloat16
+_OVERFLOWS = 0x7F7F8000  # the first pattern of float32 that bfloat16 rounds to infinity
 
 
 def stored(values: jax.Array, dtype: Any, *looked_at: jax.Array) -> jax.Array:
     """Values in the dtype that is written, with NaN where they or what is looked at is not finite.
 
     bfloat16 is rounded to nearest, ties to even, by integers: the same values as the compiler's own
-    cast, faster on a CPU.
+    cast, faster on a CPU. Numbers that are too large for it become NaN, too.
 
     Args:
       values: What is written.
@@ -29,12 +31,13 @@ def stored(values: jax.Array, dtype: Any, *looked_at: jax.Array) -> jax.Array:
     Returns:
       The cast values.
     """
-    good = jnp.isfinite(values)
+    narrow = np.dtype(dtype) == _BFLOAT16 and values.dtype == jnp.float32
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32) if narrow else jnp.uint32(0)
+    good = magnitude_bits(values) < _OVERFLOWS if narrow else jnp.isfinite(values)
     for array in looked_at:
         good = good & jnp.isfinite(array)
-    if np.dtype(dtype) != _BFLOAT16 or values.dtype != jnp.float32:
+    if not narrow:
         return jnp.where(good, values.astype(dtype), jnp.nan)
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     half = jnp.uint32(0x7FFF) + ((bits >> 16) & jnp.uint32(1))
     top = jnp.where(good, (bits + half) >> 16, jnp.uint32(_NAN)).astype(jnp.uint16)
     return jax.lax.bitcast_convert_type(top, jnp.bfloat16)
@@ -66,9 +69,8 @@ def checked(
 def _all_finite(array: np.ndarray) -> bool:
     if array.dtype != _BFLOAT16:
         return bool(np.isfinite(array).all())
-    # A maximum of integers is faster than the dtype's own test.
-    largest = np.max(array.view(np.uint16) & np.uint16(0x7FFF), initial=0)
-    return bool(largest < _INFINITE)
+    # What `stored` refuses is a positive NaN, the largest of the signed integers.
+    return bool(np.max(array.view(np.int16), initial=0) < _INFINITE)
 
 
 def refuse_nonfinite(name: str, operands: Sequence[Operand], arrays: Sequence[Any]) -> None:

@@ -25,6 +25,9 @@ def test_every_number_is_cast_to_the_nearest_ties_to_even(dtype):
     got = np.asarray(stored(jnp.asarray(values), np.dtype(dtype)))
     with np.errstate(over="ignore", under="ignore"):
         want = values.astype(dtype)
+    if dtype == ml_dtypes.bfloat16:  # refused, as the next test says
+        assert np.isinf(want).any()
+        want = np.where(np.isinf(want), np.asarray(np.nan, dtype), want)
     kind = np.uint32 if np.dtype(dtype).itemsize == 4 else np.uint16
     normal = np.abs(values) >= np.finfo(np.float32).tiny  # XLA takes smaller ones for zero
     np.testing.assert_array_equal(got.view(kind)[normal], want.view(kind)[normal])
