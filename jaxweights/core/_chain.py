@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxweights.core._context import Context
-from jaxweights.core._paths import Params
+from jaxweights.core._paths import Params, Path
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, widest
 
@@ -60,6 +60,10 @@ def chain(*transforms: Transform) -> Transform:
     def needs(params: Params, *, named: bool = False) -> Needs:
         return union_needs(transform.needs(params, named=named) for transform in transforms)
 
+    def for_leaf(path: Path) -> Transform:
+        return chain(*(transform.on(path) for transform in transforms))
+
+    ruled = any(transform.for_leaf is not None for transform in transforms)
     return Transform(
         init,
         update,
@@ -69,4 +73,5 @@ def chain(*transforms: Transform) -> Transform:
         moves_inputs=mover is not None,
         scope=widest(transform.scope for transform in transforms),
         rule_of=lambda path: " and ".join(filter(None, (tx.rule_of(path) for tx in transforms))),
+        for_leaf=for_leaf if ruled else None,
     )

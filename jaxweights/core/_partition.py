@@ -126,6 +126,18 @@ def partition(*rules: Rule) -> Transform:
                 return f"rule {word}" + (f", {inner}" if inner else "")
         return "no rule"
 
+    def for_leaf(path: Path) -> Transform:
+        for pattern, tx in rules:
+            if isinstance(pattern, types.EllipsisType):
+                return tx.on(path)
+            if matching(pattern, [path]):
+                inner = tx.on(path)
+                alone = partition((re.escape(path), inner))
+                return dataclasses.replace(
+                    alone, name=inner.name, scope=inner.scope, settings=inner.settings
+                )
+        return identity()
+
     transforms = [tx for _, tx in rules]
     return Transform(
         init,
@@ -135,6 +147,7 @@ def partition(*rules: Rule) -> Transform:
         reads_statistics=any(tx.reads_statistics for tx in transforms),
         moves_inputs=any(tx.moves_inputs for tx in transforms),
         rule_of=rule_of,
+        for_leaf=for_leaf,
     )
 
 

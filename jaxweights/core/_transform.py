@@ -55,6 +55,8 @@ class Transform:
       settings: What was asked for, where a stream carries it out in another way; else None.
       rule_of: In words, which of its rules takes a path. Tied leaves, which stay one array, must
         have one.
+      for_leaf: Gives what is done to a path, as a transform of a tree that holds this leaf alone;
+        for transforms whose rules would find nothing else there.
     """
 
     init: Callable[[Params], State]
@@ -66,6 +68,11 @@ class Transform:
     scope: Scope = "tree"
     settings: Any = None
     rule_of: Callable[[Path], str] = one_rule
+    for_leaf: Callable[[Path], Transform] | None = None
+
+    def on(self, path: Path) -> Transform:
+        """What is done to a path, as a transform of a tree that holds this leaf alone."""
+        return self if self.for_leaf is None else self.for_leaf(path)
 
 
 def widest(scopes: Iterable[Scope]) -> Scope:

@@ -16,7 +16,7 @@ from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
-from jaxweights.core._transform import Transform, stateless
+from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
     check_quantizer,
@@ -254,13 +254,17 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
         own = gram_needs(params, named=named) if settings.weighted else {}
         return union_needs([quantizer.needs(params, named=named), own])
 
-    return stateless(
+    made = stateless(
         update,
         name=f"{name}({quantizer.name})",
         needs=needs,
         reads_statistics=settings.weighted or quantizer.reads_statistics,
-        scope="leaf",
+        scope=widest(("leaf", quantizer.scope)),
     )
+    if quantizer.for_leaf is None:
+        return made
+    alone = lambda path: _transform(name, quantizer.on(path), settings)  # noqa: E731
+    return dataclasses.replace(made, for_leaf=alone)
 
 
 def _views(

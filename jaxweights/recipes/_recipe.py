@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,9 +53,9 @@ class Step:
         if any(matching(pattern, [path]) for pattern in self.exempt):
             return None
         if not self.match:
-            return self.plain
+            return self.plain.on(path)
         named = any(matching(pattern, [path]) for pattern in self.match)
-        return partition((re.escape(path), self.plain)) if named else None
+        return self.transform.on(path) if named else None
 
 
 @dataclasses.dataclass(frozen=True)

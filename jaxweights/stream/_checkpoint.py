@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from jaxweights.checkpoint import Checkpoint, open_checkpoint
@@ -48,8 +49,9 @@ def transform_checkpoint(
     dense values that it stands for, which other tools read.
 
     Args:
-      tx: A transform that looks at one leaf at a time and reads no statistics; or TIES or
-        Breadcrumbs over the whole tree, whose thresholds are found in passes before.
+      tx: A transform that looks at one leaf at a time and reads no statistics, perhaps another one
+        for each leaf by the rules of `partition`; or TIES or Breadcrumbs over the whole tree, whose
+        thresholds are found in passes before.
       source: The checkpoint, of any format that is read here.
       destination: The folder to make.
       models: Other checkpoints with the same names, for merges.
@@ -86,7 +88,6 @@ def transform_checkpoint(
       >>> transform_checkpoint(tx, folder / "model", folder / "small").tensors
       1
     """
-    _check(tx)
     if resume and not recipe:
         raise ValueError(
             f"{_NAME}: resume=True goes on with an earlier run's tensors, and only recipe= tells "
@@ -107,6 +108,13 @@ def transform_checkpoint(
     fail(_NAME, [f"{name!r}: is {main.dtype(name)}. Convert it to bfloat16." for name in packed])
     fail(_NAME, _misfits(main, others, models))
     axes = _layout(main, layout)
+    flat = {name: jax.ShapeDtypeStruct(main.shape(name), main.dtype(name)) for name in chosen}
+    # Where rules name leaves, each of them must find some.
+    tx.init({name: flat[name] for name in main.names if name in chosen})
+    on = {name: tx.on(name) for name in flat}
+    fail(
+        _NAME, sorted({reason for own in on.values() if (reason := _why_not(own, tx)) is not None})
+    )
 
     delta = tx.settings if can_slice(tx.settings) else None
     ranks = None
@@ -124,7 +132,7 @@ def transform_checkpoint(
             settings = delta_settings(delta, [str(m) for m in models], seed)
             return delta_job(name, main.shape(name), dtype, operands, settings, ranks)
         own = Layout(tuple((path, found) for path, found in axes.entries if path == name))
-        return transform_job(name, operands, tx, dtype=dtype, layout=own, seed=seed)
+        return transform_job(name, operands, on[name], dtype=dtype, layout=own, seed=seed)
 
     settings = {"transform": tx.name, "recipe": recipe, "match": match, "seed": seed}
     prints = [checkpoint.fingerprint(sampled=True) for checkpoint in (main, *others)]
@@ -156,17 +164,19 @@ def why_unread(checkpoint: Checkpoint) -> str | None:
     )
 
 
-def _check(tx: Transform) -> None:
-    if tx.scope == "tree" and not can_slice(tx.settings):
-        raise ValueError(
-            f"{_NAME}: {tx.name} looks at the whole tree, so it cannot run tensor by tensor. Rank "
-            "by leaf instead, or apply it in memory."
+def _why_not(tx: Transform, whole: Transform) -> str | None:
+    """Why what is done to one leaf cannot be done without the others; None if it can."""
+    if tx.scope == "tree" and not (tx is whole and can_slice(tx.settings)):
+        return (
+            f"{tx.name} looks at the whole tree, so it cannot run tensor by tensor. Rank by leaf "
+            "instead, or apply it in memory."
         )
     if tx.reads_statistics:
-        raise ValueError(
-            f"{_NAME}: {tx.name} reads statistics, which are of a model in memory. Use `pipeline`, "
-            "or a method that needs no data."
+        return (
+            f"{tx.name} reads statistics, which are of a model in memory. Use `pipeline`, or a "
+            "method that needs no data."
         )
+    return None
 
 
 def _misfits(

@@ -46,6 +46,19 @@ class Place:
             start, count = start + length, count - length
 
 
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A tensor that is written.
+
+    Args:
+      checksum: Of its bytes.
+      inputs: Of what it was made of, by place.
+    """
+
+    checksum: str
+    inputs: dict[str, str]
+
+
 class Files(Protocol):
     """A format: the files that hold tensors, made before the tensors are and filled in any order.
 
@@ -87,24 +100,36 @@ class Destination:
     Args:
       folder: Where they lie until they are complete.
       places: Where each tensor goes.
-      done: Checksums of the tensors that an earlier run finished.
+      done: The tensors that an earlier run finished.
+
+    Attributes:
+      checksums: Of all tensors that are finished, by name.
+      inputs: Of what they were made of, by place.
     """
 
-    def __init__(self, folder: Path, places: Mapping[str, Place], done: dict[str, str]):
+    def __init__(self, folder: Path, places: Mapping[str, Place], done: Mapping[str, Finished]):
         """Made by `open_destination`."""
         self.folder = folder
-        self.done = done
-        self.checksums: dict[str, str] = dict(done)
+        self.done = frozenset(done)
+        self.checksums = {name: one.checksum for name, one in done.items()}
+        self.inputs: dict[str, str] = {}
+        for one in done.values():
+            self.inputs |= one.inputs
         self._places = places
         self._files = _OpenFiles()
         self._open: dict[str, list[Any]] = {}  # bytes written and running checksum
         self._journal = os.open(folder / JOURNAL, os.O_WRONLY | os.O_APPEND)
         os.write(self._journal, b"\n")  # an earlier run's last line may be torn
 
-    def append(self, name: str, data: np.ndarray) -> None:
-        """Writes the next bytes of a tensor, `(n,)` uint8; the last ones finish it.
+    def append(self, name: str, data: np.ndarray, inputs: Mapping[str, str] | None = None) -> None:
+        """Writes the next bytes of a tensor; the last ones finish it.
 
         Different tensors may be written by different threads at the same time.
+
+        Args:
+          name: The tensor.
+          data: Its bytes, `(n,)` uint8.
+          inputs: With the last ones: checksums of what it was made of.
         """
         import xxhash
 
@@ -120,8 +145,10 @@ class Destination:
         self._open[name][0] += data.size
         if position + data.size == place.nbytes:
             del self._open[name]
-            self.checksums[name] = f"xxh3:{digest.hexdigest()}"
-            line = json.dumps({"tensor": name, "checksum": self.checksums[name]})
+            finished = Finished(f"xxh3:{digest.hexdigest()}", dict(inputs or {}))
+            self.checksums[name] = finished.checksum
+            self.inputs |= finished.inputs
+            line = json.dumps({"tensor": name, **dataclasses.asdict(finished)})
             os.write(self._journal, f"{line}\n".encode())
 
     def close(self) -> None:
@@ -254,8 +281,8 @@ def open_destination(
 
 def _read_journal(
     function: str, destination: Path, folder: Path, identity: Mapping[str, Any]
-) -> dict[str, str]:
-    """Checksums by tensor of what an earlier run finished; nothing where there was none."""
+) -> dict[str, Finished]:
+    """What an earlier run finished, by tensor; nothing where there was none."""
     try:
         lines = (folder / JOURNAL).read_text().splitlines()
         earlier = json.loads(lines[0])["identity"]
@@ -272,16 +299,16 @@ def _read_journal(
     for line in lines[1:]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be torn
             entry = json.loads(line)
-            done[entry["tensor"]] = entry["checksum"]
+            done[entry["tensor"]] = Finished(entry["checksum"], entry["inputs"])
     return done
 
 
-def _verified(done: dict[str, str], places: Mapping[str, Place]) -> dict[str, str]:
+def _verified(done: dict[str, Finished], places: Mapping[str, Place]) -> dict[str, Finished]:
     """Those finished tensors whose bytes are really there: a machine may have lost its power."""
     return {
-        name: checksum
-        for name, checksum in done.items()
-        if name in places and _checksum(places[name]) == checksum
+        name: one
+        for name, one in done.items()
+        if name in places and _checksum(places[name]) == one.checksum
     }
 
 

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxweights.checkpoint._mapped import mapped_tensor
@@ -40,7 +41,7 @@ def run_jobs(
     *,
     memory: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, str]:
+) -> None:
     """Makes and writes every tensor that is not done.
 
     Args:
@@ -50,9 +51,6 @@ def run_jobs(
       memory: Most bytes that the process may hold; None leaves tensors that cannot be cut what
         they need.
       progress: Called with (task, bytes so far, bytes in all), of what is read and written.
-
-    Returns:
-      Checksums of the operands that were read, by `label/name`.
 
     Raises:
       ValueError: If a tensor does not fit into the memory.
@@ -74,7 +72,8 @@ def run_jobs(
         fail(function, [_too_large(p, limit, memory) for p in every if p.cost > limit])
 
     def append(piece: Piece, data: np.ndarray) -> None:
-        destination.append(piece.job.name, data)
+        inputs = flow.checksums_of(piece.job) if piece.is_last else None
+        destination.append(piece.job.name, data, inputs)
 
     def pieces(group: Sequence[Job]) -> list[Piece]:
         return [piece for job in group for piece in cuts[job.name]]
@@ -102,7 +101,6 @@ def run_jobs(
                 again = survey.decide()
             made = [job for job in about if job.name not in destination.done]
             flow.run_pieces(pieces(made), _make, append)
-    return flow.checksums
 
 
 def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
@@ -170,7 +168,8 @@ class _Flow:
     """
 
     def __init__(self, budget: Budget, meter: _Meter) -> None:
-        self.checksums: dict[str, str] = {}
+        self._checksums: dict[str, str] = {}
+        self._x64: bool = jax.config.read("jax_enable_x64")  # of this thread
         self._budget = budget
         self._meter = meter
         self._buffers = Buffers(budget.limit // 2)
@@ -202,6 +201,10 @@ class _Flow:
         errors: list[BaseException] = []
 
         def work() -> None:
+            with jax.enable_x64(self._x64):
+                take_tasks()
+
+        def take_tasks() -> None:
             try:
                 while not self._turns.stopped.is_set():
                     # Room is given in order, too: a piece that waits for its turn holds some.
@@ -334,6 +337,11 @@ class _Flow:
         flat[count:] = np.zeros((), dtype)
         return array, part
 
+    def checksums_of(self, job: Job) -> dict[str, str]:
+        """Checksums of a tensor's operands, all of which were read, by `label/name`."""
+        places = [f"{operand.label}/{operand.name}" for operand in job.operands]
+        return {place: self._checksums[place] for place in places}
+
     def _digest(self, piece: Piece, parts: Sequence[np.ndarray]) -> None:
         """Adds bytes to the checksums of operands that are read for the first time."""
         import xxhash
@@ -342,13 +350,13 @@ class _Flow:
         with self._turns.turn(("read", job.name), piece):
             for operand, part in dict(zip(job.operands, parts, strict=True)).items():
                 key, place = (job.name, operand), f"{operand.label}/{operand.name}"
-                if piece.start == 0 and place not in self.checksums:
+                if piece.start == 0 and place not in self._checksums:
                     self._digests[key] = xxhash.xxh3_128()
                 if key not in self._digests:
                     continue
                 self._digests[key].update(part)
                 if piece.is_last:
-                    self.checksums[place] = f"xxh3:{self._digests.pop(key).hexdigest()}"
+                    self._checksums[place] = f"xxh3:{self._digests.pop(key).hexdigest()}"
 
 
 class _Readers:

@@ -103,7 +103,6 @@ def stream_jobs(
     else:
         target_files = SafetensorsFiles(plans, max_shard_bytes)
         complete["shards"] = max_shard_bytes
-    sources: dict[str, str] = {}
     places = [f"{operand.label}/{operand.name}" for job in jobs for operand in job.operands]
 
     def companions(target: Destination) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def stream_jobs(
             "recipe": dict(recipe),
             "versions": library_versions(),
             # In the order of the jobs, whichever thread was faster.
-            "inputs": {place: sources[place] for place in places if place in sources},
+            "inputs": {p: target.inputs[p] for p in places if p in target.inputs},
             "outputs": {job.name: target.checksums[job.name] for job in jobs},
         }
         text = json.dumps(provenance, indent=1, ensure_ascii=False)
@@ -128,7 +127,7 @@ def stream_jobs(
         resume=resume,
     ) as target:
         resumed = set(target.done)
-        sources |= run_jobs(function, jobs, target, memory=memory, progress=progress)
+        run_jobs(function, jobs, target, memory=memory, progress=progress)
     made = [job for job in jobs if job.name not in resumed]
     return Streamed(
         destination=Path(destination),

@@ -111,6 +111,70 @@ def test_what_cannot_run_tensor_by_tensor_is_refused(folder, tx, words):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rounding: jw.partition(
+            ("model.embed.*", rounding(bits=8)), (".*up_proj.*", rounding(bits=4))
+        ),
+        lambda rounding: jw.partition(
+            (".*norm.*", jw.identity()),
+            (".*up_proj.*", jw.partition((".*weight", rounding(bits=4)))),
+            (..., jw.chain(jw.sparsify.magnitude(sparsity=0.5), rounding(bits=8))),
+        ),
+        lambda rounding: jw.chain(
+            jw.sparsify.magnitude(sparsity=0.5), jw.partition((".*up.*", rounding(bits=8)))
+        ),
+        lambda rounding: jw.quantize.loftq(
+            jw.partition((".*up.*", rounding(bits=2)), (..., jw.identity())), rank=2, iterations=1
+        ),
+    ],
+    ids=["two rules", "nested", "in a chain", "around"],
+)
+def test_rules_by_pattern_stream(folder, make):
+    tx = make(jw.quantize.round_to_nearest)
+    transform_checkpoint(tx, folder / "base", folder / "out", layout=AXES)
+    got = dict(open_checkpoint(folder / "out").items())
+    first = {n: jnp.asarray(x) for n, x in _tensors(0).items() if n != "ids"}
+    want = jw.materialize(jw.apply(tx, first, layout=AXES))
+    for name, leaf in want.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=0, atol=1e-6, err_msg=name)
+    changed = {name for name in first if (got[name] != first[name]).any()}
+    assert "model.layers.0.mlp.up_proj.weight" in changed
+    assert "model.layers.0.norm.weight" not in changed
+
+
+AXES = {
+    "model.*(embed_tokens|up_proj).*": jw.Axes(inputs=(-1,), outputs=(-2,)),
+    "conv.*": jw.Axes(inputs=(-3, -2, -1), outputs=(-4,)),
+}
+
+
+def test_rules_of_which_one_matches_nothing_or_looks_at_the_whole_tree_are_refused(folder):
+    rounding = jw.quantize.round_to_nearest(bits=8)
+    with pytest.raises(ValueError, match="partition: pattern 'nope' matches no leaf"):
+        tx = jw.partition(("nope", rounding), (..., jw.identity()))
+        transform_checkpoint(tx, folder / "base", folder / "out")
+    models = {"models": [folder / "tuned"]}
+    with pytest.raises(ValueError, match=r"merge.ties looks at the whole tree.*Rank by leaf"):
+        tx = jw.partition((".*up.*", jw.merge.ties(density=0.5)))
+        transform_checkpoint(tx, folder / "base", folder / "out", **models)
+    with pytest.raises(ValueError, match="wanda reads statistics"):
+        tx = jw.partition((".*up.*", jw.sparsify.wanda(sparsity=0.5)))
+        transform_checkpoint(tx, folder / "base", folder / "out")
+
+
+def test_merges_by_pattern_stream_and_are_sliced(folder):
+    tx = jw.partition((".*norm.*", jw.merge.mean()), (..., jw.merge.slerp(t=0.3)))
+    transform_checkpoint(tx, folder / "base", folder / "out", models=[folder / "tuned"])
+    got = dict(open_checkpoint(folder / "out").items())
+    trees = [{n: jnp.asarray(x) for n, x in _tensors(i).items() if n != "ids"} for i in range(2)]
+    want = jw.apply(tx, trees[0], models=trees[1:], layout=AXES)
+    for name, leaf in want.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=0, atol=2e-6, err_msg=name)
+    assert tx.on("conv.weight").settings.name == "merge.slerp"  # which is what slices it
+
+
 def test_patterns_that_match_nothing_and_models_that_differ_are_refused(folder):
     tx = jw.merge.mean()
     with pytest.raises(ValueError, match="match='nope' matches no floating tensor"):

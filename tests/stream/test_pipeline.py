@@ -7,6 +7,7 @@ import threading
 import time
 import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -221,6 +222,17 @@ def test_a_tensor_that_is_made_twice_is_the_same():
     operands = Operand(_Arrays(a), "w", "a"), Operand(_Arrays(b), "w", "b")
     made = Made([transform_job("w", operands, jw.merge.slerp(), dtype=a.dtype)])
     np.testing.assert_array_equal(made.read("w"), made.read("w"))
+
+
+def test_workers_hold_float64_where_their_caller_does(tmp_path):
+    values = 1 + np.random.default_rng(0).normal(size=SHAPE) * 1e-12
+    operands = tuple(Operand(_Arrays(x), "w", str(i)) for i, x in enumerate((values, values)))
+    with jax.enable_x64(True):
+        job = mean_job("w", values.dtype, operands, weights=[1.0, 1.0], normalize=True)
+        stream_jobs("stream", [job], tmp_path / "out", recipe={}, identity={})
+    got = open_checkpoint(tmp_path / "out").read("w")
+    assert got.dtype == np.float64
+    np.testing.assert_array_equal(got, values)
 
 
 def test_a_dtype_that_jax_does_not_hold_is_refused_in_what_is_made():
