@@ -22,6 +22,9 @@ from jaxweights.stream._ranks import RankSurvey, Target, among
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
 
+# Bytes of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
+_MOST_KEPT = 1 << 24
+
 
 @dataclasses.dataclass(frozen=True)
 class DeltaSettings:
@@ -104,7 +107,7 @@ def delta_job(
     if survey is None and (ranked or row.asks_majority):
         survey = DeltaRanks(settings, math.prod(shape))
     elif row.sparsifier == "bernoulli" and row.rescale == "l1" and any(thins):
-        survey = _DeltaNorms(settings, name)
+        survey = _DeltaNorms(settings, name, math.prod(shape))
     n = len(settings.weights)
 
     def compute(arrays: Sequence[Any], start: int) -> np.ndarray:
@@ -143,6 +146,7 @@ def delta_job(
         entrywise=True,
         temporaries=10 * n,
         survey=survey,
+        kept=n if isinstance(survey, _DeltaNorms) and survey.keeps else 0,
     )
     return job
 
@@ -285,18 +289,19 @@ def _elected(base: Any, models: tuple[Any, ...], numbers: _Numbers, *, row: Row)
 
 
 class _DeltaNorms(Survey):
-    """L1 norms of each delta, and of what chance leaves of it."""
+    """L1 norms of each delta, and of what chance leaves of it; keeps the draws of small tensors."""
 
-    def __init__(self, settings: DeltaSettings, name: str):
+    def __init__(self, settings: DeltaSettings, name: str, entries: int):
         self._settings = settings
         self._name = name
+        self.keeps = entries * len(settings.weights) <= _MOST_KEPT
         self._sums = PartialSums()
         self._drawn: dict[int, list[np.ndarray | None]] = {}
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
         base, *models = arrays
         masks = [_mask(self._settings, self._name, i, start, base.size) for i in range(len(models))]
-        if count >= job.entries:  # the same worker makes the slice next
+        if self.keeps:
             self._drawn[start] = masks
         whole = [_partial_norm(base, model, None) for model in models]
         left = [_partial_norm(base, x, mask) for x, mask in zip(models, masks, strict=True)]
@@ -309,7 +314,7 @@ class _DeltaNorms(Survey):
         return False
 
     def drawn(self, start: int) -> list[np.ndarray | None] | None:
-        """The masks of a tensor that is one slice, once."""
+        """The masks of a slice, once; None where they were not kept."""
         return self._drawn.pop(start, None)
 
     def factors(self) -> np.ndarray:

@@ -105,6 +105,7 @@ class Job:
       temporaries: Bytes for each entry that `compute` needs at most, besides operands and result.
       survey: What must be known before `compute` is called; jobs may share one, and then stand
         next to each other.
+      kept: Bytes for each entry of the tensor that the survey keeps until it is made.
       unit: Pieces hold a multiple of so many entries, where they do not end what they are cut from.
       block: No piece reaches over a multiple of so many entries; None lets all of them.
     """
@@ -117,6 +118,7 @@ class Job:
     entrywise: bool = False
     temporaries: int = 0
     survey: Survey | None = None
+    kept: int = 0
     unit: int = 1
     block: int | None = None
 

@@ -115,7 +115,9 @@ def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
 def _held(job: Job, pieces: Sequence[Piece]) -> int:
     """Bytes that are held while one worker makes a tensor, reading its operands more than once."""
     largest = max(piece.cost for piece in pieces)
-    return largest if len(pieces) == 1 else largest + job.bytes_read
+    if len(pieces) == 1:
+        return largest
+    return largest + job.bytes_read + job.kept * job.entries
 
 
 # What is done with the arrays of a piece.

@@ -12,7 +12,7 @@ import pytest
 from jaxweights.core import apply
 from jaxweights.merge import delta_merge
 from jaxweights.merge._delta_leaf import Row
-from jaxweights.stream import _jobs
+from jaxweights.stream import _delta, _jobs
 from jaxweights.stream._delta import DeltaSettings, delta_job
 from jaxweights.stream._draws import draw, drawn_mask
 from jaxweights.stream._jobs import Operand, cut
@@ -74,6 +74,25 @@ def _row(**choices):
         "compat": "mergekit",
     }
     return Row(**(defaults | choices))
+
+
+def test_draws_that_are_kept_are_those_that_are_drawn_anew(monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    base, tuned = _models(np.float32)
+    row = _row(sparsifier="bernoulli", rescale="l1", consensus="sum")
+    calls = []
+
+    def counted(*settings):
+        calls.append(settings)
+        return drawn_mask(*settings)
+
+    monkeypatch.setattr(_delta, "drawn_mask", counted)
+    kept = _stream(row, base, tuned, np.float32, density=(0.5, 0.3, 1.0))
+    once = len(calls)
+    monkeypatch.setattr(_delta, "_MOST_KEPT", 0)
+    anew = _stream(row, base, tuned, np.float32, density=(0.5, 0.3, 1.0))
+    np.testing.assert_array_equal(kept, anew)
+    assert len(calls) - once == 2 * once and once > 4
 
 
 ROWS = {
