@@ -39,6 +39,7 @@ from jaxweights.merge._ram import ram as ram
 from jaxweights.merge._ram import ram_plus as ram_plus
 from jaxweights.merge._regmean import regmean as regmean
 from jaxweights.merge._regmean import regmean_needs as regmean_needs
+from jaxweights.merge._regmean_plus import regmean_plus as regmean_plus
 from jaxweights.merge._running import Running as Running
 from jaxweights.merge._running import RunningState as RunningState
 from jaxweights.merge._running import average as average
