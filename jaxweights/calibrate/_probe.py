@@ -16,12 +16,8 @@ from jaxweights.core import Statistic
 from jaxweights.core._stats import combine
 from jaxweights.lift import Named, _compat
 from jaxweights.weights import InputChange, View, Weight
-from jaxweights.weights._weight import (
-    activations_as_rows,
-    matrix_parts,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._matrix_weight import activations_as_rows, matrix_parts
+from jaxweights.weights._weight import static, weight_dataclass
 
 HIGHEST = jax.lax.Precision.HIGHEST
 Record = dict[Statistic, jax.Array]

@@ -57,7 +57,7 @@ class TensorRule:
 
     def to_checkpoint(self, leaf: Any) -> Any:
         """The inverse of `from_checkpoint`, contiguous."""
-        if isinstance(leaf, Quantized | Scaled):
+        if isinstance(leaf, Scaled):
             return self._to_quantized(leaf)
         if is_weight(leaf):  # whoever writes it says what it cannot hold
             return leaf

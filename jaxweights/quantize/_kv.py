@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxweights.quantize._grid import divide
 from jaxweights.quantize._settings import check_between, check_count, check_float_dtype
-from jaxweights.weights._quantized import codes_per_byte, pack_codes, unpack_codes
+from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
 
 _NAME = "quantize.quantize_kv"
 

@@ -17,7 +17,8 @@ from jaxweights.quantize._grid import Codes, Grid, unfit_group
 from jaxweights.quantize._settings import check_float_dtype
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
-from jaxweights.weights._quantized import Quantized, codes_per_byte, pack_codes
+from jaxweights.weights._packed_codes import codes_per_byte, pack_codes
+from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._scaled import Scaled
 from jaxweights.weights._weight import is_weight
 
@@ -51,7 +52,7 @@ def check_scale_dtype(asker: str, scale_dtype: Any) -> None:
 
 
 def represented(
-    matrix: Callable[..., Scaled | Quantized],
+    matrix: Callable[..., Scaled],
     *,
     name: str,
     group_size: Block = None,
@@ -80,7 +81,7 @@ def represented(
         )
         return problem and f"{path!r}: {problem}"
 
-    def verify(path: Path, weight: Scaled | Quantized) -> str | None:
+    def verify(path: Path, weight: Scaled) -> str | None:
         return describe_bad_blocks(path, weight)
 
     return leafwise(
@@ -140,10 +141,9 @@ def describe_bad_scales(path: Path, codes: Codes) -> str | None:
     )
 
 
-def describe_bad_blocks(path: Path, weight: Scaled | Quantized) -> str | None:
+def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
     """As `describe_bad_scales`, for any blocks."""
-    scale = weight.scale_matrix() if isinstance(weight, Scaled) else weight.scale
-    scale = np.asarray(scale.astype(np.float32))
+    scale = np.asarray(weight.scale_matrix())
     bad = np.argwhere(~np.isfinite(scale))
     if not len(bad):
         return None

@@ -24,7 +24,8 @@ from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.quantize._settings import check_count
 from jaxweights.weights._axes import View
-from jaxweights.weights._quantized import Quantized, pack_codes
+from jaxweights.weights._packed_codes import pack_codes
+from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
 _NAME = "quantize.refine"

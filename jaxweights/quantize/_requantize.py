@@ -20,7 +20,8 @@ from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange, Rescaled, Rotated
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._outliers import Outliers
-from jaxweights.weights._quantized import Quantized, pack_codes
+from jaxweights.weights._packed_codes import pack_codes
+from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
 _NAME = "quantize.requantize"

@@ -22,7 +22,6 @@ from jaxweights.sparsify._counts import count_zeros, count_zeros_traced
 from jaxweights.sparsify._groups import Group, keep_mask, protect_largest, rank_removed_lowest
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
-from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._scaled import Scaled
 
 Form = Literal["masked", "dense"]
@@ -82,7 +81,7 @@ def prune(
     common: dict[str, Any] = {
         "name": name,
         "needs": needs,
-        "accepts": (Masked, Quantized, Scaled) if form == "masked" else (Masked,),
+        "accepts": (Masked, Scaled) if form == "masked" else (Masked,),
         "refusal": _REFUSALS[form],
         "masked": True,
         "check": lambda path, leaf, view: _unfit(path, leaf, view, group, static),

@@ -17,6 +17,7 @@ from jaxweights.weights._input_changes import Rotated as Rotated
 from jaxweights.weights._learned_step import LearnedStep as LearnedStep
 from jaxweights.weights._low_rank import LowRank as LowRank
 from jaxweights.weights._masked import Masked as Masked
+from jaxweights.weights._matrix_weight import MatrixWeight as MatrixWeight
 from jaxweights.weights._narrow_float import NarrowFloat as NarrowFloat
 from jaxweights.weights._outliers import Outliers as Outliers
 from jaxweights.weights._packed_sparse import BitmaskSparse as BitmaskSparse
@@ -25,7 +26,6 @@ from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse
 from jaxweights.weights._quantized import Quantized as Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct as QuantizedProduct
 from jaxweights.weights._scaled import Scaled as Scaled
-from jaxweights.weights._weight import MatrixWeight as MatrixWeight
 from jaxweights.weights._weight import Weight as Weight
 from jaxweights.weights._weight import is_weight as is_weight
 from jaxweights.weights._weight import materialize as materialize

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._quantized import codes_per_byte, pack_codes, unpack_codes
+from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
 from jaxweights.weights._scaled import Scaled, check_blocks
 from jaxweights.weights._weight import static, weight_dataclass
 

@@ -13,13 +13,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import Delta
-from jaxweights.weights._weight import (
-    MatrixWeight,
-    Weight,
-    matrix_parts,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts
+from jaxweights.weights._weight import Weight, static, weight_dataclass
 
 
 @weight_dataclass

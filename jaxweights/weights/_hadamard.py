@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxweights.weights._matrix_weight import wide_dtype
 
 _RADIX = 16  # passes multiply by matrices of this order: few passes, and no work worth a name
 _LARGEST_CORE = 256  # a core is multiplied by as a dense matrix
@@ -108,11 +109,6 @@ def kronecker_transform(x: jax.Array, factors: list[np.ndarray]) -> jax.Array:
             jnp.tensordot(y, matrix, axes=((axis,), (1,)), precision="highest"), -1, axis
         )
     return (y * jnp.asarray(order**-0.5, wide)).reshape(x.shape).astype(x.dtype)
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """float32, or what is wider still: in which activations are changed."""
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
 
 
 def _core_order(order: int) -> int | None:

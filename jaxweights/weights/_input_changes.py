@@ -15,15 +15,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._hadamard import hadamard_order, hadamard_transform, wide_dtype
-from jaxweights.weights._weight import (
-    Weight,
-    is_weight,
-    materialize,
-    matrix_parts,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._hadamard import hadamard_order, hadamard_transform
+from jaxweights.weights._matrix_weight import matrix_parts, wide_dtype
+from jaxweights.weights._weight import Weight, is_weight, materialize, static, weight_dataclass
 
 
 class InputChange(Weight):

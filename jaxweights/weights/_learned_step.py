@@ -13,8 +13,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
+from jaxweights.weights._matrix_weight import MatrixWeight
 from jaxweights.weights._quantized import Quantized
-from jaxweights.weights._weight import MatrixWeight, static, weight_dataclass
+from jaxweights.weights._scaled import combine
+from jaxweights.weights._weight import static, weight_dataclass
 
 # Steps are numbers above 0; one that an optimizer moved past it stands for the smallest.
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny)
@@ -65,11 +67,14 @@ class LearnedStep(MatrixWeight):
 
     def matrix(self) -> jax.Array:
         """The rounded matrix, `(*stack, in, out)`."""
-        latent, step = self._spread()
         shared = math.prod(self.latent.shape[-2:]) // max(math.prod(self.step.shape[-2:]), 1)
         gradient_scale = 1 / math.sqrt(max(shared, 1) * self.code_range[1])
-        rounded = learned_round(latent, step, *self.code_range, gradient_scale)
-        return rounded.reshape(self.latent.shape).astype(self.dtype)
+
+        def round_to_step(latent: jax.Array, step: jax.Array) -> jax.Array:
+            return learned_round(latent, step, *self.code_range, gradient_scale)
+
+        latent, step = self.latent.astype(jnp.float32), self.step.astype(jnp.float32)
+        return combine(latent, step, round_to_step).astype(self.dtype)
 
     def astype(self, dtype: DTypeLike) -> LearnedStep | None:
         """The same latent weights and steps, materialising to another dtype."""
@@ -79,23 +84,19 @@ class LearnedStep(MatrixWeight):
 
     def quantized(self) -> Quantized:
         """The integers that training ended at: the same values to the bit, in `bits` bits."""
-        latent, step = self._spread()
-        codes = _codes(latent, positive(step), *self.code_range).astype(jnp.int32)
+        step = positive(self.step)
+
+        def code(latent: jax.Array, step: jax.Array) -> jax.Array:
+            return _codes(latent, step, *self.code_range)
+
+        codes = combine(self.latent.astype(jnp.float32), step, code)
         return Quantized.from_codes(
-            codes.reshape(self.latent.shape),
-            positive(self.step),
+            codes.astype(jnp.int32),
+            step,
             bits=self.bits,
             dtype=self.dtype,
             view=self.view,
         )
-
-    def _spread(self) -> tuple[jax.Array, jax.Array]:
-        """Latent weights as `(*stack, rows, in/rows, cols, out/cols)`, and steps to meet them."""
-        *stack, in_dim, out_dim = self.latent.shape
-        rows, cols = self.step.shape[-2:]
-        shape = (*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
-        latent = self.latent.astype(jnp.float32).reshape(shape)
-        return latent, self.step[..., :, None, :, None].astype(jnp.float32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))

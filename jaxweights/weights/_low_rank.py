@@ -13,15 +13,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._weight import (
-    MatrixWeight,
-    Weight,
-    is_weight,
-    materialize,
-    matrix_parts,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts
+from jaxweights.weights._weight import Weight, is_weight, materialize, static, weight_dataclass
 
 
 @weight_dataclass

@@ -13,13 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._weight import (
-    Weight,
-    is_weight,
-    materialize,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._weight import Weight, is_weight, materialize, static, weight_dataclass
 
 
 @weight_dataclass

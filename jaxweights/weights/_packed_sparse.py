@@ -14,13 +14,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import Axes, View
 from jaxweights.weights._masked import Masked
-from jaxweights.weights._weight import (
-    MatrixWeight,
-    Weight,
-    is_weight,
-    static,
-    weight_dataclass,
-)
+from jaxweights.weights._matrix_weight import MatrixWeight
+from jaxweights.weights._weight import Weight, is_weight, static, weight_dataclass
 
 PackedForm = Literal["n_of_m", "bitmask"]
 

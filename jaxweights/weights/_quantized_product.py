@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
+from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts, take_columns
 from jaxweights.weights._quantized import Quantized
-from jaxweights.weights._weight import MatrixWeight, matrix_parts, static, weight_dataclass
+from jaxweights.weights._weight import static, weight_dataclass
 
 _INT32_MAX = 2**31 - 1
 # A product with fewer rows is no matrix product to XLA's CPU backend, which then takes many times
@@ -91,7 +92,7 @@ class QuantizedProduct(MatrixWeight):
         if cols not in (1, weight.out_dim):
             scale = jnp.repeat(scale, weight.out_dim // cols, axis=-1)
         return cls(
-            codes=jnp.swapaxes(weight.centred(jnp.int16).astype(jnp.int8), -1, -2),
+            codes=jnp.swapaxes(weight.units(jnp.int16).astype(jnp.int8), -1, -2),
             scale=scale,
             input_scale=input_scale,
             bits=_centred_bits(weight),
@@ -137,12 +138,13 @@ class QuantizedProduct(MatrixWeight):
     def columns(self, indices: jax.Array) -> jax.Array:
         """Columns of an unstacked matrix as rows, `(n, in)`; NaN for an index out of range."""
         out_dim = self.codes.shape[-2]
-        wrapped = jnp.where(indices < 0, indices + out_dim, indices)
-        inside = (wrapped >= 0) & (wrapped < out_dim)
-        column = jnp.clip(wrapped, 0, out_dim - 1)
         scale = jnp.broadcast_to(self.scale[0].astype(jnp.float32), (out_dim,))
-        rows = jnp.take(self.codes, column, axis=0).astype(jnp.float32) * scale[column][:, None]
-        return jnp.where(inside[:, None], rows, jnp.nan).astype(self.dtype)
+
+        def columns(column: jax.Array) -> jax.Array:
+            rows = jnp.take(self.codes, column, axis=0).astype(jnp.float32)
+            return (rows * scale[column][:, None]).astype(self.dtype)
+
+        return take_columns(indices, out_dim, columns)
 
     def partition(self, spec: Any, mesh: Any) -> Any:
         """Split by outputs or by matrices; a token's scale needs all of its inputs."""

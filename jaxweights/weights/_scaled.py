@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View, tiles
-from jaxweights.weights._weight import MatrixWeight, Weight, is_weight, matrix_parts, split_evenly
+from jaxweights.weights._matrix_weight import (
+    MatrixWeight,
+    matrix_parts,
+    split_evenly,
+    take_columns,
+    wide_dtype,
+)
+from jaxweights.weights._weight import Weight, is_weight
 
 
 class Scaled(MatrixWeight):
@@ -41,7 +48,6 @@ class Scaled(MatrixWeight):
     weight on every device: choose blocks that fit into a shard.
     """
 
-    rows_follow_inputs: ClassVar[bool] = True
     stored: ClassVar[str]  # the field with an element or a share of one for every weight
 
     scale: Any  # jax.Array or Scaled
@@ -90,7 +96,7 @@ class Scaled(MatrixWeight):
         """Dense `(*stack, in, out)` matrix, in `dtype`."""
         return self._values().astype(self.dtype)
 
-    def astype(self, dtype: DTypeLike) -> Weight:
+    def astype(self, dtype: DTypeLike) -> Self:
         """The same numbers and scales, materialising to another dtype."""
         return dataclasses.replace(self, dtype=np.dtype(dtype))  # type: ignore[type-var]
 
@@ -111,7 +117,7 @@ class Scaled(MatrixWeight):
         Returns:
           The product, `(*stack, tokens, out)`, accumulated in float32 or wider.
         """
-        wide = _accumulator(x.dtype)
+        wide = wide_dtype(x.dtype)
         scales_outputs = self._scales_outputs(x.dtype)
         weight = self.units(x.dtype) if scales_outputs else self._values().astype(x.dtype)
         y = jnp.matmul(x, weight, precision=precision, preferred_element_type=wide)
@@ -127,7 +133,7 @@ class Scaled(MatrixWeight):
         preferred_element_type: DTypeLike | None = None,
     ) -> jax.Array:
         """`x @ matrix.T` for `x` of shape `(*stack, tokens, out)`, as `multiply`."""
-        wide, result = _accumulator(x.dtype), preferred_element_type or x.dtype
+        wide, result = wide_dtype(x.dtype), preferred_element_type or x.dtype
         if self._scales_outputs(x.dtype):
             weight = self.units(x.dtype)
             x = (x.astype(wide) * self._per_output(wide)).astype(x.dtype)
@@ -140,21 +146,17 @@ class Scaled(MatrixWeight):
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """Columns of an unstacked matrix as rows, `(n, in)`; NaN for an index out of range."""
-        out_dim = self.out_dim
-        wrapped = jnp.where(indices < 0, indices + out_dim, indices)
-        inside = (wrapped >= 0) & (wrapped < out_dim)
-        column = jnp.clip(wrapped, 0, out_dim - 1)
 
-        def pick(field: jax.Array) -> jax.Array:
-            return jnp.take(field, column // (out_dim // field.shape[-1]), axis=-1)
+        def columns(column: jax.Array) -> jax.Array:
+            picked = {}
+            for name, field in self._arrays().items():
+                if field.ndim == 2:  # not a table or an order of rows: all columns share those
+                    array = field.matrix() if is_weight(field) else field
+                    block = column // (self.out_dim // array.shape[-1])
+                    picked[name] = jnp.take(array, block, axis=-1)
+            return dataclasses.replace(self, **picked).matrix().T  # type: ignore[type-var]
 
-        part = dataclasses.replace(
-            self,  # type: ignore[type-var]
-            **{self.stored: pick(getattr(self, self.stored))},
-            scale=pick(self.scale_matrix()),
-            offset=None if self.offset is None else pick(self.offset),
-        )
-        return jnp.where(inside[:, None], part.matrix().T, jnp.asarray(jnp.nan, self.dtype))
+        return take_columns(indices, self.out_dim, columns)
 
     @property
     def _stack(self) -> tuple[int, ...]:
@@ -162,8 +164,20 @@ class Scaled(MatrixWeight):
 
     def _values(self) -> jax.Array:
         """The matrix in float32."""
-        values = combine(self.units(), self.scale_matrix(), jnp.multiply)
-        return values if self.offset is None else combine(values, self.offset, jnp.add)
+        values = combine(self.units(), self._by_row(self.scale_matrix()), jnp.multiply)
+        if self.offset is None:
+            return values
+        return combine(values, self._by_row(self.offset).astype(jnp.float32), jnp.add)
+
+    def _by_row(self, blocks: jax.Array) -> jax.Array:
+        """Values of blocks `(*stack, rows, cols)`, in the order in which input rows meet them."""
+        return blocks
+
+    def _arrays(self) -> dict[str, Any]:
+        """Fields that are there and hold arrays, by name."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static")}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _scales_outputs(self, dtype: Any) -> bool:
         return self.scale.shape[-2] == 1 and self.offset is None and self.units_fit(dtype)
@@ -209,19 +223,16 @@ class Scaled(MatrixWeight):
             return None
         *stack, rows, columns = parts
         specs: dict[str, Any] = {}
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.metadata.get("static") or value is None:
-                continue
+        for name, value in self._arrays().items():
             if value.ndim < len(stack) + 2:
-                specs[field.name] = PartitionSpec(*stack)
+                specs[name] = PartitionSpec(*stack)
                 continue
             fitted = split_evenly(value.shape[len(stack) :], (rows, columns), mesh)
             if fitted is None:
                 return None
             whole = PartitionSpec(*stack, *fitted)
-            specs[field.name] = value.partition(whole, mesh) if is_weight(value) else whole
-            if specs[field.name] is None:
+            specs[name] = value.partition(whole, mesh) if is_weight(value) else whole
+            if specs[name] is None:
                 return None
         return dataclasses.replace(self, **specs)  # type: ignore[type-var]
 
@@ -268,7 +279,3 @@ def check_blocks(owner: str, name: str, shape: Sequence[int], stored: Sequence[i
             f"{owner}: {name} has shape {tuple(shape)}, but the matrix has shape {tuple(stored)}. "
             "Its stack axes must be equal and each of its last two lengths must divide theirs."
         )
-
-
-def _accumulator(dtype: Any) -> Any:
-    return dtype if jnp.finfo(dtype).bits > 32 else jnp.float32

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxweights.weights import Axes, Quantized, View, Weight
-from jaxweights.weights._quantized import codes_per_byte, pack_codes, unpack_codes
+from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
 
 
 def random_quantized(
@@ -269,7 +269,7 @@ def test_abstract_evaluation_and_jit_go_through():
 @pytest.mark.parametrize(
     "scale, zero, bits, words",
     [
-        ((5, 6), None, 4, "scale has shape (5, 6), but codes have shape (12, 6)"),
+        ((5, 6), None, 4, "scale has shape (5, 6), but the matrix has shape (12, 6)"),
         ((2, 3, 6), None, 4, "stack axes must be equal"),
         ((3, 6), (1, 6), 4, "zero_point has shape (1, 6), but scale has (3, 6)"),
         ((3, 6), None, 9, "bits=9 must lie between 2 and 8"),

@@ -21,7 +21,7 @@ from jaxweights.checkpoint.exchange._module import (
 )
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
-from jaxweights.weights._quantized import codes_per_byte
+from jaxweights.weights._packed_codes import codes_per_byte
 
 _STATE = "weight.quant_state.bitsandbytes__"
 SUFFIXES = (

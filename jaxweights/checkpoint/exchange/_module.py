@@ -15,7 +15,8 @@ from jaxweights.weights._axes import Axes, View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._narrow_float import NarrowFloat
-from jaxweights.weights._quantized import Quantized, codes_per_byte
+from jaxweights.weights._packed_codes import codes_per_byte
+from jaxweights.weights._quantized import Quantized
 
 TORCH_LINEAR = Axes(inputs=(-1,), outputs=(-2,))  # torch keeps (out, in)
 _FLOATS = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -108,7 +109,7 @@ def host_weight(
 
 
 def share_bytes(codes: np.ndarray, per_byte: int, *, signed: bool) -> np.ndarray:
-    """`weights._quantized.pack_codes`, on the host."""
+    """`weights._packed_codes.pack_codes`, on the host."""
     if per_byte == 1:
         return np.ascontiguousarray(codes, np.int8 if signed else np.uint8)
     share = 8 // per_byte

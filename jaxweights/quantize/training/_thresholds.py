@@ -66,11 +66,7 @@ def levels_of(grid: Quantized | Codebook) -> jax.Array:
 
     Codes would not do: where scales are negative a larger code is a smaller weight.
     """
-    if isinstance(grid, Quantized):
-        units = grid.centred(jnp.float32)
-    else:
-        units = grid.units(jnp.float32)
-    return units * jnp.sign(_scale_of_entries(grid))
+    return grid.units() * jnp.sign(_scale_of_entries(grid))
 
 
 def threshold_distance(latent: jax.Array, grid: Quantized | Codebook) -> jax.Array:
@@ -97,7 +93,7 @@ def threshold_distance(latent: jax.Array, grid: Quantized | Codebook) -> jax.Arr
     smallest, largest = jnp.int32(0), 2**grid.bits - 1
     if grid.zero_point is not None:
         # codes minus zero points: what `place` counts in
-        zero = grid.codes_matrix().astype(jnp.float32) - grid.centred(jnp.float32)
+        zero = grid.codes_matrix().astype(jnp.float32) - grid.units()
         place = place + zero
     elif signed:
         smallest, largest = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
