@@ -31,11 +31,11 @@ from jaxweights.core import (
 )
 from jaxweights.core._apply import LayoutLike
 from jaxweights.core._layout import is_float
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import check_pattern, matching
 from jaxweights.merge._models import require_models
 from jaxweights.merge._same import same
 from jaxweights.merge._stacks import stack_axes
-from jaxweights.merge._views import map_matrices
 from jaxweights.weights import LowRank, View, Weight, is_weight, materialize
 
 Rest = Literal["tuned", "base", "error"]
@@ -248,7 +248,8 @@ def _rank(path: Path, delta: jax.Array, rank: int | None, energy: float | None) 
 
 @jax.jit
 def _singular_values(delta: jax.Array) -> jax.Array:
-    return map_matrices(lambda x: jnp.linalg.svd(x, compute_uv=False), delta, delta.ndim)
+    values = functools.partial(jnp.linalg.svd, compute_uv=False)
+    return map_over_stack(values, delta, delta.shape[:-2])
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxweights.merge._views import map_matrices
+from jaxweights.core._map_over_stack import map_over_stack
 
 
 def concatenated(
@@ -65,7 +65,7 @@ def truncated_dense(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array,
         u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
         return *balanced(u, values, vt, rank), values
 
-    return map_matrices(one, matrix, matrix.ndim)
+    return map_over_stack(one, matrix, matrix.shape[:-2])
 
 
 def product_norm(down: jax.Array, up: jax.Array) -> jax.Array:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -14,17 +12,23 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxweights.core._context import Context
-from jaxweights.core._layout import is_default_target, is_float, is_vector
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
 from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Statistic
+from jaxweights.core._targets import (
+    Check,
+    inner_weight,
+    may_be_target,
+    stack_sizes,
+    targets_of,
+    with_inner_weight,
+)
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.weights._axes import View
-from jaxweights.weights._input_changes import InputChange
-from jaxweights.weights._weight import Weight, is_weight, materialize
+from jaxweights.weights._weight import Weight, materialize
 
 MatrixFn = Callable[..., Any]
 Wrap = Callable[[Any, Any, View], Any]
-Check = Callable[[Path, Any, View], str | None]
 Verify = Callable[[Path, Any], str | None]
 Shared = Callable[[Context, Flat], dict[str, jax.Array]]
 
@@ -121,7 +125,7 @@ def leafwise(
             )
 
         stack = matrices[0].shape[:-2]
-        results = _map_over_stack(each, (matrices, inputs, statistics), stack, mapping)
+        results = map_over_stack(each, (matrices, inputs, statistics), stack, mapping)
         # Not through a maximum: XLA's vectorised one drops NaN on CPU (seen with jax 0.10.2).
         finite = [
             jnp.isfinite(jnp.sum(one * 0)) if checks_finite and one.size else jnp.asarray(True)
@@ -182,141 +186,6 @@ def leafwise(
     )
 
 
-def inner_weight(leaf: Any) -> Any:
-    """What a method acts on: behind a change of the inputs, which the statistics have seen too."""
-    while isinstance(leaf, InputChange):
-        leaf = leaf.base
-    return leaf
-
-
-def with_inner_weight(leaf: Any, inner: Any) -> Any:
-    """The leaf with another weight behind its changes of the inputs."""
-    if not isinstance(leaf, InputChange):
-        return inner
-    return dataclasses.replace(leaf, base=with_inner_weight(leaf.base, inner))  # type: ignore[type-var]
-
-
-def may_be_target(path: Path, leaf: Any, named: bool) -> bool:
-    """Whether a leaf is a matrix that a method acts on, as far as its name and rank say."""
-    if not is_float(leaf) or len(leaf.shape) < 2:
-        return False
-    return named or is_default_target(path)
-
-
-def targets_of(
-    flat: Flat,
-    context: Context,
-    name: str,
-    accepts: tuple[type[Weight], ...],
-    refusal: str,
-    check: Check | None,
-    wanted: frozenset[Statistic],
-) -> dict[Path, View]:
-    """The leaves to transform with their views; every leaf that cannot be is one error."""
-    targets: dict[Path, View] = {}
-    problems: list[str] = []
-    for path, leaf in flat.items():
-        if context.only is not None and path not in context.only:
-            continue
-        axes = context.layout.get(path)
-        if not context.named and not _is_target(path, leaf, context):
-            continue
-        problem = _unfit(path, leaf, axes, accepts, refusal, context)
-        if problem is None and axes is not None:
-            view = View.of(leaf.shape, axes)
-            problem = check(path, inner_weight(leaf), view) if check is not None else None
-            problem = problem or _unfit_statistics(path, leaf, view, context, wanted, name)
-            targets[path] = view
-        if problem is not None:
-            problems.append(problem)
-    fail(name, problems)
-    return targets
-
-
-def _is_target(path: Path, leaf: Any, context: Context) -> bool:
-    if not may_be_target(path, leaf, named=False):
-        return False
-    axes = context.layout.get(path)
-    if context.layout.traced:  # the trace proves what is a matrix, whatever it is called
-        known = axes is not None or path in dict(context.layout.unclear)
-    else:
-        known = not is_vector(path, leaf)
-    return known and (axes is None or axes.kind != "embedding")
-
-
-def _unfit(
-    path: Path,
-    leaf: Any,
-    axes: Any,
-    accepts: tuple[type[Weight], ...],
-    refusal: str,
-    context: Context,
-) -> str | None:
-    if not is_float(leaf):
-        kind = getattr(leaf, "dtype", type(leaf).__name__)
-        return f"{path!r}: is {kind}, not a floating array. Leave it out with `partition`."
-    inner = inner_weight(leaf)
-    if is_weight(inner) and not isinstance(inner, accepts):
-        return f"{path!r}: is already a {type(inner).__name__}. {refusal}"
-    if axes is None:
-        shape = tuple(leaf.shape)
-        if len(shape) < 2:
-            return (
-                f"{path!r}: has shape {shape}, which is no matrix. Leave it out with `partition`."
-            )
-        if reason := dict(context.layout.unclear).get(path):
-            return (
-                f"{path!r}: {reason}. State which axes are inputs with layout={{{path!r}: "
-                "Axes(inputs=..., outputs=...)}, or leave it out with `partition`."
-            )
-        if context.layout.traced:
-            return (
-                f"{path!r}: the traced model never multiplies this leaf {shape} with activations, "
-                "so it has no input and output axes. Leave it out with `partition`, or state its "
-                "axes with layout={pattern: Axes(inputs=..., outputs=...)}."
-            )
-        return (
-            f"{path!r}: has shape {shape}; which of its axes are inputs and outputs is ambiguous. "
-            f"Pass layout=infer_layout(fn, params, *inputs), or state it, for example "
-            f"layout={{{path!r}: Axes(inputs=(-2,), outputs=(-1,))}} where other axes are stacked."
-        )
-    return None
-
-
-def _unfit_statistics(
-    path: Path,
-    leaf: Any,
-    view: View,
-    context: Context,
-    wanted: frozenset[Statistic],
-    name: str,
-) -> str | None:
-    if not wanted:
-        return None
-    stats = context.require("stats", name)
-    stack = _stack_sizes(leaf, view)
-    for statistic in sorted(wanted):
-        value = stats.get(path, statistic)
-        if value is None:
-            return stats.why_missing(path, statistic)
-        expected = {
-            "count": stack,
-            "gram": (*stack, view.in_dim, view.in_dim),
-            **dict.fromkeys(GRADIENT_STATISTICS, tuple(leaf.shape)),
-        }.get(statistic, (*stack, view.in_dim))
-        if tuple(value.shape) != expected:
-            return (
-                f"{path!r}: the statistic {statistic!r} has shape {tuple(value.shape)}, but a "
-                f"weight of shape {tuple(leaf.shape)} needs {expected}. These statistics belong "
-                "to another model or layout; calibrate this one."
-            )
-    return None
-
-
-def _stack_sizes(leaf: Any, view: View) -> tuple[int, ...]:
-    return tuple(leaf.shape[a] for a in view.stack_axes(len(leaf.shape)))
-
-
 def _statistics(
     context: Context, path: Path, wanted: frozenset[Statistic], view: View
 ) -> dict[str, Any]:
@@ -329,7 +198,7 @@ def _statistics(
 
 
 def _stack_keys(key: jax.Array, leaf: Any, view: View) -> jax.Array:
-    sizes = _stack_sizes(leaf, view)
+    sizes = stack_sizes(leaf, view)
     return jax.random.split(key, sizes) if sizes else key
 
 
@@ -341,15 +210,6 @@ def _groups(targets: dict[Path, View], context: Context, *, shares: bool) -> lis
     for path in targets:
         groups.setdefault(context.stats.owner(path), []).append(path)
     return [tuple(paths) for paths in groups.values()]
-
-
-def _map_over_stack(fn: MatrixFn, operands: Any, stack: tuple[int, ...], mapping: str) -> Any:
-    if not stack:
-        return fn(operands)
-    flat_stack = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
-    operands = jax.tree.map(flat_stack, operands)
-    results = jax.vmap(fn)(operands) if mapping == "vmap" else jax.lax.map(fn, operands)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
 
 
 def _put_value(leaf: Any, result: jax.Array, view: View) -> Any:

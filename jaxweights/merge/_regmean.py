@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import Layout, is_default_target, is_float, is_vector
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
 from jaxweights.core._stats import Needs, Stats
 from jaxweights.core._transform import Transform, stateless
@@ -33,7 +34,7 @@ from jaxweights.merge._models import (
     require_models,
     selected,
 )
-from jaxweights.merge._views import map_matrices, matrix_views
+from jaxweights.merge._views import matrix_views
 from jaxweights.weights._axes import View
 
 _NAME = "merge.regmean"
@@ -260,7 +261,7 @@ def _regmean_of_leaves(
     ]
     pulls = [view.to_matrix(x - center) for x in wide]
     fit = functools.partial(_fit, weights=shares, alpha=alpha, damping=damping)
-    moved, solved = map_matrices(fit, (pulls, means), pulls[0].ndim)
+    moved, solved = map_over_stack(fit, (pulls, means), pulls[0].shape[:-2])
     stored = output.store(center + view.from_matrix(moved), dtype, key)
     solved = jnp.all(solved)
     # What could not be solved is NaN, and has an error of its own.

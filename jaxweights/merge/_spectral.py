@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, Path, flatten, path_key, unflatten
 from jaxweights.core._transform import Transform, stateless
 from jaxweights.merge._models import (
@@ -31,7 +32,7 @@ from jaxweights.merge._models import (
     require_models,
     selected,
 )
-from jaxweights.merge._views import map_matrices, matrix_views
+from jaxweights.merge._views import matrix_views
 from jaxweights.weights._axes import View
 
 
@@ -163,7 +164,7 @@ def _merge_leaf(
         matrices = [view.to_matrix(delta) for delta in deltas]
         with jax.default_matmul_precision("highest"):
             run = lambda parts: method(parts, rank_tol)  # noqa: E731
-            merged = view.from_matrix(map_matrices(run, matrices, matrices[0].ndim))
+            merged = view.from_matrix(map_over_stack(run, matrices, matrices[0].shape[:-2]))
     stored = output.store(start + scale * merged, dtype, key)
     return stored, all_finite(stored)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest, unflatten
 from jaxweights.core._stats import Stats
 from jaxweights.quantize._calibrated import places_of
@@ -249,10 +250,7 @@ def _dense_view(path: Path, leaf: Any, stats: Stats | None) -> View | None:
 
 def _stack_energy(matrix: jax.Array, gram: jax.Array) -> jax.Array:
     energy = lambda one: output_error(one[0], jnp.zeros_like(one[0]), one[1])  # noqa: E731
-    if matrix.ndim == 2:
-        return energy((matrix, gram))
-    flat = (matrix.reshape(-1, *matrix.shape[-2:]), gram.reshape(-1, *gram.shape[-2:]))
-    return jnp.sum(jax.lax.map(energy, flat))
+    return jnp.sum(map_over_stack(energy, (matrix, gram), matrix.shape[:-2]))
 
 
 def _widest(weight: Any) -> jax.Array:

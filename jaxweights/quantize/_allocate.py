@@ -16,6 +16,7 @@ import numpy as np
 from jaxweights.core._apply import LayoutLike, resolve_layout
 from jaxweights.core._context import Context, Progress
 from jaxweights.core._layout import is_default_target, is_float
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._partition import partition_by
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest
 from jaxweights.core._plan import leaf_bytes
@@ -440,9 +441,8 @@ def _output_error(
 ) -> jax.Array:
     """Summed over the matrices of a stack, the share of each or the error itself."""
     old, dense = (view.to_matrix(materialize(x)) for x in (leaf, new))
-    flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in (old, dense.astype(jnp.float32), gram))
     one = lambda given: output_error(*given, relative=relative)  # noqa: E731
-    return jnp.sum(jax.lax.map(one, flat))
+    return jnp.sum(map_over_stack(one, (old, dense.astype(jnp.float32), gram), old.shape[:-2]))
 
 
 def _refuse_nonfinite(leaves: dict[Path, dict[str, Option]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxweights.core._context import Context
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, check_pattern, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
 from jaxweights.core._transform import Transform, stateless
@@ -312,7 +312,7 @@ def _search_stack(
         weights, moments, mean = operands
         return search_scale(weights, moments, mean, grid, duo=duo, fold=fold).scale
 
-    return _map_stack(one, (matrices, moments, mean), matrices[0].ndim - 2)
+    return map_over_stack(one, (matrices, moments, mean), matrices[0].shape[:-2])
 
 
 @functools.partial(jax.jit, static_argnames=("view", "grid", "clip"))
@@ -325,17 +325,7 @@ def _round(
         weight, moments, scale = operands
         return pack(clip_and_round(weight, moments, scale, grid, clip=clip), grid)
 
-    return _map_stack(one, (matrix, moments, scale), matrix.ndim - 2)
-
-
-def _map_stack(fn: Any, operands: Any, stacked: int) -> Any:
-    """One matrix after another, in the memory of one."""
-    if not stacked:
-        return fn(operands)
-    stack = jax.tree.leaves(operands)[0].shape[:stacked]
-    flat = jax.tree.map(lambda x: x.reshape(math.prod(stack), *x.shape[stacked:]), operands)
-    results = jax.lax.map(fn, flat)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), results)
+    return map_over_stack(one, (matrix, moments, scale), matrix.shape[:-2])
 
 
 def _represent(leaf: Any, old: Any, codes: Codes, view: View, grid: Grid) -> Any:

@@ -10,9 +10,10 @@ from jax.core import Tracer
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float, is_vector
-from jaxweights.core._leafwise import describe_nonfinite, may_be_target, targets_of
+from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, Path, flatten
 from jaxweights.core._stats import Needs, Statistic
+from jaxweights.core._targets import may_be_target, targets_of
 from jaxweights.quantize._folds import Fold, Site, find_sites, inner
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked

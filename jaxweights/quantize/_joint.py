@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless, widest
@@ -348,17 +349,13 @@ def _split_off(
         return parts, view.from_matrix(rest)
     importance = None if gram is None else jnp.diagonal(_reached(gram), axis1=-2, axis2=-1)
     score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
-    stack = rest.shape[:-2]
-    flat_rest, flat_score = (
-        x.reshape(math.prod(stack), view.in_dim * view.out_dim) for x in (rest, score)
-    )
 
     def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index = jnp.sort(jax.lax.top_k(one[1], count)[1]).astype(jnp.int32)
-        return one[0][index].astype(settings.dtype), index
+        rest, score = (x.reshape(-1) for x in one)
+        index = jnp.sort(jax.lax.top_k(score, count)[1]).astype(jnp.int32)
+        return rest[index].astype(settings.dtype), index
 
-    values, index = jax.lax.map(pick, (flat_rest, flat_score))
-    values, index = (x.reshape(*stack, count) for x in (values, index))
+    values, index = map_over_stack(pick, (rest, score), rest.shape[:-2])
     parts = parts._replace(values=values, index=index)
     return parts, view.from_matrix(rest - _sparse(parts, view))
 
@@ -370,9 +367,6 @@ def _correct(
     """Finds the low-rank part for the residual, and each matrix's error, of the stack's shape."""
     base = view.to_matrix(materialize(parts.base)).astype(jnp.float32)
     residual = view.to_matrix(leaf).astype(jnp.float32) - base - _sparse(parts, view)
-    stack = residual.shape[:-2]
-    each = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
-    flat = jax.tree.map(each, (residual, gram))
 
     def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
         residual, gram = given
@@ -385,7 +379,7 @@ def _correct(
         weighted = left if gram is None else jnp.matmul(gram, left, precision="highest")
         return down, up, jnp.sum(left * weighted)
 
-    down, up, error = (x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(one, flat))
+    down, up, error = map_over_stack(one, (residual, gram), residual.shape[:-2])
     return parts._replace(down=down, up=up), error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform, stateless
@@ -24,7 +24,6 @@ from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.quantize._settings import check_count
 from jaxweights.weights._axes import View
-from jaxweights.weights._packed_codes import pack_codes
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
@@ -149,8 +148,7 @@ def refine_weight(
     Returns:
       The weight with other codes and scales.
     """
-    view: View = weight._fitted().view
-    stack = weight.codes.shape[:-2]
+    view: View = weight.fitted().view
     operands = {
         "codes": weight.codes_matrix().astype(jnp.int32),
         "scale": weight.scale,
@@ -161,14 +159,8 @@ def refine_weight(
         "gram": gram.astype(jnp.float32),
     }
     one = functools.partial(_refine_matrix, bits=weight.bits, sweeps=sweeps)
-    if stack:
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
-        codes, scale = (x.reshape(*stack, *x.shape[1:]) for x in jax.lax.map(one, flat))
-    else:
-        codes, scale = one(operands)
-    signed = weight.zero_point is None and weight.offset is None
-    packed = pack_codes(codes, weight.codes_per_byte, signed=signed)
-    return dataclasses.replace(weight, codes=packed, scale=scale)
+    codes, scale = map_over_stack(one, operands, weight.codes.shape[:-2])
+    return weight.with_codes(codes, scale)
 
 
 def _refine_matrix(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.quantize._damped_factor import damped_factor, normalize_gram
 from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
@@ -20,7 +20,6 @@ from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange, Rescaled, Rotated
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._outliers import Outliers
-from jaxweights.weights._packed_codes import pack_codes
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
@@ -137,8 +136,7 @@ def _requantize(
         result = inner(weight.base, before_change(weight, value), mask=kept)
         return result._replace(weight=dataclasses.replace(weight, base=result.weight))
     # The arrays' own lengths: of a shard they are not those of the view.
-    view = weight._fitted().view
-    stack = weight.codes.shape[:-2]
+    view = weight.fitted().view
     operands: dict[str, Any] = {
         "value": view.to_matrix(value).astype(jnp.float32),
         "scale": weight.scale,
@@ -149,19 +147,8 @@ def _requantize(
         "mask": None if mask is None else view.to_matrix(mask),
     }
     one = functools.partial(_one_matrix, bits=weight.bits, damping=damping, rescale=rescale)
-    if not stack:
-        codes, scale, clipped, used = one(operands)
-    else:
-        each = lambda x: x.reshape(math.prod(stack), *x.shape[len(stack) :])  # noqa: E731
-        flat = jax.tree.map(each, operands)
-        results = jax.lax.map(one, flat)
-        codes, scale, clipped, used = jax.tree.map(
-            lambda x: x.reshape(*stack, *x.shape[1:]), results
-        )
-    signed = weight.zero_point is None and operands["offset"] is None
-    packed = pack_codes(codes, weight.codes_per_byte, signed=signed)
-    new = dataclasses.replace(weight, codes=packed, scale=scale)
-    return Requantized(new, jnp.mean(clipped), used)
+    codes, scale, clipped, used = map_over_stack(one, operands, weight.codes.shape[:-2])
+    return Requantized(weight.with_codes(codes, scale), jnp.mean(clipped), used)
 
 
 def _one_matrix(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -148,6 +149,11 @@ class Quantized(Scaled):
         """The integers, `(*stack, in, out)`, int8 where signed, else uint8."""
         return unpack_codes(self.codes, self.codes_per_byte, signed=self.signed)
 
+    def with_codes(self, codes: jax.Array, scale: jax.Array) -> Quantized:
+        """Other `(*stack, in, out)` integers and steps on the same grid."""
+        packed = pack_codes(codes, self.codes_per_byte, signed=self.signed)
+        return dataclasses.replace(self, codes=packed, scale=scale)
+
     def units(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Integers minus their zero points, `(*stack, in, out)`, in a dtype that holds them."""
         codes = self.codes_matrix().astype(dtype)
@@ -163,7 +169,7 @@ class Quantized(Scaled):
     def partition(self, spec: Any, mesh: Any) -> Any:
         """Groups and packed rows are split with the inputs; groups in another order are not."""
         if self.group_index is not None:
-            parts = matrix_parts(self._fitted().view, self.ndim, spec)
+            parts = matrix_parts(self.fitted().view, self.ndim, spec)
             if parts is None or parts[-2] is not None:
                 return None
         return super().partition(spec, mesh)

@@ -190,9 +190,8 @@ class Scaled(MatrixWeight):
             scale if cols in (1, self.out_dim) else jnp.repeat(scale, self.out_dim // cols, axis=-1)
         )
 
-    # A shard of the arrays is a narrower matrix than `view` says: the lengths come from the arrays.
-
-    def _fitted(self) -> Any:
+    def fitted(self) -> Any:
+        """The same arrays, with a view of their lengths: a shard is narrower than its view says."""
         view: View = self.view
         if (view.in_dim, view.out_dim) == (self.in_dim, self.out_dim):
             return self
@@ -207,18 +206,18 @@ class Scaled(MatrixWeight):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
-        return self._fitted().view.shape(self._stack)
+        return self.fitted().view.shape(self._stack)
 
     def materialize(self) -> jax.Array:
         """The dense weight."""
-        return self._fitted().view.from_matrix(self.matrix())
+        return self.fitted().view.from_matrix(self.matrix())
 
     def partition(self, spec: Any, mesh: Any) -> Any:
         """Stored rows and scales are split as inputs and outputs are; tables are not.
 
         None where a block spans shards: products are then those of the dense weight.
         """
-        parts = matrix_parts(self._fitted().view, self.ndim, spec)
+        parts = matrix_parts(self.fitted().view, self.ndim, spec)
         if parts is None:
             return None
         *stack, rows, columns = parts
@@ -238,19 +237,19 @@ class Scaled(MatrixWeight):
 
     def transpose(self, permutation: Sequence[int]) -> Weight | None:
         """Permutes the axes by changing the view only."""
-        return MatrixWeight.transpose(self._fitted(), permutation)
+        return MatrixWeight.transpose(self.fitted(), permutation)
 
     def reshape(self, shape: Sequence[int]) -> Weight | None:
         """Reshapes by changing the view only, where the matrix stays the same."""
-        return MatrixWeight.reshape(self._fitted(), shape)
+        return MatrixWeight.reshape(self.fitted(), shape)
 
     def dot(self, x: jax.Array, dimension_numbers: tuple[Any, Any], **options: Any) -> Any:
         """Contracts activations with all inputs or all outputs; stack axes must be batch axes."""
-        return MatrixWeight.dot(self._fitted(), x, dimension_numbers, **options)
+        return MatrixWeight.dot(self.fitted(), x, dimension_numbers, **options)
 
     def take(self, indices: jax.Array) -> jax.Array | None:
         """Looks up rows of an embedding table."""
-        return MatrixWeight.take(self._fitted(), indices)
+        return MatrixWeight.take(self.fitted(), indices)
 
 
 def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
