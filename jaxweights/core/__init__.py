@@ -23,11 +23,11 @@ from jaxweights.core._paths import path_key as path_key
 from jaxweights.core._paths import unflatten as unflatten
 from jaxweights.core._plan import Plan as Plan
 from jaxweights.core._plan import plan as plan
+from jaxweights.core._rank_search import magnitude_bits as magnitude_bits
 from jaxweights.core._schedule import between as between
 from jaxweights.core._schedule import every as every
 from jaxweights.core._select import kth_smallest as kth_smallest
 from jaxweights.core._select import largest as largest
-from jaxweights.core._select import magnitude_bits as magnitude_bits
 from jaxweights.core._select import smallest as smallest
 from jaxweights.core._select import smallest_of_leaves as smallest_of_leaves
 from jaxweights.core._split import Frozen as Frozen

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._select import largest, magnitude_bits, smallest_of_leaves
+from jaxweights.core._rank_search import magnitude_bits
+from jaxweights.core._select import largest, smallest_of_leaves
 from jaxweights.merge._models import Output, all_finite, check_choice, compute_dtype
 
 Sparsifier = Literal["none", "magnitude", "outliers", "bernoulli", "ranked"]

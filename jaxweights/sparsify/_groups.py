@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxweights.core._select import magnitude_bits, smallest
+from jaxweights.core._rank_search import magnitude_bits
+from jaxweights.core._select import smallest
 from jaxweights.sparsify._counts import count_zeros, count_zeros_traced
 
 GroupName = Literal["leaf", "output", "input_block", "global"]

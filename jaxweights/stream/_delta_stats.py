@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._select import magnitude_bits
+from jaxweights.core._rank_search import magnitude_bits
 from jaxweights.merge._models import compute_dtype
 from jaxweights.stream._jobs import Job, Operand, Piece, cut
 from jaxweights.stream._memory import Budget

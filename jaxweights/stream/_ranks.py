@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._select import magnitude_bits
+from jaxweights.core._rank_search import magnitude_bits
 from jaxweights.stream._draws import true_places
 from jaxweights.stream._jobs import Job
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxweights.core import kth_smallest, largest, smallest, smallest_of_leaves
-from jaxweights.core._select import Count
+from jaxweights.core._counting import Count
 
 
 def oracle(scores, k, *, descending=False):
