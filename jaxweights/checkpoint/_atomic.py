@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nothing tells a dead writer's files from a live one's
-    fcntl = None
+from jaxweights.checkpoint._check_destination import check_destination
+from jaxweights.checkpoint._disk import (
+    EXCHANGE,
+    HAS_LOCKS,
+    NO_REPLACE,
+    allocated,
+    flush,
+    fsync,
+    is_full,
+    remove,
+    rename_at_once,
+    take_lock,
+)
 
 _MARK = ".jaxweights-partial-"
 _LASTING = "resumable"
-# Quota and per-process file size limits end a write just as a full disk does.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large")
 
 
 @contextlib.contextmanager
@@ -101,81 +105,6 @@ def atomic_file(
         yield partial
 
 
-def check_destination(
-    function: str, destination: str | os.PathLike[str], *, overwrite: bool, directory: bool
-) -> Path:
-    """Refuses a destination that may not be written, before any work is done for it.
-
-    Args:
-      function: Start of the error messages.
-      destination: Where something shall be written.
-      overwrite: Whether an existing destination may be replaced.
-      directory: Whether a directory, not a file, shall be written.
-
-    Returns:
-      The destination with links resolved, so that its siblings lie on the same disk.
-    """
-    path = Path(os.path.realpath(destination))
-    _refuse_unwritable(function, destination, path.parent)
-    if not os.path.lexists(path):
-        return path
-    if not overwrite:
-        raise FileExistsError(
-            f"{function}: '{destination}' exists and nothing was written. Choose another "
-            "destination, remove it, or say overwrite=True."
-        )
-    if path.is_dir() != directory:
-        is_now, wanted = ("directory", "file") if path.is_dir() else ("file", "directory")
-        raise FileExistsError(
-            f"{function}: '{destination}' is a {is_now} and a {wanted} cannot replace it. Nothing "
-            "was written. Choose another destination."
-        )
-    if any(place.is_relative_to(path) for place in _places_in_use()):
-        raise ValueError(
-            f"{function}: overwriting '{destination}' would remove the working directory or the "
-            "home directory. Nothing was written. Choose another destination."
-        )
-    return path
-
-
-def _refuse_unwritable(function: str, destination: str | os.PathLike[str], parent: Path) -> None:
-    """Refuses a destination whose folder cannot be made or written to."""
-    nearest = next(place for place in (parent, *parent.parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise NotADirectoryError(
-            f"{function}: '{destination}' cannot be made, because '{nearest}' is no folder. "
-            "Nothing was written. Choose another destination."
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{function}: '{destination}' cannot be made, because '{nearest}' may not be written "
-            "to. Nothing was written. Choose another destination, or change its permissions."
-        )
-
-
-def refuse_unrelated(function: str, destination: str | os.PathLike[str]) -> None:
-    """Refuses to overwrite a folder that is no checkpoint: all that it holds would be lost."""
-    path = Path(destination)
-    known = ("jaxweights.json", "*.safetensors", "*.safetensors.index.json")
-    if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in known):
-        return
-    entries = sorted(entry.name for entry in path.iterdir())
-    if entries:
-        raise FileExistsError(
-            f"{function}: '{destination}' is a folder that holds no checkpoint but {entries[:5]}, "
-            "which overwriting would remove. Nothing was written. Choose another destination, or "
-            "remove the folder yourself."
-        )
-
-
-def _places_in_use() -> list[Path]:
-    places = []
-    for find in (Path.cwd, Path.home):
-        with contextlib.suppress(OSError, RuntimeError):  # neither need exist in a container
-            places.append(find())
-    return places
-
-
 @contextlib.contextmanager
 def atomic(
     function: str,
@@ -197,7 +126,7 @@ def atomic(
     try:
         _recover(target, sparing=lasting if resume else None)
         check_destination(function, destination, overwrite=overwrite, directory=directory)
-        free = shutil.disk_usage(target.parent).free + (_allocated(lasting) if lasting else 0)
+        free = shutil.disk_usage(target.parent).free + (allocated(lasting) if lasting else 0)
         if needs_bytes > free:
             raise OSError(
                 errno.ENOSPC,
@@ -215,7 +144,7 @@ def atomic(
             _put_in_place(function, partial, target, overwrite=overwrite)
         except BaseException as error:
             keep = lasting is not None and isinstance(error, KeyboardInterrupt)
-            if _is_full(error):
+            if is_full(error):
                 raise OSError(
                     errno.ENOSPC,
                     f"{function}: the disk is full while writing '{destination}'. What was there "
@@ -225,7 +154,7 @@ def atomic(
             raise
         finally:
             if not keep:
-                _remove(partial)
+                remove(partial)
             if lock is not None:
                 os.close(lock)
     except BaseException:
@@ -255,7 +184,7 @@ def _make_partial(target: Path, *, directory: bool) -> tuple[Path, int | None]:
     while True:
         partial = target.parent / f".{target.name}{_MARK}{secrets.token_hex(8)}"
         partial.mkdir() if directory else partial.touch(exist_ok=False)
-        lock = _lock(partial)
+        lock = take_lock(partial)
         # Between making and locking, another process may have taken it for an abandoned one.
         if partial.exists():
             return partial, lock
@@ -268,8 +197,8 @@ def _claim_partial(
 ) -> tuple[Path, int | None]:
     """Makes or takes over the hidden sibling of a fixed name, and locks it."""
     partial.mkdir(exist_ok=True)
-    lock = _lock(partial)
-    if lock is None and fcntl is not None:
+    lock = take_lock(partial)
+    if lock is None and HAS_LOCKS:
         raise FileExistsError(
             f"{function}: another run is writing '{destination}' at this moment. Nothing was "
             "written. Wait for it, or choose another destination."
@@ -277,77 +206,33 @@ def _claim_partial(
     return partial, lock
 
 
-def _allocated(folder: Path) -> int:
-    """Bytes of the disk that the files of a folder take already."""
-    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.rglob("*"))
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on `path`; None where it is taken or cannot be had."""
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
 def _recover(target: Path, *, sparing: Path | None = None) -> None:
     """Removes what killed processes left, after putting back a destination caught mid-swap."""
     prefix = f".{target.name}{_MARK}"
     for path in [p for p in target.parent.iterdir() if p.name.startswith(prefix)]:
-        lock = None if path == sparing else _lock(path)
+        lock = None if path == sparing else take_lock(path)
         if lock is None:
             continue
         try:
             if path.name.endswith(".old") and not os.path.lexists(target):
                 os.rename(path, target)
             else:
-                _remove(path)
+                remove(path)
         finally:
             os.close(lock)
-
-
-def flush(path: Path) -> None:
-    """Sends files and directories to the disk: a rename must not outrun the bytes it names."""
-    if path.is_dir():
-        for root, _, files in os.walk(path, topdown=False):
-            for name in files:
-                _fsync(os.path.join(root, name))
-            _fsync(root)
-    else:
-        _fsync(path)
-
-
-def _fsync(path: str | Path) -> None:
-    if os.path.islink(path):
-        return
-    if os.name == "nt" and os.path.isdir(path):  # directories cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _put_in_place(function: str, partial: Path, target: Path, *, overwrite: bool) -> None:
     """Renames the finished sibling; after it the sibling's name holds nothing or the old one."""
     try:
         if not os.path.lexists(target):
-            if not _rename(partial, target, _NO_REPLACE):
+            if not rename_at_once(partial, target, NO_REPLACE):
                 os.rename(partial, target)
         elif not overwrite:
             raise FileExistsError(errno.EEXIST, "appeared meanwhile")
         elif not partial.is_dir():
             os.replace(partial, target)
-        elif not _rename(partial, target, _EXCHANGE):
+        elif not rename_at_once(partial, target, EXCHANGE):
             # Two steps: killed between them, the next run puts the old directory back.
             _swap_in_two_steps(partial, target)
     except FileExistsError:
@@ -355,11 +240,11 @@ def _put_in_place(function: str, partial: Path, target: Path, *, overwrite: bool
             f"{function}: '{target}' appeared while its replacement was being written, and was "
             "kept. Choose another destination or say overwrite=True."
         ) from None
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
 def _swap_in_two_steps(partial: Path, target: Path) -> None:
-    lock = _lock(target)  # else another process may take what is set aside for abandoned
+    lock = take_lock(target)  # else another process may take what is set aside for abandoned
     old = partial.with_name(f"{partial.name}.old")
     os.rename(target, old)
     try:
@@ -370,38 +255,4 @@ def _swap_in_two_steps(partial: Path, target: Path) -> None:
     finally:
         if lock is not None:
             os.close(lock)
-    _remove(old)
-
-
-_NO_REPLACE, _EXCHANGE = 1, 2  # RENAME_NOREPLACE and RENAME_EXCHANGE of Linux
-
-
-def _rename(source: Path, target: Path, flag: int) -> bool:
-    """Linux's `renameat2`, in one step; False where the system or its disk has no such call."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    here = -100  # AT_FDCWD
-    if renameat2(here, os.fsencode(source), here, os.fsencode(target), flag) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-def _is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space; array writers wrap the system's own error."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
-    return isinstance(error, Exception) and any(w in str(error).lower() for w in _FULL_WORDS)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    remove(old)

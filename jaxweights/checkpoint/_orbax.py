@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from jaxweights.checkpoint._array_store import save_arrays
-from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
+from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._manifest import encode_tree
 from jaxweights.checkpoint._provenance import Provenance

@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination
+from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.checkpoint._gguf_blocks import BLOCK_TYPES
 from jaxweights.checkpoint.exchange._gguf_codes import gguf_type, pack_gguf, unfit_gguf
 from jaxweights.core._paths import fail

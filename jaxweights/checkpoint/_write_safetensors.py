@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination, refuse_unrelated
+from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._untrusted import contained

@@ -65,7 +65,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
       The result for programs, and for people.
     """
     from jaxweights.checkpoint import Provenance
-    from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
+    from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
     from jaxweights.cli._progress import show_progress
     from jaxweights.cli._tensors import resolve
     from jaxweights.models import load_pretrained

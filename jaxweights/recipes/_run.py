@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxweights.calibrate import calibrate, pipeline
 from jaxweights.checkpoint import Provenance, atomic_directory
-from jaxweights.checkpoint._atomic import check_destination
+from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.core import (
     Context,
     Layout,

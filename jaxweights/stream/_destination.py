@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination, flush, refuse_unrelated
+from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
+from jaxweights.checkpoint._disk import flush
 from jaxweights.checkpoint._write_safetensors import copy_files
 
 JOURNAL = "journal.jsonl"

@@ -50,7 +50,7 @@ def test_a_failing_body_changes_nothing_and_leaves_nothing(tmp_path, context, ol
 def test_a_directory_is_swapped_in_two_steps_where_the_system_has_no_exchange(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_atomic, "_rename", lambda *_: False)
+    monkeypatch.setattr(_atomic, "rename_at_once", lambda *_: False)
     for text in ("first", "second"):
         with atomic_directory(tmp_path / "out", overwrite=True) as partial:
             (partial / "a").write_text(text)

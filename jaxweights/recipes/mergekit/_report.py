@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.checkpoint._atomic import atomic, check_destination
+from jaxweights.checkpoint._atomic import atomic
+from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.recipes._figures import MOST_CURVES, loss_curves
 from jaxweights.recipes._report import (
     _STYLE,

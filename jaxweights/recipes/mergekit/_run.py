@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxweights.checkpoint import Checkpoint
-from jaxweights.checkpoint._atomic import check_destination, refuse_unrelated
+from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig, load_merge_config
 from jaxweights.recipes.mergekit._evaluate import Evaluation, Evaluator, Scores

@@ -1,6 +1,8 @@
 """What is wrong is said with file and line, before anything is written."""
 
 import json
+import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -192,10 +194,8 @@ def test_a_destination_that_cannot_be_made_is_refused_before_anything_is_read(fo
 
 
 def test_a_folder_that_may_not_be_written_to_is_refused(folder, monkeypatch):
-    from jaxweights.checkpoint import _atomic
-
     # A superuser, as whom tests may run, may write anywhere.
-    monkeypatch.setattr(_atomic.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     config = {"merge_method": "linear", "models": _models("ft1", "ft2")}
     _refused(folder, config, r"never' cannot be made, because .* may not be written to")
 
@@ -206,9 +206,7 @@ def test_a_disk_that_becomes_full_is_said_and_nothing_is_left(folder, file_limit
 
 
 def test_a_disk_that_is_too_full_is_refused_before_anything_is_written(folder, monkeypatch):
-    from jaxweights.checkpoint import _atomic
-
-    free = _atomic.shutil.disk_usage(folder)._replace(free=1000)
-    monkeypatch.setattr(_atomic.shutil, "disk_usage", lambda path: free)
+    free = shutil.disk_usage(folder)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     config = {"merge_method": "linear", "models": _models("ft1", "ft2")}
     _refused(folder, config, r"never' needs \d+ bytes, but only 1000 are free")

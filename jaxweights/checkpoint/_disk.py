@@ -1,0 +1,99 @@
+"""What is asked of the operating system: locks, renames in one step, bytes sent to the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing tells a dead writer's files from a live one's
+    fcntl = None
+
+HAS_LOCKS = fcntl is not None
+
+# Quota and per-process file size limits end a write just as a full disk does.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large")
+NO_REPLACE, EXCHANGE = 1, 2  # RENAME_NOREPLACE and RENAME_EXCHANGE of Linux
+
+
+def rename_at_once(source: Path, target: Path, flag: int) -> bool:
+    """Linux's `renameat2`, in one step; False where the system or its disk has no such call."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here = -100  # AT_FDCWD
+    if renameat2(here, os.fsencode(source), here, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of the disk that the files of a folder take already."""
+    return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.rglob("*"))
+
+
+def take_lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on `path`; None where it is taken or cannot be had."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def flush(path: Path) -> None:
+    """Sends files and directories to the disk: a rename must not outrun the bytes it names."""
+    if path.is_dir():
+        for root, _, files in os.walk(path, topdown=False):
+            for name in files:
+                fsync(os.path.join(root, name))
+            fsync(root)
+    else:
+        fsync(path)
+
+
+def fsync(path: str | Path) -> None:
+    """Sends a file, or the names that a directory holds, to the disk."""
+    if os.path.islink(path):
+        return
+    if os.name == "nt" and os.path.isdir(path):  # directories cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; array writers wrap the system's own error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return isinstance(error, Exception) and any(w in str(error).lower() for w in _FULL_WORDS)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
