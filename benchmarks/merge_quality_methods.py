@@ -88,6 +88,14 @@ def regmean(world: World) -> Candidates:
         yield f"alpha {alpha}", jw.apply(tx, world.base, models=world.tuned)
 
 
+def regmean_plus(world: World) -> Candidates:
+    data = [[images] for images in world.train.images]
+    stages = [f"{name}/.*" for name in sorted(world.base)]
+    for alpha in (0.5, 0.9, 1.0):
+        merged = M.regmean_plus(logits, world.tuned, data, stages=stages, alpha=alpha)
+        yield f"alpha {alpha}", merged
+
+
 def fisher(world: World) -> Candidates:
     data = zip(world.tuned, world.train.images[:, :256], strict=True)
     fishers = [fisher_of(model, images) for model, images in data]
@@ -210,6 +218,7 @@ def task_methods() -> dict[str, Method]:
         "model_stock": grid(M.model_stock, group=("leaf", "output")),
         "fisher": fisher,
         "regmean": regmean,
+        "regmean_plus": regmean_plus,
         "tsv": scaled(M.tsv, SCALES),
         "iso_c": scaled(M.iso_c, SCALES),
         "iso_cts": scaled(M.iso_cts, SCALES),

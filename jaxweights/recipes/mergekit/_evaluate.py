@@ -27,7 +27,7 @@ class Evaluation:
     """What to measure the models of a merge with.
 
     Args:
-      text: A UTF-8 file, or one of the names in `configs/`: `pydoc-topics`, `moby-dick`, `brown`.
+      text: A UTF-8 file, or a text of recipes: `pydoc-topics`, `moby-dick`, `brown`.
       windows: Windows of the text, from its beginning; they do not overlap.
       length: Tokens each.
       curve: Points on the line from the base to every other model, its ends included; 0 for none.
