@@ -8,7 +8,7 @@ too, compare processor seconds (user and system, of all threads).
 Two floors stand beside the merge's own time ("stream s", without start-up): "cp s", in which `cp`
 copies as many bytes as the merge writes, and "move s", in which a program does all but arithmetic:
 with as many threads as cores it reads every operand, takes its checksum, and writes as many bytes
-as the result has.
+as the result has; both are without the start of the program.
 
 `--memory` merges with that budget besides, and prints the peak of the process's resident memory.
 That counts pages of the operands' files as long as they are mapped, so it is no less than what the
@@ -163,10 +163,11 @@ CHUNK = 8 << 20
 
 def move(operands: list[Path], target: Path) -> None:
     """Reads models that are alike, takes their checksums, and writes as many bytes as one has."""
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     for file in (operands[0]).glob("*.safetensors"):
         move_file([path / file.name for path in operands], target)
-    print(json.dumps({"seconds": time.perf_counter() - start}))
+    cpu = time.process_time() - before
+    print(json.dumps({"seconds": time.perf_counter() - start, "cpu": cpu}))
 
 
 def move_file(operands: list[Path], target: Path) -> None:
@@ -285,7 +286,8 @@ def compared(
     )
     line = f"{method:18}{one.seconds:7.2f}{one.cpu:7.2f}{one.peak:7.0f}"
     line += f"{stream:10.2f}{copy:7.2f}{stream / copy:6.1f}"
-    line += f"{moved:8.2f}{median(moves).cpu:7.2f}{stream / moved:8.1f}"
+    cpu = statistics.median(json.loads(row.text)["cpu"] for row in moves)
+    line += f"{moved:8.2f}{cpu:7.2f}{stream / moved:8.1f}"
     if peers:
         peer = median(peers)
         line += f"{peer.seconds:12.2f}{peer.cpu:7.2f}{peer.peak:7.0f}"
