@@ -19,6 +19,7 @@ from jaxweights.lift._lift import lift
 from jaxweights.quantize._learned import round_through
 from jaxweights.quantize._settings import check_callable, check_count, check_numbers, is_word
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._scaled import combine
 from jaxweights.weights._weight import is_weight, materialize
 
 Loss = Literal["squared", "divergence"] | Callable[[Any, Any], jax.Array]
@@ -268,13 +269,14 @@ def _start(leaf: Any, value: Any, code_rate: float) -> Any:
     change = jnp.zeros(leaf.scale.shape, jnp.float32)
     if not code_rate:
         return _Learned(None, change)
-    fitted = leaf._fitted()
     codes = leaf.codes_matrix().astype(jnp.float32)
-    matrix = fitted.view.to_matrix(materialize(value)).astype(jnp.float32)
+    matrix = leaf.fitted().view.to_matrix(materialize(value)).astype(jnp.float32)
     scale, shift = _scale_and_shift(leaf, change)
-    groups = leaf._grouped(matrix, scale)
-    place = (groups - shift) / jnp.where(scale == 0, 1, scale)
-    place = jnp.where(scale == 0, leaf._grouped(codes, scale), place).reshape(codes.shape)
+    steps = combine(
+        combine(matrix, shift, jnp.subtract), jnp.where(scale == 0, 1, scale), jnp.divide
+    )
+    empty = combine(codes, scale, lambda codes, scale: jnp.broadcast_to(scale == 0, codes.shape))
+    place = jnp.where(empty, codes, steps)
     return _within(leaf, _Learned(codes + jnp.clip(place - codes, -_LEAN, _LEAN), change))
 
 
@@ -292,8 +294,8 @@ def _value(leaf: Any, trained: Any) -> jax.Array:
         return _moved(leaf, trained)
     codes = leaf.codes_matrix() if trained.code is None else round_through(trained.code)
     scale, shift = _scale_and_shift(leaf, trained.scale)
-    values = leaf._grouped(codes.astype(jnp.float32), scale) * scale + shift
-    return leaf._fitted().view.from_matrix(values.reshape(codes.shape).astype(leaf.dtype))
+    values = combine(combine(codes.astype(jnp.float32), scale, jnp.multiply), shift, jnp.add)
+    return leaf.fitted().view.from_matrix(values.astype(leaf.dtype))
 
 
 def _stored(leaf: Any, trained: Any) -> Any:
@@ -315,11 +317,11 @@ def _stored(leaf: Any, trained: Any) -> Any:
 
 def _scale_and_shift(leaf: Quantized, change: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scales, and the values of code 0, ready to meet grouped codes."""
-    scale = leaf._spread(leaf.scale.astype(jnp.float32) * (1 + change))
+    scale = leaf.by_row(leaf.scale.astype(jnp.float32) * (1 + change))
     if leaf.offset is not None:
-        return scale, leaf._spread(leaf.offset.astype(jnp.float32))
+        return scale, leaf.by_row(leaf.offset.astype(jnp.float32))
     zero = jnp.zeros_like(leaf.scale) if leaf.zero_point is None else leaf.zero_point
-    return scale, -leaf._spread(zero.astype(jnp.float32)) * scale
+    return scale, -leaf.by_row(zero.astype(jnp.float32)) * scale
 
 
 def _moved(leaf: jax.Array, change: jax.Array) -> jax.Array:

@@ -159,7 +159,7 @@ class Quantized(Scaled):
         codes = self.codes_matrix().astype(dtype)
         if self.zero_point is None:
             return codes
-        return combine(codes, self._by_row(self.zero_point).astype(dtype), jnp.subtract)
+        return combine(codes, self.by_row(self.zero_point).astype(dtype), jnp.subtract)
 
     def units_fit(self, dtype: DTypeLike) -> bool:
         """Differences of codes are at most 255 in size: float16 and bfloat16 hold them exactly."""
@@ -174,7 +174,8 @@ class Quantized(Scaled):
                 return None
         return super().partition(spec, mesh)
 
-    def _by_row(self, blocks: jax.Array) -> jax.Array:
+    def by_row(self, blocks: jax.Array) -> jax.Array:
+        """Values of blocks in the order of `group_index`."""
         if self.group_index is None:
             return blocks
         return jnp.take_along_axis(blocks, self.group_index[..., None], axis=-2)

@@ -164,12 +164,12 @@ class Scaled(MatrixWeight):
 
     def _values(self) -> jax.Array:
         """The matrix in float32."""
-        values = combine(self.units(), self._by_row(self.scale_matrix()), jnp.multiply)
+        values = combine(self.units(), self.by_row(self.scale_matrix()), jnp.multiply)
         if self.offset is None:
             return values
-        return combine(values, self._by_row(self.offset).astype(jnp.float32), jnp.add)
+        return combine(values, self.by_row(self.offset).astype(jnp.float32), jnp.add)
 
-    def _by_row(self, blocks: jax.Array) -> jax.Array:
+    def by_row(self, blocks: jax.Array) -> jax.Array:
         """Values of blocks `(*stack, rows, cols)`, in the order in which input rows meet them."""
         return blocks
 
