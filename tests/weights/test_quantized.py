@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxweights as jw
 from jaxweights.weights import Axes, Quantized, View, Weight
 from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
 
@@ -290,3 +291,19 @@ def test_an_offset_is_refused_beside_a_zero_point_or_in_another_shape():
     zero = jnp.zeros((3, 6), jnp.uint8)
     with pytest.raises(ValueError, match=r"zero_point and offset are both given.*give one of the"):
         Quantized.from_codes(codes, scale, zero, bits=4, offset=scale)
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_a_weight_whose_mesh_axes_are_explicit_is_multiplied_as_on_one_device(group_size):
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(jax.sharding.AxisType.Explicit,))
+    place = lambda x, *spec: jax.device_put(  # noqa: E731
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    )
+    tx = jw.quantize.round_to_nearest(bits=4, group_size=group_size)
+    weight = jax.random.normal(jax.random.key(0), (32, 16))
+    x = jax.random.normal(jax.random.key(1), (4, 32))
+    product = jax.jit(jw.lift(lambda params, x: x @ params["w"]))
+    expected = product(jw.apply(tx, {"w": weight}), x)
+    sharded = jw.apply(tx, {"w": place(weight, None, "m")})
+    with jax.set_mesh(mesh):
+        assert jnp.allclose(product(sharded, place(x)), expected, atol=1e-5)
