@@ -204,12 +204,17 @@ def _requantize_leaf(
         return requantized_sum(
             path, grid, change, gram, rounding=requantize, before=base, argument="requantize"
         )
-    total: Any = (_widest(base) + change).astype(base.dtype)
-    if isinstance(grid, Masked):
-        total = Masked(total, grid.mask)
+    total: Any = _widest(base) + change  # in float32: the transform's rounding is the only one
     pattern = re.escape(path)
-    layout = {pattern: view.axes}
-    new = apply(partition((pattern, requantize)), {path: total}, stats=stats, layout=layout)[path]
+
+    def quantized(total: jax.Array) -> Any:
+        leaf: Any = Masked(total, grid.mask) if isinstance(grid, Masked) else total
+        tx, layout = partition((pattern, requantize)), {pattern: view.axes}
+        return apply(tx, {path: leaf}, stats=stats, layout=layout)[path]
+
+    new = quantized(total).astype(base.dtype)
+    if new is None:  # a representation of one dtype
+        new = quantized(total.astype(base.dtype))
     return new, loss_of(base, new, change, gram, view), None
 
 

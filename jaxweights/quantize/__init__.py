@@ -42,6 +42,7 @@ from jaxweights.quantize._kv import quantize_kv as quantize_kv
 from jaxweights.quantize._kv import update_kv as update_kv
 from jaxweights.quantize._learn_rotations import LearnedRotations as LearnedRotations
 from jaxweights.quantize._learn_rotations import learn_rotations as learn_rotations
+from jaxweights.quantize._learned_clip import learned_clip as learned_clip
 from jaxweights.quantize._low_rank_of import low_rank_of as low_rank_of
 from jaxweights.quantize._model_folds import bert_folds as bert_folds
 from jaxweights.quantize._model_folds import llama_folds as llama_folds

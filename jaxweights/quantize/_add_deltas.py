@@ -20,6 +20,7 @@ from jaxweights.quantize._requantize import (
     requantize,
     view_of,
     why_not_requantizable,
+    why_not_rescalable,
 )
 from jaxweights.quantize._settings import check_damping, check_flags, check_numbers, is_word
 from jaxweights.weights._axes import View
@@ -99,6 +100,15 @@ def add_deltas(
     check_damping(_NAME, damping)
     check_flags(_NAME, rescale=rescale)
     problems = [_unfit(path, delta, flat) for path, delta in added.items()]
+    problems += [
+        f"{path!r}: {reason}"
+        for path in added
+        if rescale
+        and path in flat
+        and is_weight(flat[path])
+        and why_not_requantizable(flat[path]) is None
+        and (reason := why_not_rescalable(flat[path]))
+    ]
     problems += [
         why_no_gram(path, flat[path], stats)
         for path in added

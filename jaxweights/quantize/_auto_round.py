@@ -24,6 +24,7 @@ from jaxweights.quantize._grid import (
 from jaxweights.quantize._learned import (
     Learned,
     check_steps,
+    clip_through,
     learned_transform,
     of_unit_mean,
     output_losses,
@@ -191,6 +192,6 @@ def _soft_values(
     scale = scale.astype(jnp.float32)
     centre = jnp.zeros_like(scale) if zero is None else zero.astype(jnp.float32)
     if grid.kind == "affine":
-        centre = jnp.clip(round_through(divide(-low, scale)), *grid.code_range)
+        centre = clip_through(round_through(divide(-low, scale)), *grid.code_range)
     steps = round_through(divide(groups, scale) + offsets.shift) + centre
-    return (jnp.clip(steps, *grid.code_range) - centre) * scale
+    return (clip_through(steps, *grid.code_range) - centre) * scale

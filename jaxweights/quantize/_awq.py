@@ -23,12 +23,12 @@ from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._awq_search import Duo, clip_and_round, search_scale
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._folds import (
+    Change,
     Fold,
     check_folds,
     fold_scale,
     inner,
     keep_scale,
-    with_inner,
 )
 from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, make_grid, unfit_group
 from jaxweights.quantize._groups import Group, find_groups, group_needs, group_targets
@@ -200,23 +200,26 @@ def awq(
         for name in ("abs_sum", moments):
             fail(_NAME, nonfinite_statistics(context.require("stats", _NAME), targets, name))
         # Scales are chosen for the weights as they were; rounding comes once, at the end.
-        new, scales = _with_float32(flat, targets), {}
+        new, scales = dict(flat), {}
+        # Made when a leaf's turn to be rounded comes, in float32: one such copy at a time.
+        later: dict[Path, list[Change]] = {path: [] for path in targets}
         chosen = [_search(group, flat, context, settings, moments, duo) for group in groups]
         for group, scale in zip(groups, chosen, strict=True):
             spread = scale if group.fold is None else group.fold.spread(scale)
             scales |= dict.fromkeys(group.quantized, spread)
             if group.site is not None:
-                new = fold_scale(new, group.site, scale, context.layout)
+                new = fold_scale(new, group.site, scale, context.layout, later)
             else:
                 for path in group.quantized:
-                    new[path] = keep_scale(new[path], scale, targets[path])
+                    new[path] = keep_scale(new[path], scale, targets[path], later[path])
         problems: list[str] = []
         for done, (path, view) in enumerate(targets.items(), start=1):
             clips = clip and not (unclipped and re.fullmatch(unclipped, path))
             stats: Any = context.stats
-            codes = _round(
-                inner(new[path]), stats.get(path, moments), scales[path], view, settings, clips
-            )
+            dense = inner(new[path]).astype(jnp.float32)
+            for change in later[path]:
+                dense = change(dense)
+            codes = _round(dense, stats.get(path, moments), scales[path], view, settings, clips)
             new[path] = _represent(new[path], flat[path], codes, view, settings)
             if not isinstance(codes.scale, Tracer):
                 problems += filter(None, [describe_bad_scales(path, codes)])
@@ -268,11 +271,6 @@ def _without_tokens(targets: dict[Path, View], context: Context) -> list[str]:
         for path, count in counts.items()
         if not isinstance(count, Tracer | jax.ShapeDtypeStruct) and not np.asarray(count).all()
     ]
-
-
-def _with_float32(flat: Flat, targets: dict[Path, View]) -> Flat:
-    wide = lambda leaf: with_inner(leaf, inner(leaf).astype(jnp.float32))  # noqa: E731
-    return {path: wide(leaf) if path in targets else leaf for path, leaf in flat.items()}
 
 
 def _search(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -289,7 +289,16 @@ def with_inner(leaf: Any, array: jax.Array) -> Any:
     return dataclasses.replace(leaf, base=with_inner(leaf.base, array))  # type: ignore[type-var]
 
 
-def fold_scale(flat: Flat, site: Site, scale: jax.Array, layout: Layout) -> Flat:
+Change = Callable[[jax.Array], jax.Array]  # of a dense leaf; keeps shape and dtype
+
+
+def fold_scale(
+    flat: Flat,
+    site: Site,
+    scale: jax.Array,
+    layout: Layout,
+    later: Mapping[Path, list[Change]] | None = None,
+) -> Flat:
     """Multiplies the readers' rows and divides what the writers write.
 
     Args:
@@ -297,32 +306,53 @@ def fold_scale(flat: Flat, site: Site, scale: jax.Array, layout: Layout) -> Flat
       site: Its place.
       scale: `(*stack, written)`, positive, float32.
       layout: Axes of the matrices.
+      later: Leaves that stay as they are, with the changes that the caller is to make; those of
+        this fold are appended. So several folds round a leaf once, and none is copied before.
 
     Returns:
       The tree with the site's leaves replaced; dtypes stay, each value is rounded once.
     """
-    new = dict(flat)
+    new, later = dict(flat), {} if later is None else later
+
+    def change(path: Path, function: Change) -> None:
+        if path in later:
+            later[path].append(function)
+        else:
+            new[path] = with_inner(new[path], function(inner(new[path])))
+
     for path in site.readers:
         view = View.of(flat[path].shape, layout[path])
-        rows = multiply_rows(inner(flat[path]), site.fold.spread(scale), view=view)
-        new[path] = with_inner(flat[path], rows)
+        rows = site.fold.spread(scale)
+        change(path, functools.partial(multiply_rows, scale=rows, view=view))
     for path in site.writers:
         view = View.of(flat[path].shape, layout[path]) if path in layout else None
-        new[path] = _divide(new[path], scale, view=view, one_plus=site.fold.one_plus)
+        one_plus = site.fold.one_plus
+        change(path, functools.partial(_divide, scale=scale, view=view, one_plus=one_plus))
     for path in site.shifts:
         new[path] = _divide(new[path], scale, view=None, one_plus=False)
     return new
 
 
-def keep_scale(leaf: Any, scale: jax.Array, view: View) -> Any:
-    """Multiplies the rows of a leaf and its inputs by the inverse, which stays before it."""
+def keep_scale(leaf: Any, scale: jax.Array, view: View, later: list[Change] | None = None) -> Any:
+    """Multiplies the rows of a leaf and its inputs by the inverse, which stays before it.
+
+    Where there is a list of changes to make later, that of the rows is appended to it instead.
+    """
     if isinstance(leaf, Rescaled):
-        base = multiply_rows(leaf.base, scale, view=view)
+        base = _with_rows(leaf.base, scale, view, later)
         return dataclasses.replace(leaf, base=base, scale=leaf.scale / scale[..., None])
     if isinstance(leaf, InputChange):
-        return dataclasses.replace(leaf, base=keep_scale(leaf.base, scale, view))  # type: ignore[type-var]
-    rows = with_inner(leaf, multiply_rows(inner(leaf), scale, view=view))
-    return Rescaled(rows, (1 / scale)[..., None], view)
+        base = keep_scale(leaf.base, scale, view, later)
+        return dataclasses.replace(leaf, base=base)  # type: ignore[type-var]
+    return Rescaled(_with_rows(leaf, scale, view, later), (1 / scale)[..., None], view)
+
+
+def _with_rows(leaf: Any, scale: jax.Array, view: View, later: list[Change] | None) -> Any:
+    change = functools.partial(multiply_rows, scale=scale, view=view)
+    if later is None:
+        return with_inner(leaf, change(inner(leaf)))
+    later.append(change)
+    return leaf
 
 
 @functools.partial(jax.jit, static_argnames="view")

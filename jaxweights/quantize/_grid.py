@@ -396,7 +396,7 @@ def _percentiles(groups: jax.Array, percentile: float) -> tuple[jax.Array, jax.A
     rank = max(1, math.ceil(percentile / 100 * size))  # entries at or below the p-th percentile
 
     def ranked(values: jax.Array) -> jax.Array:
-        keys = _ordered(values)
+        keys = in_order(values)
 
         def narrow(i: jax.Array, found: jax.Array) -> jax.Array:
             trial = found | (jnp.uint32(1) << (jnp.uint32(31) - i.astype(jnp.uint32)))
@@ -410,15 +410,15 @@ def _percentiles(groups: jax.Array, percentile: float) -> tuple[jax.Array, jax.A
     return -ranked(-groups) + poison, ranked(groups) + poison
 
 
-def _ordered(values: jax.Array) -> jax.Array:
-    """float32 as uint32 of the same order."""
+def in_order(values: jax.Array) -> jax.Array:
+    """float32 as uint32 of the same order; -0.0 comes before 0.0."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     negative = (bits >> jnp.uint32(31)) == 1
     return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _unordered(keys: jax.Array) -> jax.Array:
-    """The inverse of `_ordered`."""
+    """The inverse of `in_order`."""
     positive = (keys >> jnp.uint32(31)) == 1
     bits = jnp.where(positive, keys & jnp.uint32((1 << 31) - 1), ~keys)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)

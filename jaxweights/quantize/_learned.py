@@ -60,6 +60,15 @@ def round_through(values: jax.Array) -> jax.Array:
     return values + jax.lax.stop_gradient(jnp.round(values) - values)
 
 
+def clip_through(values: jax.Array, low: float, high: float) -> jax.Array:
+    """Clips; the derivative is 1 from end to end, and 0 beyond.
+
+    That of `jnp.clip` is a half at the ends themselves, where rounded values lie in numbers.
+    """
+    clipped = jnp.clip(values, low, high)
+    return jnp.where(values == clipped, values, jax.lax.stop_gradient(clipped))
+
+
 class Moments(NamedTuple):
     """Adam's running means of the gradient and of its square; trees like the parameters."""
 

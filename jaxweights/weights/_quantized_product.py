@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -74,7 +75,8 @@ class QuantizedProduct(MatrixWeight):
 
         Args:
           weight: Integers with one scale an output or one in all, and zero points only where there
-            are fewer than 8 bits: codes minus zero points then fit a byte, with a bit more each.
+            are fewer than 8 bits, up to `2**bits`: codes minus zero points then fit a byte, with a
+            bit more each.
           input_scale: As in the class.
           input_bits: As in the class.
 
@@ -176,6 +178,15 @@ def unfit_for_product(weight: Quantized, input_bits: int) -> str | None:
             "sums of integers can only be scaled as a whole. Quantize it with group_size=None or "
             "'tensor'."
         )
+    zero = weight.zero_point
+    if zero is not None and not isinstance(zero, Tracer | jax.ShapeDtypeStruct):
+        most = int(np.asarray(zero).max(initial=0))
+        if most > 2**weight.bits:
+            return (
+                f"the weight has a zero point of {most}, too far from its {weight.bits}-bit codes "
+                "for their difference to fit a byte as it should: at most "
+                f"{2**weight.bits} is. Dequantize it with `materialize`, and quantize it anew."
+            )
     return unfit_length(weight.in_dim, _centred_bits(weight), input_bits)
 
 

@@ -265,3 +265,20 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused_by_path():
     with pytest.raises(TypeError, match=r"quantize.awq: folds\[0\] is a int"):
         awq(folds=[3])
     assert Fold("a", "b") == Fold("a", "b")
+
+
+def test_one_float32_copy_of_a_leaf_is_held_at_a_time():
+    """Of bfloat16 weights, all of which have their rows multiplied before the first is rounded."""
+    shape = (48, 40)
+    params = {f"w{i}": jnp.ones(shape, jnp.bfloat16) * (i + 1) for i in range(5)}
+    one = {"second_moment": jnp.ones(48), "abs_sum": jnp.ones(48), "count": jnp.int32(1)}
+    stats = jw.Stats(dict.fromkeys(params, one))
+    held = []
+
+    def look(*_):
+        wide = [x for x in jax.live_arrays() if x.shape == shape and x.dtype == jnp.float32]
+        held.append(len(wide))
+
+    tx = awq(bits=4, group_size=16, moments="second_moment")
+    jw.apply(tx, params, stats=stats, progress=look)
+    assert len(held) == 5 and max(held) <= 1

@@ -18,6 +18,7 @@ TRANSFORMS = {
     "adadim": lambda: Q.adadim(bits=4),
     "adaround": lambda: Q.adaround(bits=4, steps=1),
     "auto_round": lambda: Q.auto_round(bits=4, steps=1),
+    "learned_clip": lambda: Q.learned_clip(bits=4, steps=1),
     "nupes": lambda: Q.nupes(bits=4, steps=1),
     "awq": lambda: Q.awq(bits=4, group_size=None),
     "lsq": lambda: Q.lsq(bits=4, group_size=4),

@@ -237,6 +237,27 @@ def test_refusals_name_the_path_and_the_remedy():
         jw.apply(int8_dynamic(), {"w": jnp.ones((16, 4)).at[0, 0].set(jnp.inf)})
 
 
+@pytest.mark.parametrize("zero", [0, 15, 16])
+def test_zero_points_up_to_one_more_than_the_codes_fit(zero):
+    """GPTQ files store zero points less one, so that they go up to 16 of 4-bit codes."""
+    codes = jnp.array([[0, 15], [15, 7]], jnp.uint8)
+    points = jnp.full((1, 2), zero, jnp.uint8)
+    weight = jw.weights.Quantized.from_codes(codes, jnp.ones((1, 2)), points, bits=4)
+    product = jw.apply(int8_dynamic(), {"w": weight})["w"]
+    assert product.materialize().tolist() == (codes.astype(jnp.int32) - zero).tolist()
+
+
+def test_zero_points_that_would_wrap_in_a_byte_are_refused():
+    points = jnp.full((1, 2), 200, jnp.uint8)
+    codes = jnp.zeros((4, 2), jnp.uint8)
+    weight = jw.weights.Quantized.from_codes(codes, jnp.ones((1, 2)), points, bits=4)
+    words = r"the weight has a zero point of 200.*at most 16 is\. Dequantize it"
+    with pytest.raises(ValueError, match=rf"quantize.int8_dynamic: 'w': {words}"):
+        jw.apply(int8_dynamic(), {"w": weight})
+    with pytest.raises(ValueError, match=rf"QuantizedProduct: {words}"):
+        jw.weights.QuantizedProduct.of(weight)
+
+
 @pytest.mark.parametrize("bits, longest", [(8, 132104), (4, 2113665)])
 def test_sums_that_could_overflow_are_refused(bits, longest):
     # Codes may be -128: one more than the 127 that the usual bound of 133,144 assumes.

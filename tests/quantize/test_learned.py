@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from jaxweights.core import Layout, Stats, apply
-from jaxweights.quantize import adaround, auto_round, nupes, output_error, round_to_nearest
-from jaxweights.quantize._learned import output_losses
+from jaxweights.quantize import (
+    adaround,
+    auto_round,
+    learned_clip,
+    nupes,
+    output_error,
+    round_to_nearest,
+)
+from jaxweights.quantize._learned import clip_through, output_losses
 from jaxweights.weights import Axes, Codebook, Masked, Quantized
 
 # Few steps with large rates: what is learned shows, and the tests stay short.
@@ -14,6 +21,9 @@ METHODS = {
         bits=bits, group_size=16, steps=150, learning_rate=0.05, search="absmax", **k
     ),
     "auto_round": lambda bits=3, **k: auto_round(bits=bits, group_size=16, steps=60, **k),
+    "learned_clip": lambda bits=3, **k: learned_clip(
+        bits=bits, group_size=16, steps=60, learning_rate=0.1, **k
+    ),
     "nupes": lambda bits=3, **k: nupes(
         bits=bits, group_size=16, steps=60, learning_rate=0.02, exponent_rate=0.01, **k
     ),
@@ -22,6 +32,7 @@ METHODS = {
 PLAIN = {
     "adaround": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="affine"),
     "auto_round": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="affine"),
+    "learned_clip": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="affine"),
     "nupes": lambda bits=3: round_to_nearest(bits=bits, group_size=16, grid="narrow"),
 }
 methods = pytest.mark.parametrize("name", list(METHODS))
@@ -37,6 +48,13 @@ def stats_of(gram, count=128, **axes):
     return Stats(
         {"kernel": {"gram": gram, "count": jnp.asarray(count)}}, layout=Layout.of(axes or {})
     )
+
+
+def test_clipping_passes_gradients_up_to_the_ends_and_none_beyond():
+    values = jnp.array([-4.0, -3.0, 0.5, 3.0, 3.5])
+    gradient = jax.grad(lambda v: jnp.sum(clip_through(v, -3, 3) * 2))(values)
+    assert gradient.tolist() == [0, 2, 2, 2, 0]
+    assert clip_through(values, -3, 3).tolist() == [-3, -3, 0.5, 3, 3]
 
 
 def test_losses_and_their_gradient_are_those_of_the_quadratic_form():
@@ -59,19 +77,22 @@ def test_it_errs_far_less_than_plain_rounding(name):
         for tx in (METHODS[name](report=report.__setitem__), PLAIN[name]())
     )
     errors = [float(output_error(weight, w, gram, relative=True)) for w in (learned, plain)]
-    # Between two levels on a fixed grid there is less to choose from.
-    assert errors[0] < (0.75 if name == "adaround" else 0.5) * errors[1]
+    # Between two levels on a fixed grid there is less to choose from, and ranges are all but two
+    # numbers a group.
+    share = {"adaround": 0.75, "learned_clip": 0.9}.get(name, 0.5)
+    assert errors[0] < share * errors[1]
     assert float(report["kernel"].error) == pytest.approx(errors[0], rel=1e-3)
     assert str(report["kernel"].status) == name
 
 
-@pytest.mark.parametrize("name", ["adaround", "auto_round"])
+@pytest.mark.parametrize("name", ["adaround", "auto_round", "learned_clip"])
 def test_no_output_does_worse_than_plain_rounding(name):
     weight, gram = problem()
     # A rate so large that learning only does harm.
     wild = {
         "adaround": adaround(bits=4, steps=3, learning_rate=1e3, search="absmax"),
         "auto_round": auto_round(bits=4, steps=3, learning_rate=1.0),
+        "learned_clip": learned_clip(bits=4, steps=3, learning_rate=10.0),
     }[name]
     plain = round_to_nearest(bits=4, grid="affine")
     losses = [
@@ -224,3 +245,75 @@ def test_it_asks_for_statistics_and_refuses_quantized_leaves():
         quantized = apply(round_to_nearest(bits=4), {"kernel": weight})
         with pytest.raises(ValueError, match=r"is already a Quantized\. Quantizing it again"):
             apply(make(), quantized, stats=stats_of(gram))
+
+
+def clip_oracle(weight, gram, bits, steps, rate):
+    """Learned ends of "narrow" ranges, one a column: gradients by hand, Adam by hand, float64."""
+    top = 2 ** (bits - 1) - 1
+    w, gram = np.asarray(weight, np.float64), np.asarray(gram, np.float64)
+    gram = gram / np.mean(np.diag(gram))
+    reach = np.abs(w).max(0)
+    least, best = np.full(w.shape[1], np.inf), np.ones(w.shape[1])
+    logit, first, second = np.full(w.shape[1], 4.0), 0.0, 0.0
+    for i in range(-1, steps + 1):  # the whole range first
+        factor = np.ones(w.shape[1]) if i < 0 else 1 / (1 + np.exp(-logit))
+        step = reach * factor / top
+        codes = np.clip(np.round(w / step), -top, top)
+        change = w - codes * step
+        loss = np.sum(change * (gram @ change), 0)
+        best, least = np.where(loss < least, factor, best), np.minimum(loss, least)
+        if i < 0:
+            continue
+        inside = np.abs(np.round(w / step)) <= top
+        of_step = codes - np.where(inside, w / step, 0)  # of the value, as learned steps have it
+        slope = np.sum(-2 * (gram @ change) * of_step, 0) * reach / top * factor * (1 - factor)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        root = np.sqrt(1 - 0.999 ** (i + 1)) / (1 - 0.9 ** (i + 1))
+        logit = logit - rate * root * first / (np.sqrt(second) + 1e-8)
+    return best, least
+
+
+def test_learned_clips_are_those_of_the_definition():
+    weight, gram = problem(3)
+    weight = weight.at[4].mul(3.0)
+    tx = learned_clip(bits=3, grid="narrow", steps=12, learning_rate=0.3)
+    leaf = apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"]
+    factor, least = clip_oracle(weight, gram, bits=3, steps=12, rate=0.3)
+    assert len(set(factor.round(3))) > 4 and factor.min() < 0.9  # columns differ, and some clip
+    np.testing.assert_allclose(leaf.scale[0], np.abs(weight).max(0) * factor / 3, rtol=1e-4)
+    unit = np.asarray(gram) / np.mean(np.diag(gram))
+    left = np.asarray(weight - leaf.materialize(), np.float64)
+    np.testing.assert_allclose(np.sum(left * (unit @ left), 0), least, rtol=1e-3)
+
+
+def test_learned_clips_come_near_the_best_of_all_pairs_of_ends():
+    """Of one group, by trying every pair on a fine lattice."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.standard_t(3, size=(64, 4)), jnp.float32)
+    gram = jnp.eye(64)
+    tx = learned_clip(bits=2, steps=300, learning_rate=0.1)
+    leaf = apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"]
+    w = np.asarray(weight, np.float64)
+    ends = np.linspace(0.1, 1, 91)
+    low, high = np.minimum(w.min(0), 0) * ends[:, None, None], w.max(0) * ends[None, :, None]
+    step = (high - low) / 3
+    zero = np.clip(np.round(-low / step), 0, 3)
+    codes = np.clip(np.round(w[:, None, None] / step) + zero, 0, 3)
+    best = np.square((codes - zero) * step - w[:, None, None]).sum(0).min((0, 1))
+    found = np.square(np.asarray(leaf.materialize()) - w).sum(0)
+    plain = apply(round_to_nearest(bits=2, grid="affine"), {"kernel": weight})["kernel"]
+    start = np.square(np.asarray(plain.materialize()) - w).sum(0)
+    assert (found < best + 0.25 * (start - best)).all() and (found < 0.8 * start).all()
+
+
+@pytest.mark.parametrize("grid", ["signed_max", "half", "gptq_sym"])
+def test_learned_clips_work_on_every_grid_and_for_whole_matrices(grid):
+    weight, gram = problem()
+    for size in (None, "tensor"):
+        settings = {"bits": 3, "grid": grid, "group_size": size}
+        tx = learned_clip(steps=40, learning_rate=0.1, **settings)
+        learned = apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"]
+        plain = apply(round_to_nearest(**settings), {"kernel": weight})["kernel"]
+        assert learned.scale.shape == plain.scale.shape
+        errors = [float(output_error(weight, w.materialize(), gram)) for w in (learned, plain)]
+        assert errors[0] < errors[1]

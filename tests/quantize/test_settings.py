@@ -43,6 +43,7 @@ REQUIRED = {
     "int8_dynamic": {},
     "int8_static": {},
     "joint": {"quantizer": _ROUNDED, "rank": 2},
+    "learned_clip": {"bits": 4},
     "loftq": {"quantizer": _ROUNDED, "rank": 2},
     "low_rank_of": {"residual": _WEIGHT, "gram": None, "rank": 2},
     "low_rank_residual": {"quantizer": _ROUNDED, "rank": 2},
