@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxweights.core._context import Context, Progress
+from jaxweights.core._host import on_host
 from jaxweights.core._layout import Layout, conventional_layout
 from jaxweights.core._paths import (
     Flat,
@@ -235,7 +236,7 @@ def _differ(first: Any, second: Any) -> bool:
         return False
     if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (first, second)):
         return False
-    return not np.array_equal(first, second)
+    return not np.array_equal(on_host(first), on_host(second))
 
 
 def _untie(flat: Flat) -> tuple[Flat, dict[Path, Path]]:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jaxweights.core._context import Context
+from jaxweights.core._host import where_not_finite
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
 from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Statistic
@@ -229,9 +229,8 @@ def _nonfinite(flat: Flat, finite: dict[Path, jax.Array]) -> dict[Path, str]:
 
 def describe_nonfinite(path: Path, leaf: Any) -> str:
     """Says how many values of a leaf are not finite, and where the first one is."""
-    values = np.asarray(materialize(leaf)).astype(np.float32)
-    bad = np.argwhere(~np.isfinite(values))
+    bad = where_not_finite(materialize(leaf))
     return (
-        f"{path!r}: {len(bad)} of {values.size} values are not finite, the first at "
+        f"{path!r}: {len(bad)} of {leaf.size} values are not finite, the first at "
         f"{bad[0].tolist()}. Repair the checkpoint, or leave this weight out with `partition`."
     )

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
+from jaxweights.core._host import on_host, where_not_finite
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Path, fail, path_key
 from jaxweights.weights._weight import is_weight
@@ -309,7 +310,7 @@ def _equal(first: Any, second: Any) -> bool:
     raw = lambda x: jax.random.key_data(x) if _is_key(x) else x  # noqa: E731
     if _is_key(first) != _is_key(second):
         return False
-    return bool(np.array_equal(np.asarray(raw(first)), np.asarray(raw(second))))
+    return bool(np.array_equal(on_host(raw(first)), on_host(raw(second))))
 
 
 def _is_key(x: Any) -> bool:
@@ -322,16 +323,15 @@ def _nonfinite(
     sources = {"the base": flat, **{label(names, i): m for i, m in enumerate(models)}}
     found = []
     for source, tree in sources.items():
-        values = np.asarray(tree[path]).astype(np.float32)
-        bad = np.argwhere(~np.isfinite(values))
+        bad = where_not_finite(tree[path])
         if len(bad):
             found.append(
-                f"{len(bad)} of {values.size} values of {source} are not finite, the first at "
+                f"{len(bad)} of {tree[path].size} values of {source} are not finite, the first at "
                 f"{bad[0].tolist()}"
             )
     if not found:
         return (
-            f"{path!r}: the merged values overflow {np.asarray(flat[path]).dtype}. Pass "
+            f"{path!r}: the merged values overflow {jnp.result_type(flat[path])}. Pass "
             "out_dtype=float32, or smaller weights."
         )
     return (

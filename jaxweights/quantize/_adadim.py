@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -206,7 +207,7 @@ def adadim(
                 "Apply it outside jit, or state group_axis in round_to_nearest or gptq."
             )
         sums: dict[GroupAxis, float] = {
-            axis: float(np.sum(np.asarray(error)))
+            axis: float(np.sum(on_host(error)))
             for axis, error in zip(AXES, result.errors, strict=True)
         }
         return AxisChoice("output" if sums["output"] < sums["input"] else "input", sums)
@@ -220,7 +221,7 @@ def adadim(
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:
-        tokens, used = np.asarray(result.tokens), np.asarray(result.damping)
+        tokens, used = on_host(result.tokens), on_host(result.damping)
         choice = choose(result)
         problem = describe_bad_scales(path, result.codes[AXES.index(choice.axis)])
         if problem is None and on_failure == "error":
@@ -232,7 +233,7 @@ def adadim(
             )
         if problem is None:
             if method == "gptq":
-                inputs = int(np.max(np.asarray(result.inputs), initial=0))
+                inputs = int(np.max(on_host(result.inputs), initial=0))
                 warn_of_few_tokens(_NAME, path, tokens, inputs, used)
             status = status_of("adadim", tokens, used, damping)
             warn_of_fallback(_NAME, path, status, reports=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxweights.core._host import on_host
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest, unflatten
 from jaxweights.core._stats import Stats
@@ -169,7 +170,7 @@ def requantized_sum(
     loss = loss_of(before, result.weight, change, gram, view_of(weight))
     problem = None
     if used is not None and not isinstance(result.damping, Tracer):
-        failed = np.isnan(np.asarray(result.damping))
+        failed = np.isnan(on_host(result.damping))
         if failed.any():
             problem = (
                 f"{path!r}: its Gram matrix is not positive definite even with damping=1, "
@@ -225,7 +226,7 @@ def why_no_gram(
         )
     if count is None or isinstance(count, Tracer | jax.ShapeDtypeStruct):
         return None
-    empty = np.asarray(count) == 0
+    empty = on_host(count) == 0
     if not empty.any():
         return None
     return (

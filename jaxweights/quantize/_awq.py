@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxweights.core._context import Context
+from jaxweights.core._host import on_host
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, check_pattern, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
@@ -269,7 +269,7 @@ def _without_tokens(targets: dict[Path, View], context: Context) -> list[str]:
         f"{path!r}: no calibration token reached it. Calibrate on more data, pass on_failure="
         "'round_to_nearest', or leave this weight out with `partition`."
         for path, count in counts.items()
-        if not isinstance(count, Tracer | jax.ShapeDtypeStruct) and not np.asarray(count).all()
+        if not isinstance(count, Tracer | jax.ShapeDtypeStruct) and not on_host(count).all()
     ]
 
 

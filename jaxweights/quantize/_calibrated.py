@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxweights.core._host import on_host
 from jaxweights.core._paths import Path
 from jaxweights.core._stats import Statistic, Stats
 from jaxweights.quantize._settings import check_callable, is_word
@@ -69,8 +70,8 @@ def status_of(method: str, tokens: np.ndarray, damping: np.ndarray, asked: float
 
 def describe_failure(path: Path, tokens: np.ndarray, damping: np.ndarray) -> str | None:
     """Says which matrices of a leaf could not be factored, and why; None if all could."""
-    empty = np.asarray(tokens) == 0
-    failed = np.isnan(np.asarray(damping)) & ~empty
+    empty = on_host(tokens) == 0
+    failed = np.isnan(on_host(damping)) & ~empty
     singular = "its Gram matrix is not positive definite even with damping=1, or not finite"
     for bad, reason, remedy in (
         (empty, "no calibration token reached it", "Calibrate on more data"),
@@ -131,7 +132,7 @@ def warn_of_few_tokens(
     asker: str, path: Path, tokens: np.ndarray, inputs: int, damping: np.ndarray
 ) -> None:
     """Warns where fewer tokens were seen than a matrix has inputs, but any."""
-    tokens = np.asarray(tokens)
+    tokens = on_host(tokens)
     few = (tokens < inputs) & (tokens > 0)
     if few.any():
         most = float(np.max(np.broadcast_to(damping, tokens.shape)[few]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -182,18 +183,18 @@ def gptq(
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:
-        tokens, used = np.asarray(result.tokens), np.asarray(result.damping)
+        tokens, used = on_host(result.tokens), on_host(result.damping)
         problem = describe_bad_scales(path, Codes(result.weight.codes, result.weight.scale, None))
         if problem is None and on_failure == "error":
             problem = describe_failure(path, tokens, used)
         if problem is None:
-            inputs = int(np.max(np.asarray(result.inputs), initial=0))
+            inputs = int(np.max(on_host(result.inputs), initial=0))
             warn_of_few_tokens(_NAME, path, tokens, inputs, used)
             status = status_of("gptq", tokens, used, damping)
             if report is None:
                 warn_of_fallback(_NAME, path, status)
             else:
-                report(path, LeafReport(status, np.asarray(result.error), tokens))
+                report(path, LeafReport(status, on_host(result.error), tokens))
         return problem
 
     return leafwise(

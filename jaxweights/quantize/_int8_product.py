@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -131,7 +132,7 @@ def _transform(
     def verify(path: Path, result: tuple[Codes, jax.Array | None]) -> str | None:
         codes, step = result
         problem = describe_bad_scales(path, codes)
-        if problem is None and step is not None and not np.isfinite(np.asarray(step)).all():
+        if problem is None and step is not None and not np.isfinite(on_host(step)).all():
             problem = (
                 f"{path!r}: the largest magnitude of its inputs is not finite: no calibration "
                 "token reached it, or they held infinity. Calibrate on more data, choose "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -154,8 +155,8 @@ def learned_transform(
         return _Result(learned, tokens)
 
     def verify(path: Path, result: _Result) -> str | None:
-        tokens = np.asarray(result.tokens)
-        error = np.asarray(result.learned.error)
+        tokens = on_host(result.tokens)
+        error = on_host(result.learned.error)
         usable = np.where(np.isfinite(error), 0, np.nan)
         problem = bad_scales(path, result.learned.fields)
         if problem is None and on_failure == "error":

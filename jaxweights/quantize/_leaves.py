@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.core._host import where_not_finite
 from jaxweights.core._leafwise import Shared, leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -127,8 +128,8 @@ def describe_bad_scales(path: Path, codes: Codes) -> str | None:
     A group that holds NaN or infinity has such a scale, so this finds them without reading the
     weight again.
     """
-    scale = np.asarray(codes.scale.astype(np.float32))
-    bad = np.argwhere(~np.isfinite(scale))
+    scale = codes.scale
+    bad = where_not_finite(scale)
     if not len(bad):
         return None
     *stack, row, column = (int(i) for i in bad[0])
@@ -136,15 +137,15 @@ def describe_bad_scales(path: Path, codes: Codes) -> str | None:
     where += f" of matrix {stack} in the stack" if stack else ""
     return (
         f"{path!r}: {len(bad)} of {scale.size} groups hold values that are not finite, or too "
-        f"large for scales in {codes.scale.dtype}, the first being {where}. Repair the checkpoint, "
+        f"large for scales in {scale.dtype}, the first being {where}. Repair the checkpoint, "
         "choose a wider scale_dtype, or leave this weight out with `partition`."
     )
 
 
 def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
     """As `describe_bad_scales`, for any blocks."""
-    scale = np.asarray(weight.scale_matrix())
-    bad = np.argwhere(~np.isfinite(scale))
+    scale = weight.scale_matrix()
+    bad = where_not_finite(scale)
     if not len(bad):
         return None
     remedy = (

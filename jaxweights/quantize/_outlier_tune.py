@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxweights.core._context import Context
+from jaxweights.core._host import on_host
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Flat, Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
@@ -139,7 +139,7 @@ def outlier_tune(
                 f"{path!r}: no calibration token reached it. Calibrate on more data."
                 for path in chosen.values()
                 if not isinstance(count := stats.get(path, "count"), Tracer | jax.ShapeDtypeStruct)
-                and not np.asarray(count).all()
+                and not on_host(count).all()
             ],
         )
         for site, path in chosen.items():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxweights.core._host import on_host
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.sparsify._groups import GroupName, Tail, make_group
@@ -92,7 +93,7 @@ def wanda(
                 f"{path!r}: the statistic 'second_moment' is not finite. Calibrate again, on data "
                 "on which the model's activations are finite."
             )
-        silent = np.argwhere(np.asarray(report["count"]) == 0)
+        silent = np.argwhere(on_host(report["count"]) == 0)
         if fallback == "magnitude" or not len(silent):
             return None
         where = ", ".join(str(index.tolist()) for index in silent[:5] if len(index))
