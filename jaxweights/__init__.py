@@ -11,6 +11,7 @@ A model is a pytree of weights; every method is a pure transform of that tree. T
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from jaxweights.calibrate import calibrate as calibrate
@@ -77,7 +78,9 @@ _LAZY = (
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"jaxweights.{name}")
-    raise AttributeError(f"module 'jaxweights' has no attribute {name!r}")
+    # With the name and the module, Python adds the nearest name to the message.
+    this = sys.modules[__name__]
+    raise AttributeError(f"module 'jaxweights' has no attribute {name!r}", name=name, obj=this)
 
 
 def __dir__() -> list[str]:
