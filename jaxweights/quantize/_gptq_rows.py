@@ -212,7 +212,7 @@ def _few_rows(
 
     def row_step(i: jax.Array, state: Any) -> Any:
         rows, codes, scales = state
-        row = rows[i]
+        row = jax.lax.dynamic_index_in_dim(rows, i, 0, keepdims=False)
         row = row if mask is None else jnp.where(mask[i], row, 0)
         if per_row:
             cols = scales.scale.shape[1]
@@ -220,13 +220,15 @@ def _few_rows(
             scales = scales.put(i, scale[0], None if zero is None else zero[0])
         scale, zero = scales.row(i, out_dim)
         # Read back from where they are put: so no row of numbers is computed twice.
-        codes = codes.at[i].set(levels.encode(row, scale, zero))
-        change = original[i] - levels.decode(codes[i], scale, zero)
-        return rows + spread[:, i][:, None] * change[None], codes, scales
+        codes = _put(codes, levels.encode(row, scale, zero)[None], i, axis=0)
+        at = lambda x, axis=0: jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)  # noqa: E731
+        change = at(original) - levels.decode(at(codes), scale, zero)
+        return rows + at(spread, 1)[:, None] * change[None], codes, scales
 
     start = rows, jnp.zeros(rows.shape, levels.code_dtype), scales
-    # A loop, not its steps written out: fused, they would no longer be vectorised.
-    rows, codes, scales = jax.lax.fori_loop(0, few, row_step, start)
+    # A loop, not its steps written out: fused, they would no longer be vectorised. Its counter has
+    # no sign and rows are put, not scattered: each check of an index is a launch of its own on CPU.
+    rows, codes, scales = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(few), row_step, start)
     scale = _widen(scales.scale, out_dim)
     zero = None if scales.zero_point is None else _widen(scales.zero_point, out_dim)
     values = levels.decode(codes, scale, zero)
