@@ -33,11 +33,14 @@ class Checkpoint(abc.ABC):
       files: Files to travel along, by name: configuration, tokenizer, licence. They fit what
         `read` gives: a config of quantized weights is replaced by its text without them.
       quantization: `quantization_config` where `represented` understands it; empty elsewhere.
+      activations: Names, beside `names`, of tensors by which a runtime rounds activations and its
+        cache: `read` gives them, and no weight needs them.
     """
 
     format: str
     tree: dict[str, Any] | None = None  # what the manifest says of an Orbax checkpoint's tree
     quantization: dict[str, Any]
+    activations: tuple[str, ...] = ()
     unread: str | None = None  # why a `quantization_config` is not understood
 
     def __init__(

@@ -17,8 +17,13 @@ from jaxweights.checkpoint._safetensors import SafetensorsReader, open_safetenso
 from jaxweights.checkpoint._safetensors_header import DTYPES
 from jaxweights.checkpoint._saved_tree import CONFIG
 from jaxweights.checkpoint._untrusted import contained
-from jaxweights.checkpoint.exchange._module import Part, Represented
-from jaxweights.checkpoint.exchange._settings import Module, UnknownFormat, quantized_modules
+from jaxweights.checkpoint.exchange._module import FLOAT, Part, Represented
+from jaxweights.checkpoint.exchange._settings import (
+    Module,
+    UnknownFormat,
+    activation_tensors,
+    quantized_modules,
+)
 
 # What travels along with the weights of a Hugging Face checkpoint.
 _COMPANIONS = (
@@ -68,6 +73,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 self.unread = str(error)
                 return
             self.quantization = given
+            self.activations = activation_tensors(given, self.modules, self._reader)
             self.config = {k: v for k, v in config.items() if k != "quantization_config"}
             self.files = {**files, CONFIG: dump_json(self.config)}
         self._refuse_twice()
@@ -75,7 +81,9 @@ class SafetensorsCheckpoint(Checkpoint):
     @functools.cached_property
     def names(self) -> tuple[str, ...]:  # type: ignore[override]
         owner = {t: name for name, m in self.modules.items() for t in m.tensors.values()}
-        return tuple(dict.fromkeys(owner.get(name, name) for name in self._reader))
+        hidden = set(self.activations) - owner.keys()
+        shown = (name for name in self._reader if name not in hidden)
+        return tuple(dict.fromkeys(owner.get(name, name) for name in shown))
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.modules:
@@ -129,7 +137,7 @@ class SafetensorsCheckpoint(Checkpoint):
         for suffix, tensor in self.modules[name].tensors.items():
             stored = DTYPES.get(self._reader[tensor].dtype)
             is_scale = suffix in ("scales", "weight_scale")
-            if is_scale and stored is not None and stored.kind != "u":
+            if is_scale and stored is not None and stored in FLOAT:
                 return stored
         return np.dtype(self.represented(name).dtype)
 

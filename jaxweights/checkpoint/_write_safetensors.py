@@ -238,9 +238,11 @@ def shard_name(i: int, count: int) -> str:
 
 def _write_file(path: Path, plans: list[TensorPlan], metadata: dict[str, str]) -> None:
     head, places = head_of(plans, metadata)
+    starts = {plan.name: start for plan, start in places}
     with path.open("wb") as file:
         file.write(head)
-        for plan, _ in places:
+        for plan in plans:  # in the order given: what is made of one weight is made at once
+            file.seek(starts[plan.name])
             data = _bytes_of(plan)
             for start in range(0, data.size, _CHUNK_BYTES):
                 file.write(data[start : start + _CHUNK_BYTES].data)

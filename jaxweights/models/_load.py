@@ -91,13 +91,14 @@ def load_pretrained(
         warnings.warn(
             f"{_ASKER}: '{path}': its quantization_config has 'input_activations' rounded while "
             "the model runs; only the weights are read, and the model runs on float activations. "
-            "Apply quantize.int8_dynamic() for integer products.",
+            "Apply quantize.int8_dynamic() for integer products. The description is written again "
+            "with compressed-tensors.",
             stacklevel=2,
         )
     config = read_config(source)
     carried: dict[str, np.ndarray] = {}
     if source.is_torch and source.format != "gguf":  # what GGUF has beyond it is in the config
-        carried = _carried(source, name_map(config, "huggingface"))
+        carried = carried_tensors(source, name_map(config, "huggingface"))
     if not source.is_torch:
         params = load_tree(path).tree
         params = materialize(params) if dequantize else params
@@ -152,7 +153,7 @@ def _rounds_activations(quantization: Mapping[str, Any]) -> bool:
     return any(isinstance(group, Mapping) and group.get("input_activations") for group in found)
 
 
-def _carried(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:
+def carried_tensors(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:
     """Tensors that the model has no use for; among them biases of zero, which AutoGPTQ adds."""
     expected = names.expected()
     found = {}

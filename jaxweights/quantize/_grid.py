@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from jaxweights.quantize._settings import check_between, check_float_dtype, check_numbers, is_word
+from jaxweights.weights._scaled import divide as divide
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
@@ -298,17 +299,6 @@ def encode(
         steps = steps + zero_point.astype(jnp.float32)
     # Clipped as floats: what a conversion makes of too large a number differs between backends.
     return jnp.clip(steps, smallest, largest).astype(jnp.int32)
-
-
-def divide(values: jax.Array, by: jax.Array | float) -> jax.Array:
-    """The correctly rounded float32 quotient, compiled or not.
-
-    XLA replaces division by a broadcast or constant divisor by a product with its reciprocal, which
-    is off by an ulp, moves entries that lie on a tie, and makes compiled code differ from eager
-    code. A divisor that depends on the dividend is left alone, and 0 / 1 is what 0 / by would be.
-    """
-    by = jnp.asarray(by, jnp.float32)
-    return values / jnp.where(values == 0, jnp.float32(1), by)
 
 
 def decode(

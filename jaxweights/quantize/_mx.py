@@ -87,14 +87,14 @@ def mx(*, element: Element, scale_rule: ScaleRule = "floor") -> Transform:
 def nvfp4() -> Transform:
     r"""Rounds weights to NVFP4: 16 four-bit floats share an 8-bit one; needs no data.
 
-    Two levels of scales: :math:`g = amax(W) / (448 \cdot 6)` for the matrix in float32, and for
-    each 16 consecutive input rows the e4m3 float nearest to :math:`amax / 6 / g`. Every entry gets
-    the nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign, in units of both. On normal weights
-    the relative squared error is 9.1e-3.
+    Two levels of scales: :math:`G = 448 \cdot 6 / amax(W)` for the matrix in float32, and for each
+    16 consecutive input rows the e4m3 float s nearest to :math:`amax / 6 \cdot G`. Every entry gets
+    the nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign, in units of :math:`s / G`. On normal
+    weights the relative squared error is 9.1e-3.
 
     Returns:
       A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype,
-      whose scales are `NarrowFloat`: 4.5 bits a weight. A stack has a g for each matrix.
+      whose scales are `NarrowFloat`: 4.5 bits a weight. A stack has a G for each matrix.
 
     Raises:
       ValueError: When it sees a tree, if 16 does not divide an input axis, a leaf is already
@@ -107,7 +107,7 @@ def nvfp4() -> Transform:
       >>> round(small.bits_per_weight, 2)
       4.5
 
-    Source: compressed-tensors 0.20 (`weight_global_scale` is 1/g) and torchao 0.18, `nvfp4`.
+    Source: compressed-tensors 0.20, whose codes and scales these are (`weight_global_scale` is G).
     Differs: A block whose scale is 0 in e4m3 has scale 1 and codes of 0.
     """
     word = f"the block of {NVFP4_BLOCK} rows that NVFP4 has"
@@ -213,9 +213,11 @@ def nvfp4_matrix(weight: Float[Array, "in out"]) -> Codebook:
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(NVFP4_BLOCK, *weight.shape))
     overall = block_max(largest, (1, 1))
-    outer = stored_scale(divide(overall, of_scale.largest * kind.largest), jnp.float32)
-    steps = jnp.minimum(in_units(divide(largest, kind.largest), outer), of_scale.largest)
-    scale = NarrowFloat.from_values(stored_scale(steps, of_scale.dtype), outer)
+    top = jnp.full_like(overall, of_scale.largest * kind.largest)
+    outer = divide(top, jnp.maximum(overall, jnp.finfo(jnp.float32).tiny))
+    outer = jnp.where(jnp.isinf(outer), jnp.float32(1), outer)  # for a matrix of zeros, too
+    steps = jnp.minimum(divide(largest, kind.largest) * outer, of_scale.largest)
+    scale = NarrowFloat.from_values(stored_scale(steps, of_scale.dtype), outer, divides=True)
     table = minifloat_table(kind)
     size = in_units(jnp.abs(wide), scale.matrix())
     codes = signed_code(size, signs(wide), table[:8], ties="even")

@@ -65,7 +65,6 @@ def write_checkpoint(
         return
     metadata: Any = {} if provenance is None else {"jaxweights": provenance.to_json()}
     if form != "safetensors":
-        given = pretrained.source.quantization
         if form == "gguf":  # its metadata have types, and those of another GGUF file stay
             source = pretrained.source
             metadata = source.metadata if source.format == "gguf" else None
@@ -75,9 +74,9 @@ def write_checkpoint(
             pretrained.config,
             form=form,
             target=target,
-            settings=given if form.startswith(str(given.get("quant_method"))) else None,
+            settings=kept_settings(form, pretrained.source),
             files=files,
-            carried=pretrained.carried,
+            carried={**pretrained.carried, **kept_activations(form, pretrained.source)},
             metadata=metadata,
             overwrite=overwrite,
         )
@@ -85,6 +84,19 @@ def write_checkpoint(
     dense = jax.tree.map(np.asarray, materialize(params))
     tensors = checkpoint_from_params(dense, pretrained.config) | dict(pretrained.carried)
     write_safetensors(destination, tensors, metadata=metadata, files=files, overwrite=overwrite)
+
+
+def kept_settings(form: Format, source: Any) -> Mapping[str, Any] | None:
+    """What a checkpoint's own `quantization_config` says, where the format stays the same."""
+    given = source.quantization
+    return given if form.startswith(str(given.get("quant_method"))) else None
+
+
+def kept_activations(form: Format, source: Any) -> dict[str, np.ndarray]:
+    """Tensors by which a runtime rounds activations, where the format stays the same."""
+    if form != "compressed-tensors" or kept_settings(form, source) is None:
+        return {}
+    return {name: source.read(name) for name in source.activations}
 
 
 def check_formats(formats: Iterable[Format], pretrained: Any, params: Any) -> None:

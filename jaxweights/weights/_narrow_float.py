@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._scaled import Scaled, check_blocks
+from jaxweights.weights._scaled import Scaled, check_blocks, divide
 from jaxweights.weights._weight import static, weight_dataclass
 
 
@@ -20,7 +20,8 @@ class NarrowFloat(Scaled):
 
         matrix[..., i, o] = values[..., i, o] * scale[..., r, c]  (+ offset)
 
-    with rows and columns of scales as `Scaled` says. Invariant:
+    with rows and columns of scales as `Scaled` says; where it `divides`, values are divided by
+    scales, as those of NVFP4 are by the one of the matrix. Invariant:
 
         values.shape == (*stack, in, out)
 
@@ -31,6 +32,7 @@ class NarrowFloat(Scaled):
       values: `float8_e4m3fn`, `float8_e5m2` or another 8-bit float.
       scale: Array or `Scaled`, one scale a block.
       offset: Added after scaling, or None.
+      divides: Whether values are divided by scales. An inverse would not be the same number.
       dtype: Dtype that it materialises to.
       view: How the matrix relates to the leaf.
 
@@ -45,6 +47,7 @@ class NarrowFloat(Scaled):
     values: jax.Array
     scale: Any
     offset: jax.Array | None = None
+    divides: bool = static(default=False)
     dtype: Any = static(default=np.dtype(np.float32))
     view: View = static(default=None)
 
@@ -55,6 +58,7 @@ class NarrowFloat(Scaled):
         scale: Any,
         offset: jax.Array | None = None,
         *,
+        divides: bool = False,
         dtype: DTypeLike = jnp.float32,
         view: View | None = None,
     ) -> NarrowFloat:
@@ -64,6 +68,7 @@ class NarrowFloat(Scaled):
           values: As in the class.
           scale: As in the class.
           offset: As in the class.
+          divides: As in the class.
           dtype: Dtype that it materialises to.
           view: How the matrix relates to the leaf; None means that the leaf is the matrix.
 
@@ -80,7 +85,7 @@ class NarrowFloat(Scaled):
         if offset is not None:
             check_blocks("NarrowFloat", "offset", offset.shape, values.shape)
         view = View.of(values.shape) if view is None else view
-        return cls(values, scale, offset, dtype=np.dtype(dtype), view=view)
+        return cls(values, scale, offset, divides=divides, dtype=np.dtype(dtype), view=view)
 
     @property
     def in_dim(self) -> int:
@@ -95,3 +100,9 @@ class NarrowFloat(Scaled):
         """Eight-bit floats are numbers of bfloat16 and, but for powers of two, of float16."""
         del dtype
         return self.values.dtype != jnp.float8_e8m0fnu
+
+    def _apply_scale(self, units: jax.Array, scale: jax.Array) -> jax.Array:
+        return divide(units, scale) if self.divides else units * scale
+
+    def _scales_outputs(self, dtype: Any) -> bool:
+        return not self.divides and super()._scales_outputs(dtype)

@@ -164,7 +164,7 @@ class Scaled(MatrixWeight):
 
     def _values(self) -> jax.Array:
         """The matrix in float32."""
-        values = combine(self.units(), self.by_row(self.scale_matrix()), jnp.multiply)
+        values = combine(self.units(), self.by_row(self.scale_matrix()), self._apply_scale)
         if self.offset is None:
             return values
         return combine(values, self.by_row(self.offset).astype(jnp.float32), jnp.add)
@@ -178,6 +178,9 @@ class Scaled(MatrixWeight):
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         values = {f.name: getattr(self, f.name) for f in fields if not f.metadata.get("static")}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _apply_scale(self, units: jax.Array, scale: jax.Array) -> jax.Array:
+        return units * scale
 
     def _scales_outputs(self, dtype: Any) -> bool:
         return self.scale.shape[-2] == 1 and self.offset is None and self.units_fit(dtype)
@@ -273,6 +276,17 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
         return operation(grouped, blocks[..., :, None, :]).reshape(matrix.shape)
     grouped = matrix.reshape(*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
     return operation(grouped, blocks[..., :, None, :, None]).reshape(matrix.shape)
+
+
+def divide(values: jax.Array, by: jax.Array | float) -> jax.Array:
+    """The correctly rounded float32 quotient, compiled or not.
+
+    XLA replaces division by a broadcast or constant divisor by a product with its reciprocal, which
+    is off by an ulp, moves entries that lie on a tie, and makes compiled code differ from eager
+    code. A divisor that depends on the dividend is left alone, and 0 / 1 is what 0 / by would be.
+    """
+    by = jnp.asarray(by, jnp.float32)
+    return values / jnp.where(values == 0, jnp.float32(1), by)
 
 
 def check_blocks(owner: str, name: str, shape: Sequence[int], stored: Sequence[int]) -> None:

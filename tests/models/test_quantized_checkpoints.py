@@ -438,6 +438,7 @@ FLOATS = {
     "fp8": (jw.quantize.fp8(), "compressed-tensors"),
     "fp8 in tiles": (jw.quantize.fp8(group_size=(64, 64)), "compressed-tensors"),
     "mxfp4": (jw.quantize.mx(element="e2m1"), "compressed-tensors"),
+    "nvfp4": (jw.quantize.nvfp4(), "compressed-tensors"),
 }
 
 
@@ -462,24 +463,37 @@ def test_narrow_floats_come_back_and_run(dense_model, tmp_path, case):
     assert {"lm_head", "model.layers.1.self_attn.q_proj"} <= set(skipped)
 
 
-def test_rounded_activations_that_are_not_read_are_told(dense_model, tmp_path):
+TOKENWISE = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+def test_a_description_of_dynamic_activations_is_told_run_and_written_again(dense_model, tmp_path):
     int8 = jw.quantize.round_to_nearest(bits=8)
     params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", int8)])
     out = tmp_path / "out"
     export_checkpoint(out, params, dense_model.config, form="compressed-tensors")
     config = json.loads((out / "config.json").read_text())
     for group in config["quantization_config"]["config_groups"].values():
-        group["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token"}
+        group["input_activations"] = TOKENWISE
     (out / "config.json").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="'input_activations' rounded while the model runs"):
         got = load_pretrained(out)
     tx = jw.partition(("layers/mlp/.*/kernel", jw.quantize.int8_dynamic()))
     layout = {"layers/mlp/.*/kernel": jw.weights.Axes()}
-    products = kernels(jw.apply(tx, got.params, layout=layout))
-    assert type(products["layers/mlp/up/kernel"]).__name__ == "QuantizedProduct"
+    products = jw.apply(tx, got.params, layout=layout)
+    assert type(kernels(products)["layers/mlp/up/kernel"]).__name__ == "QuantizedProduct"
+    near = np.asarray(logits(got, products)) - np.asarray(logits(got, got.params))
+    assert 0 < np.abs(near).max() < 0.05 * np.abs(logits(got, got.params)).max()
+
+    from jaxweights.recipes._write import write_checkpoint
+
+    write_checkpoint(tmp_path / "again", "compressed-tensors", got, got.params)
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == config
+    with pytest.warns(UserWarning, match="The description is written again"):
+        load_pretrained(tmp_path / "again")
 
 
-def test_static_scales_of_activations_are_passed_over(dense_model, tmp_path):
+def test_static_scales_of_activations_and_of_the_cache_come_back(dense_model, tmp_path):
     params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", jw.quantize.fp8())])
     export_checkpoint(tmp_path / "out", params, dense_model.config, form="compressed-tensors")
     reader = open_safetensors(tmp_path / "out")
@@ -489,29 +503,38 @@ def test_static_scales_of_activations_are_passed_over(dense_model, tmp_path):
         if n.endswith("weight_scale")
     }
     assert len(scales) == 3 * LAYERS
-    files = {"config.json": tmp_path / "out" / "config.json"}
+    scales["model.layers.0.self_attn.k_scale"] = np.full(1, 0.5, np.float32)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = config["quantization_config"]
+    settings["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    fixed = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    settings["config_groups"]["group_0"]["input_activations"] = fixed
+    files = {"config.json": json.dumps(config)}
     write_safetensors(
         tmp_path / "static", {n: reader.read(n) for n in reader} | scales, files=files
     )
-    first, second = (load_pretrained(tmp_path / name) for name in ("out", "static"))
+    first = load_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="only the weights are read"):
+        second = load_pretrained(tmp_path / "static")
     assert jax.tree.structure(first.params) == jax.tree.structure(second.params)
     for one, other in zip(*map(jax.tree.leaves, (first.params, second.params)), strict=True):
         np.testing.assert_array_equal(one, other)
 
+    from jaxweights.recipes._write import write_checkpoint
 
-def test_a_table_of_levels_is_no_integer_grid(dense_model, tmp_path):
-    params = rounded(dense_model, rules=[("layers/mlp/up/kernel", jw.quantize.nf4())])
-    with pytest.raises(ValueError, match=r"up_proj.weight' is a Codebook, and gptq holds only int"):
-        export_checkpoint(tmp_path / "out", params, dense_model.config, form="gptq")
-
-
-def test_a_stream_reads_the_weights_that_quantized_modules_stand_for(gptq_folder, tmp_path):
-    folder, _, dense = gptq_folder
-    tx = jw.stream.transform_checkpoint
-    tx(jw.sparsify.magnitude(sparsity=0.5), folder, tmp_path / "out", match=".*up_proj.weight")
-    got = open_checkpoint(tmp_path / "out")
-    assert "quantization_config" not in got.config and not got.quantization
-    name = "model.layers.0.mlp.{}_proj.weight"
-    want = dense["model.layers.0.mlp.gate_proj"].T.astype(np.float16)
-    np.testing.assert_array_equal(got.read(name.format("gate")), want)
-    assert np.mean(np.asarray(got.read(name.format("up"))) == 0) == pytest.approx(0.5, abs=0.05)
+    write_checkpoint(tmp_path / "again", "compressed-tensors", second, second.params)
+    same_tensors(tmp_path / "again", {n: reader.read(n) for n in reader} | scales)
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    # Without the scales nothing is said of them, and a dense checkpoint has none.
+    export_checkpoint(
+        tmp_path / "bare",
+        second.params,
+        second.config,
+        form="compressed-tensors",
+        settings=settings,
+    )
+    bare = json.loads((tmp_path / "bare" / "config.json").read_text())["quantization_config"]
+    assert bare["config_groups"]["group_0"]["input_activations"] is None
+    assert bare["kv_cache_scheme"] is None
+    write_checkpoint(tmp_path / "dense", "safetensors", second, second.params)
+    assert not any(n.endswith("_scale") for n in open_safetensors(tmp_path / "dense"))

@@ -152,12 +152,12 @@ def test_zeros_and_denormals_are_zeros_and_the_largest_float_is_near():
 
 def nvfp4_by_loops(weight):
     f = np.float32
-    outer = f(np.abs(weight).max() / f(448 * 6))
+    outer = f(448 * 6) / f(np.abs(weight).max())
     dense = np.zeros_like(weight)
     for r in range(0, len(weight), 16):
         for o in range(weight.shape[1]):
             block = weight[r : r + 16, o]
-            scale = f((np.abs(block).max() / f(6) / outer).astype(DTYPES["e4m3"])) * outer
+            scale = f((np.abs(block).max() / f(6) * outer).astype(DTYPES["e4m3"])) / outer
             if scale == 0:
                 continue
             units = np.clip(block / scale, f(-6), f(6)).astype(DTYPES["e2m1"])

@@ -18,15 +18,18 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
 )
 from jaxweights.checkpoint.exchange._gptq import pack_gptq as pack_gptq
 from jaxweights.checkpoint.exchange._gptq import unpack_gptq as unpack_gptq
+from jaxweights.checkpoint.exchange._module import LazyWeight as LazyWeight
 from jaxweights.checkpoint.exchange._module import Part as Part
 from jaxweights.checkpoint.exchange._narrow_floats import (
     pack_float_quantized as pack_float_quantized,
 )
 from jaxweights.checkpoint.exchange._narrow_floats import pack_mxfp4 as pack_mxfp4
+from jaxweights.checkpoint.exchange._narrow_floats import pack_nvfp4 as pack_nvfp4
 from jaxweights.checkpoint.exchange._narrow_floats import (
     unpack_float_quantized as unpack_float_quantized,
 )
 from jaxweights.checkpoint.exchange._narrow_floats import unpack_mxfp4 as unpack_mxfp4
+from jaxweights.checkpoint.exchange._narrow_floats import unpack_nvfp4 as unpack_nvfp4
 from jaxweights.checkpoint.exchange._settings import quantized_modules as quantized_modules
 from jaxweights.checkpoint.exchange._words import pack_words as pack_words
 from jaxweights.checkpoint.exchange._words import unpack_words as unpack_words

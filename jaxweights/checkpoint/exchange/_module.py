@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -49,6 +50,28 @@ Parts = Mapping[str, Part]
 
 
 Represented = Quantized | Codebook | NarrowFloat
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyWeight:
+    """A tensor that is read or made when it is looked at, and forgotten afterwards.
+
+    Args:
+      read: Gives the represented weight or the array; the same at every call. It is called once
+        for the checks, and once when the tensor is written.
+    """
+
+    read: Callable[[], Any]
+
+
+def without_values(weight: Any) -> Any:
+    """A weight with shapes in place of all arrays but the small ones that say what it is."""
+    shapes = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree
+    )
+    fields = ("codes", "values", "scale", "zero_point", "offset")
+    held = {f: shapes(getattr(weight, f)) for f in fields if hasattr(weight, f)}
+    return dataclasses.replace(weight, **held)
 
 
 def unsigned_codes(weight: Quantized) -> np.ndarray:

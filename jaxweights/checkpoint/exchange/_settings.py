@@ -22,12 +22,18 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
 )
 from jaxweights.checkpoint.exchange._gptq import BITS, unpack_gptq
 from jaxweights.checkpoint.exchange._module import Parts, Represented
-from jaxweights.checkpoint.exchange._narrow_floats import unpack_float_quantized, unpack_mxfp4
+from jaxweights.checkpoint.exchange._narrow_floats import (
+    unpack_float_quantized,
+    unpack_mxfp4,
+    unpack_nvfp4,
+)
 
 METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
 # Of static scales of activations, which belong to a module and say nothing of its weight.
-_ACTIVATIONS = ("input_scale", "input_zero_point")
+_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
+# Of scales of the cache, which belong to an attention module.
+_CACHE = (".q_scale", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
 
 
 class UnknownFormat(ValueError):
@@ -74,6 +80,28 @@ def quantized_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[s
     raise UnknownFormat(
         f"quant_method={method!r:.80} cannot be read. Known are {', '.join(METHODS)}"
     )
+
+
+def activation_tensors(
+    config: Mapping[str, Any], modules: Mapping[str, Module], names: Iterable[str]
+) -> tuple[str, ...]:
+    """Names of the tensors by which a runtime rounds activations and its cache."""
+    if config.get("quant_method") != "compressed-tensors":
+        return ()
+    found = [t for m in modules.values() for part, t in m.tensors.items() if part in _ACTIVATIONS]
+    return (*found, *(name for name in names if name.endswith(_CACHE)))
+
+
+def activations_of(config: Mapping[str, Any], stem: str) -> Mapping[str, Any] | None:
+    """How a config says that the inputs of a module are rounded; None if they are not."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        return None
+    try:
+        found = _group_of(stem, groups).get("input_activations")
+    except UnknownFormat:  # another model's
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _gptq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
@@ -209,15 +237,18 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
         raise UnknownFormat("'weights' of a config group must be a dict")
     if form == "float-quantized":
         _number(weights, "num_bits", (8,))
-        suffixes = ("weight", "weight_scale")
+        suffixes = ("weight", "weight_scale", "weight_zero_point")
         return unpack_float_quantized, suffixes, lambda parts: _two(parts, "weight")
     if form == "mxfp4-pack-quantized":
         suffixes = ("weight_packed", "weight_scale")
         return unpack_mxfp4, suffixes, _halved_shape
+    if form == "nvfp4-pack-quantized":
+        suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
+        return unpack_nvfp4, suffixes, _halved_shape
     if weights.get("type", "int") != "int":
         raise UnknownFormat(
             f"the format {form!r:.80} holds {weights.get('type')!r:.80} weights, which are read in "
-            "float-quantized and mxfp4-pack-quantized only"
+            "float-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized only"
         )
     symmetric = weights.get("symmetric", True) is True
     if form == "pack-quantized":
@@ -240,7 +271,8 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
         return unpack, suffixes, lambda parts: _two(parts, "weight")
     raise UnknownFormat(
         f"the format {form!r:.80} of compressed-tensors cannot be read. Known are "
-        "pack-quantized, int-quantized, float-quantized and mxfp4-pack-quantized"
+        "pack-quantized, int-quantized, float-quantized, mxfp4-pack-quantized and "
+        "nvfp4-pack-quantized"
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
+
+import numpy as np
 
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
@@ -22,12 +26,15 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
     unfit_compressed_tensors,
 )
 from jaxweights.checkpoint.exchange._gptq import group_setting, pack_gptq, unfit_gptq
-from jaxweights.checkpoint.exchange._module import Represented
+from jaxweights.checkpoint.exchange._module import LazyWeight, Represented, without_values
 from jaxweights.checkpoint.exchange._narrow_floats import (
+    is_nvfp4,
     pack_float_quantized,
     pack_mxfp4,
+    pack_nvfp4,
     unfit_floats,
 )
+from jaxweights.checkpoint.exchange._settings import activations_of
 from jaxweights.core._paths import fail
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._narrow_float import NarrowFloat
@@ -72,19 +79,22 @@ def write_quantized(
     """Writes a folder that readers of GPTQ, AWQ, compressed-tensors or bitsandbytes load.
 
     Everything is checked first, and all that does not fit is listed; nothing is written then.
-    One tensor at a time is in memory.
+    One tensor at a time is in memory, besides those that are given as they are.
 
     Args:
       destination: The folder to make.
       tensors: By name, as torch calls and orients them: `Quantized`, `Codebook` or `NarrowFloat`
-        weights of shape `(out, in)` under `<module>.weight`, and arrays for the rest.
+        weights of shape `(out, in)` under `<module>.weight`, and arrays for the rest. A
+        `LazyWeight` is read twice: for the checks and when it is written.
       form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM), `bitsandbytes` (NF4 and FP4) or
         `compressed-tensors`, whose format is chosen for each weight: int-quantized for 8 bits
-        without moved groups, pack-quantized for other integers, float-quantized for FP8, and
-        mxfp4-pack-quantized.
+        without moved groups, pack-quantized for other integers, float-quantized for FP8,
+        mxfp4-pack-quantized, and nvfp4-pack-quantized.
       config: The model's `config.json`; `quantization_config` is put into it.
       target: "vllm" also demands what its Marlin kernels need of integers.
-      settings: Further entries of `quantization_config`, such as those that a checkpoint had.
+      settings: Further entries of `quantization_config`, such as those that a checkpoint had. What
+        these say of activations, and of the cache, stays true of the modules that are still
+        quantized, unless it asks for tensors, such as static scales, that are not given.
       files: As in `write_safetensors`.
       metadata: As in `write_safetensors`.
       max_shard_bytes: As in `write_safetensors`.
@@ -96,21 +106,26 @@ def write_quantized(
 
     Differs: (1) GPTQ and AWQ files hold scales in float16: wider ones are rounded to it, once.
     """
-    quantized = check_quantized(tensors, form=form, target=target)
+    seen = _survey(tensors, form=form, target=target)
+    quantized = {name: one.weight for name, one in seen.items() if one.parts is not None}
     writer = WRITERS[form]
+    packed = _Packed(tensors, writer)
     written: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        if name in quantized:
-            stem = name.removesuffix(".weight")
-            parts = writer.pack(quantized[name])
-            written |= {f"{stem}.{suffix}": part for suffix, part in parts.items()}
-        else:
-            written[name] = tensor
+    for name, one in seen.items():
+        if one.parts is None:
+            written[name] = one.weight
+            continue
+        stem = name.removesuffix(".weight")
+        for suffix, (shape, dtype) in one.parts.items():
+            make = functools.partial(packed.part, name, suffix)
+            written[f"{stem}.{suffix}"] = LazyTensor(shape, dtype, make)
     weights = {name.removesuffix(".weight"): w for name, w in quantized.items()}
-    dense = _dense_linears(tensors, quantized)
+    dense = _dense_linears({name: one.weight for name, one in seen.items()}, quantized)
     if config.get("tie_word_embeddings") and "lm_head" not in (*dense, *weights):
         dense.append("lm_head")  # a module without a tensor of its own
     described = {**(settings or {}), **writer.settings(weights, dense)}
+    if form == "compressed-tensors":
+        described |= _kept_activations(described, settings or {}, [*weights], seen)
     content = {**config, "quantization_config": described}
     write_safetensors(
         destination,
@@ -126,65 +141,115 @@ def check_quantized(
     tensors: Mapping[str, Any], *, form: str, target: str | None = None
 ) -> dict[str, Represented]:
     """Refuses what `write_quantized` would, and returns the quantized ones of the tensors."""
+    seen = _survey(tensors, form=form, target=target)
+    return {name: one.weight for name, one in seen.items() if one.parts is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What is known of a tensor before anything is written.
+
+    Args:
+      weight: The weight, without values if it is lazy; or the tensor that is written as it is.
+      parts: Shapes and dtypes of the tensors that a weight becomes; None if it stays as it is.
+    """
+
+    weight: Any
+    parts: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
+
+
+class _Packed:
+    """The tensors that weights become, of which those of one weight are there at a time."""
+
+    def __init__(self, tensors: Mapping[str, Any], writer: _Writer):
+        self._tensors = tensors
+        self._writer = writer
+        self._newest: tuple[str, Mapping[str, LazyTensor]] = ("", {})
+
+    def part(self, name: str, suffix: str) -> np.ndarray:
+        """One of the tensors of a weight."""
+        if self._newest[0] != name:
+            tensor = self._tensors[name]
+            weight = tensor.read() if isinstance(tensor, LazyWeight) else tensor
+            self._newest = name, self._writer.pack(weight)
+        return self._newest[1][suffix]()
+
+
+def _survey(
+    tensors: Mapping[str, Any], *, form: str, target: str | None = None
+) -> dict[str, _Seen]:
+    """Looks at every tensor once; refuses what the format cannot hold, all at once."""
     if form not in WRITERS:
         raise ValueError(f"{_ASKER}: form={form!r} must be one of {', '.join(WRITERS)}.")
     if target not in (None, "vllm"):
         raise ValueError(f"{_ASKER}: target={target!r} must be 'vllm' or None.")
-    quantized = {n: t for n, t in tensors.items() if isinstance(t, Represented)}
-    fail(_ASKER, _misfits(tensors, quantized, WRITERS[form], form, target))
-    return quantized
-
-
-def _misfits(
-    tensors: Mapping[str, Any],
-    quantized: Weights,
-    writer: _Writer,
-    form: str,
-    target: str | None,
-) -> list[str]:
-    problems = []
+    writer, problems = WRITERS[form], []
+    seen: dict[str, _Seen] = {}
+    integers: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        if is_weight(tensor) and name not in quantized:
-            problems.append(
-                f"{name!r} is a {type(tensor).__name__}, and {form} holds only narrow numbers with "
-                "scales. Merge factors and masks into the weight, or save with Orbax."
-            )
-    integers = {n: w for n, w in quantized.items() if isinstance(w, Quantized)}
-    for name, weight in quantized.items():
-        if writer.uniform and name not in integers:
-            problems.append(
-                f"{name!r} is a {type(weight).__name__}, and {form} holds only integers. Quantize "
-                "with round_to_nearest, gptq or awq, or write bitsandbytes or compressed-tensors."
-            )
+        is_lazy = isinstance(tensor, LazyWeight)
+        weight = tensor.read() if is_lazy else tensor
+        if not is_weight(weight):
+            plain = LazyTensor(weight.shape, weight.dtype, tensor.read) if is_lazy else tensor
+            seen[name] = _Seen(plain)
             continue
-        faults = list(writer.unfit(weight))
-        if not name.endswith(".weight") or weight.view.axes.kind != "linear":
-            faults.append(
-                f"is an {weight.view.axes.kind}, and readers of {form} know only linear modules. "
-                "Leave it out with `partition`, or dequantize it with `materialize`"
-            )
-        if target == "vllm":
-            faults += _unfit_marlin(weight) if name in integers else []
+        faults = _misfits(name, weight, writer, form, target)
         problems += [f"{name!r} {fault}." for fault in faults]
-    if not quantized:
+        known = without_values(weight) if is_lazy else weight
+        if isinstance(weight, Quantized):
+            integers[name] = known
+        if not faults:
+            parts = {s: (part.shape, part.dtype) for s, part in writer.pack(weight).items()}
+            seen[name] = _Seen(known, parts)
+    quantized = {name: one.weight for name, one in seen.items() if one.parts is not None}
+    if not quantized and not problems:
         problems.append(
             f"no tensor is quantized, so there is nothing that {form} could hold. Quantize "
             "first (quantize.round_to_nearest, quantize.gptq), or write safetensors."
         )
-    all_bits = {weight.bits for weight in integers.values()}
-    if writer.uniform and (len(all_bits) > 1 or common_group(integers) is None):
-        kinds: dict[Any, list[str]] = {}
-        for name, weight in integers.items():
-            kinds.setdefault((weight.bits, group_setting(weight)), []).append(name)
-        listed = "; ".join(
-            f"bits={bits}, group_size={group}: {len(names)} such as {names[0]!r}"
-            for (bits, group), names in kinds.items()
+    fail(_ASKER, problems + (_unlike(integers, form) if writer.uniform else []))
+    return seen
+
+
+def _misfits(name: str, weight: Any, writer: _Writer, form: str, target: str | None) -> list[str]:
+    """Why a represented weight cannot be written."""
+    if not isinstance(weight, Represented):
+        return [
+            f"is a {type(weight).__name__}, and {form} holds only narrow numbers with scales. "
+            "Merge factors and masks into the weight, or save with Orbax"
+        ]
+    is_integer = isinstance(weight, Quantized)
+    if writer.uniform and not is_integer:
+        return [
+            f"is a {type(weight).__name__}, and {form} holds only integers. Quantize with "
+            "round_to_nearest, gptq or awq, or write bitsandbytes or compressed-tensors"
+        ]
+    faults = list(writer.unfit(weight))
+    if not name.endswith(".weight") or weight.view.axes.kind != "linear":
+        faults.append(
+            f"is an {weight.view.axes.kind}, and readers of {form} know only linear modules. "
+            "Leave it out with `partition`, or dequantize it with `materialize`"
         )
-        problems.append(
-            f"{form} has one grid for all modules, but these differ ({listed}). Quantize all "
-            "alike, or write compressed-tensors, which has a grid a module."
-        )
-    return problems
+    if target == "vllm" and is_integer:
+        faults += _unfit_marlin(weight)
+    return faults
+
+
+def _unlike(weights: Weights, form: str) -> list[str]:
+    """How the grids of weights differ in a format that has one for all."""
+    if len({weight.bits for weight in weights.values()}) <= 1 and common_group(weights) is not None:
+        return []
+    kinds: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        kinds.setdefault((weight.bits, group_setting(weight)), []).append(name)
+    listed = "; ".join(
+        f"bits={bits}, group_size={group}: {len(names)} such as {names[0]!r}"
+        for (bits, group), names in kinds.items()
+    )
+    return [
+        f"{form} has one grid for all modules, but these differ ({listed}). Quantize all alike, "
+        "or write compressed-tensors, which has a grid a module."
+    ]
 
 
 def common_group(weights: Weights) -> int | None:
@@ -299,6 +364,44 @@ def _compressed_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
     }
 
 
+def _kept_activations(
+    described: Mapping[str, Any],
+    given: Mapping[str, Any],
+    modules: list[str],
+    names: Collection[str],
+) -> dict[str, Any]:
+    """Entries of a description that say of activations and of the cache what a given one does.
+
+    A group whose modules' inputs are rounded in several ways, or some not at all, is split.
+    """
+    if not given:
+        return {}
+    groups: dict[str, Any] = {}
+    for group in described["config_groups"].values():
+        stems = modules if group["targets"] == ["Linear"] else group["targets"]
+        ways: dict[str, list[str]] = {}
+        for stem in stems:
+            way = _runnable(activations_of(given, stem), stem, names)
+            ways.setdefault(dump_json(way), []).append(stem)
+        for way, members in ways.items():
+            targets = group["targets"] if len(ways) == 1 else members
+            changed = {**group, "targets": targets, "input_activations": json.loads(way)}
+            groups[f"group_{len(groups)}"] = changed
+    has_cache = any(name.endswith((".k_scale", ".v_scale")) for name in names)
+    cache = given.get("kv_cache_scheme") if has_cache else None
+    return {"config_groups": groups, "kv_cache_scheme": cache}
+
+
+def _runnable(
+    activations: Mapping[str, Any] | None, stem: str, names: Collection[str]
+) -> Mapping[str, Any] | None:
+    """A description of activations, if all that it needs is there."""
+    if activations is None or activations.get("dynamic") is True:
+        return activations
+    static = any(f"{stem}.{part}" in names for part in ("input_scale", "input_global_scale"))
+    return activations if static else None
+
+
 def _is_plain_int8(weight: Quantized) -> bool:
     return weight.bits == 8 and weight.group_index is None
 
@@ -307,14 +410,15 @@ def _scheme(weight: Any) -> tuple[tuple[str, Any], ...]:
     if isinstance(weight, NarrowFloat):
         return _float_scheme(weight)
     if isinstance(weight, Codebook):
+        nvidia = is_nvfp4(weight)
         return (
-            ("format", "mxfp4-pack-quantized"),
+            ("format", "nvfp4-pack-quantized" if nvidia else "mxfp4-pack-quantized"),
             ("num_bits", 4),
             ("type", "float"),
             ("symmetric", True),
-            ("strategy", "group"),
-            ("group_size", 32),
-            ("scale_dtype", "torch.uint8"),
+            ("strategy", "tensor_group" if nvidia else "group"),
+            ("group_size", 16 if nvidia else 32),
+            ("scale_dtype", "torch.float8_e4m3fn" if nvidia else "torch.uint8"),
         )
     group = group_setting(weight)
     strategy = "group" if group != -1 else "tensor" if scales_tensor(weight) else "channel"
@@ -353,7 +457,7 @@ def _pack_compressed(weight: Any) -> Mapping[str, LazyTensor]:
     if isinstance(weight, NarrowFloat):
         return pack_float_quantized(weight)
     if isinstance(weight, Codebook):
-        return pack_mxfp4(weight)
+        return pack_nvfp4(weight) if is_nvfp4(weight) else pack_mxfp4(weight)
     return pack_int_quantized(weight) if _is_plain_int8(weight) else pack_pack_quantized(weight)
 
 

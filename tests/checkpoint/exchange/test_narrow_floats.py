@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -7,12 +8,14 @@ from jaxweights.checkpoint.exchange import (
     Part,
     pack_float_quantized,
     pack_mxfp4,
+    pack_nvfp4,
     unpack_float_quantized,
     unpack_mxfp4,
+    unpack_nvfp4,
 )
 from jaxweights.checkpoint.exchange._narrow_floats import E2M1, unfit_floats
 from jaxweights.quantize._fp8 import fp8_matrix
-from jaxweights.quantize._mx import mx_matrix
+from jaxweights.quantize._mx import mx_matrix, nvfp4_matrix
 
 
 def parts(arrays):
@@ -59,6 +62,61 @@ def test_mxfp4_stands_for_the_numbers_and_comes_back():
     assert_same(made(pack_mxfp4(weight)), stored)
 
 
+@pytest.mark.parametrize("overall", [1.0, 1.7, 2691.3, 3e-5])
+def test_nvfp4_stands_for_the_numbers_and_comes_back(overall):
+    rng = np.random.default_rng(2)
+    codes = rng.integers(0, 16, (4, 64)).astype(np.uint8)
+    scales = rng.uniform(0, 448, (4, 4)).astype(ml_dtypes.float8_e4m3fn)
+    stored = {
+        "weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+        "weight_scale": scales,
+        "weight_global_scale": np.float32([overall]),
+    }
+    weight = unpack_nvfp4(parts(stored))
+    steps = scales.astype(np.float32) / np.float32(overall)
+    want = E2M1[codes] * np.repeat(steps, 16, axis=1)
+    np.testing.assert_array_equal(weight.materialize(), want)
+    np.testing.assert_array_equal(jax.jit(lambda w: w.materialize())(weight), want)
+    assert not unfit_floats(weight)
+    assert_same(made(pack_nvfp4(weight)), stored)
+
+
+def test_the_package_makes_and_reads_the_same_nvfp4():
+    """Codes, scales and the number for all, and what they stand for, of compressed-tensors."""
+    torch = pytest.importorskip("torch")
+    nvfp4 = pytest.importorskip("compressed_tensors.compressors.nvfp4")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"], **quantization.quant_scheme.PRESET_SCHEMES["NVFP4A16"]
+    )
+    rng = np.random.default_rng(3)
+    dense = rng.normal(size=(8, 64)).astype(np.float32) * rng.uniform(0.01, 3, (8, 1)).astype("f")
+    theirs = torch.from_numpy(dense)
+    overall = helpers.generate_gparam(theirs.min(), theirs.max())
+    groups = theirs.reshape(8, 4, 16)
+    scale, _ = helpers.calculate_qparams(
+        groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=overall
+    )
+    state = {"weight": theirs, "weight_scale": scale, "weight_global_scale": overall}
+    state = nvfp4.NVFP4PackedCompressor.compress(state, scheme)
+    ours = made(pack_nvfp4(nvfp4_matrix(jnp.asarray(dense.T))))
+    numpy = lambda t: t.view(torch.uint8).numpy()  # noqa: E731
+    assert ours["weight_packed"].tobytes() == numpy(state["weight_packed"]).tobytes()
+    assert ours["weight_scale"].tobytes() == numpy(state["weight_scale"]).tobytes()
+    assert ours["weight_global_scale"].tobytes() == numpy(state["weight_global_scale"]).tobytes()
+    back = {
+        "weight_packed": torch.from_numpy(ours["weight_packed"]),
+        "weight_scale": torch.from_numpy(ours["weight_scale"].view(np.uint8)).view(
+            torch.float8_e4m3fn
+        ),
+        "weight_global_scale": torch.from_numpy(np.array(ours["weight_global_scale"])),
+    }
+    read = nvfp4.NVFP4PackedCompressor.decompress(back, scheme)["weight"]
+    mine = unpack_nvfp4(parts(ours), dtype=ml_dtypes.bfloat16).materialize()
+    np.testing.assert_array_equal(read.float().numpy(), np.asarray(mine, np.float32))
+
+
 def test_the_package_reads_four_bit_floats_in_the_same_order():
     torch = pytest.importorskip("torch")
     helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
@@ -80,6 +138,16 @@ def test_what_these_formats_cannot_hold_is_said():
         assert [words in problem for problem in unfit_floats(weight)] == [True], words
 
 
+def test_zero_points_of_fp8_are_read_where_they_are_zero_and_refused_where_not():
+    values = np.ones((8, 64), ml_dtypes.float8_e4m3fn)
+    stored = {"weight": values, "weight_scale": np.ones((8, 1), np.float32)}
+    zero = np.zeros((8, 1), ml_dtypes.float8_e4m3fn)
+    weight = unpack_float_quantized(parts(stored | {"weight_zero_point": zero}))
+    np.testing.assert_array_equal(weight.materialize(), np.ones((8, 64), np.float32))
+    with pytest.raises(ValueError, match="'weight_zero_point' is not 0, which 8-bit floats"):
+        unpack_float_quantized(parts(stored | {"weight_zero_point": zero + zero.dtype.type(1)}))
+
+
 def test_damaged_modules_are_refused():
     values = np.ones((8, 64), ml_dtypes.float8_e4m3fn)
     scale = np.ones((3, 1), np.float32)
@@ -95,3 +163,16 @@ def test_damaged_modules_are_refused():
         ValueError, match=r"'weight_scale' is uint8 \(2, 3\), expected uint8 \(2, 2\)"
     ):
         unpack_mxfp4(parts(packed))
+    packed = {
+        "weight_packed": np.ones((2, 16), np.uint8),
+        "weight_scale": np.ones((2, 2), ml_dtypes.float8_e4m3fn),
+        "weight_global_scale": np.zeros(1, np.float32),
+    }
+    with pytest.raises(ValueError, match=r"'weight_global_scale' is 0\.0, by which nothing can be"):
+        unpack_nvfp4(parts(packed))
+    del packed["weight_global_scale"]
+    with pytest.raises(ValueError, match="'weight_global_scale' is missing"):
+        unpack_nvfp4(parts(packed))
+    packed["weight_packed"] = np.ones((2, 12), np.uint8)
+    with pytest.raises(ValueError, match="24 inputs are no blocks of 16"):
+        unpack_nvfp4(parts(packed))
