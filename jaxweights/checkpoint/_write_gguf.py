@@ -16,7 +16,9 @@ import numpy as np
 from jaxweights.checkpoint._atomic import atomic
 from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.checkpoint._gguf_blocks import BLOCK_TYPES
+from jaxweights.checkpoint._write_safetensors import LazyTensor
 from jaxweights.checkpoint.exchange._gguf_codes import gguf_type, pack_gguf, unfit_gguf
+from jaxweights.checkpoint.exchange._module import LazyWeight
 from jaxweights.core._paths import fail
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
@@ -42,7 +44,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class GGUFTensor:
     """A tensor to be written."""
 
     name: str
@@ -69,7 +71,8 @@ def write_gguf(
       destination: The file.
       tensors: By name, in NumPy's order of axes: arrays or `LazyTensor`, or `Quantized` weights
         `(out, in)`, which become the narrowest block type that holds their codes: Q4_0, Q5_0 or
-        Q8_0, and with offsets Q4_1 or Q5_1.
+        Q8_0, and with offsets Q4_1 or Q5_1. A `LazyWeight` is read twice: for the checks and when
+        it is written.
       metadata: Key-value pairs: booleans, numbers, text, and lists of one of them.
       kinds: Types of values by key, such as `GGUFReader.kinds`; others get 32-bit integers and
         floats, and 64-bit integers where they do not fit.
@@ -91,7 +94,18 @@ def write_gguf(
     Source: the format's specification, `docs/gguf.md` in the ggml repository.
     Differs: (1) scales wider than float16 are rounded to it, once.
     """
-    plans = plan_gguf(tensors)
+    write_planned(destination, plan_gguf(tensors), metadata, kinds=kinds, overwrite=overwrite)
+
+
+def write_planned(
+    destination: str | os.PathLike[str],
+    plans: list[GGUFTensor],
+    metadata: Mapping[str, Any],
+    *,
+    kinds: Mapping[str, ValueKind] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`write_gguf`, of tensors that are planned already."""
     head = _head(plans, metadata, kinds or {})
     total = len(head) + sum(_padded(plan.nbytes) for plan in plans)
     check_destination(_ASKER, destination, overwrite=overwrite, directory=False)
@@ -101,7 +115,7 @@ def write_gguf(
         write_plans(partial, head, plans)
 
 
-def write_plans(path: os.PathLike[str], head: bytes, plans: list[_Tensor]) -> None:
+def write_plans(path: os.PathLike[str], head: bytes, plans: list[GGUFTensor]) -> None:
     """Writes a file whose head and tensors are known."""
     with open(path, "wb") as file:
         file.write(head)
@@ -116,15 +130,20 @@ def write_plans(path: os.PathLike[str], head: bytes, plans: list[_Tensor]) -> No
             file.write(b"\0" * (_padded(plan.nbytes) - plan.nbytes))
 
 
-def plan_gguf(tensors: Mapping[str, Any]) -> list[_Tensor]:
+def plan_gguf(tensors: Mapping[str, Any]) -> list[GGUFTensor]:
     """What will be written for each tensor; refuses what GGUF cannot hold, all at once."""
     problems, strange, plans = [], [], []
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = given
+        if isinstance(given, LazyWeight):
+            tensor = given.read()
+            if not is_weight(tensor):
+                tensor = LazyTensor(tensor.shape, tensor.dtype, given.read)
         if isinstance(tensor, Quantized):
             faults = unfit_gguf(tensor)
             problems += [f"{name!r} {fault}." for fault in faults]
             if not faults:
-                plans.append(_blocks(name, tensor))
+                plans.append(_blocks(name, tensor, given))
         elif is_weight(tensor):
             problems.append(
                 f"{name!r} is a {type(tensor).__name__}, which GGUF cannot hold. Dequantize it "
@@ -135,7 +154,7 @@ def plan_gguf(tensors: Mapping[str, Any]) -> list[_Tensor]:
         else:
             shape = tuple(int(n) for n in tensor.shape)
             nbytes = math.prod(shape) * np.dtype(tensor.dtype).itemsize
-            plans.append(_Tensor(name, shape, kind, nbytes, functools.partial(_made, tensor)))
+            plans.append(GGUFTensor(name, shape, kind, nbytes, functools.partial(_made, tensor)))
     fail(_ASKER, strange, TypeError)
     fail(_ASKER, problems)
     return plans
@@ -145,13 +164,14 @@ def _made(tensor: Any) -> np.ndarray:
     return np.asarray(tensor() if callable(tensor) else tensor)
 
 
-def _blocks(name: str, weight: Quantized) -> _Tensor:
+def _blocks(name: str, weight: Quantized, given: Quantized | LazyWeight) -> GGUFTensor:
+    def make() -> np.ndarray:
+        return pack_gguf(given.read() if isinstance(given, LazyWeight) else given)
+
     kind = gguf_type(weight)
     size = BLOCK_TYPES[_NUMBERS[kind]].nbytes
     shape = (weight.out_dim, weight.in_dim)
-    return _Tensor(
-        name, shape, kind, weight.in_dim // 32 * weight.out_dim * size, lambda: pack_gguf(weight)
-    )
+    return GGUFTensor(name, shape, kind, weight.in_dim // 32 * weight.out_dim * size, make)
 
 
 def _padded(nbytes: int) -> int:
@@ -159,7 +179,7 @@ def _padded(nbytes: int) -> int:
 
 
 def _head(
-    plans: list[_Tensor], metadata: Mapping[str, Any], kinds: Mapping[str, ValueKind]
+    plans: list[GGUFTensor], metadata: Mapping[str, Any], kinds: Mapping[str, ValueKind]
 ) -> bytes:
     pairs = {k: v for k, v in metadata.items() if k != "general.alignment"}
     out = [b"GGUF", struct.pack("<IQQ", 3, len(plans), len(pairs))]

@@ -7,6 +7,8 @@ import dataclasses
 import re
 from typing import Any
 
+from jaxweights.cli._bytes import byte_count
+
 SUMMARY = "merge checkpoints as a mergekit configuration says"
 DESCRIPTION = """\
 Merges checkpoints of any size: slices are read, merged and written at the same time, and what is in
@@ -36,8 +38,6 @@ A killed run leaves the destination as it was; the same command with --resume go
 # What an interrupted run leaves.
 INTERRUPTED = "the destination is as it was; say --resume to go on, or run anew to start over"
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
@@ -52,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", choices=("safetensors", "orbax"), default="safetensors", help="the format"
     )
     parser.add_argument(
-        "--memory", type=_bytes, metavar="BYTES", help="hold no more than this, such as 1GB"
+        "--memory", type=byte_count, metavar="BYTES", help="hold no more than this, such as 1GB"
     )
     parser.add_argument(
         "--shard",
-        type=_bytes,
+        type=byte_count,
         default=5 * 10**9,
         metavar="BYTES",
         help="most bytes a file of safetensors (5GB)",
@@ -218,10 +218,3 @@ def _windows(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of windows. Write 8x512.")
     return int(found[1]), int(found[2])
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)?\s*", text.upper())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size. Write 4000000000, 4GB or 4GiB.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])

@@ -77,17 +77,47 @@ def export_checkpoint(
       >>> jw.models.load_pretrained(folder).params["layers"]["mlp"]["up"]["kernel"].bits
       4
     """
+    params = _without_masks(params)
+    if form == "gguf":
+        tensors = gguf_tensors(params, config)
+    else:
+        tensors = _torch_tensors(params, config) | dict(carried or {})
+    export_tensors(
+        destination,
+        tensors,
+        config,
+        form=form,
+        target=target,
+        settings=settings,
+        files=files,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
+
+
+def export_tensors(
+    destination: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    config: LlamaConfig | BertConfig,
+    *,
+    form: Form | Literal["gguf"],
+    target: Literal["vllm"] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`export_checkpoint`, of tensors under the names of the format, which may be `LazyWeight`."""
     from jaxweights.checkpoint.exchange import write_quantized
 
-    params = _without_masks(params)
     if form == "gguf":
         if target is not None:
             raise ValueError(f"{_ASKER}: target={target!r} is for safetensors, not for gguf.")
+        assert isinstance(config, LlamaConfig)
         write_gguf_model(
-            destination, params, config, metadata=metadata, files=files or {}, overwrite=overwrite
+            destination, tensors, config, metadata=metadata, files=files or {}, overwrite=overwrite
         )
         return
-    tensors = _torch_tensors(params, config) | dict(carried or {})
     rest = dict(files or {})
     write_quantized(
         destination,

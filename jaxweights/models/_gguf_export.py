@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from jaxweights.models._llama_config import LlamaConfig
 from jaxweights.models._registry import config_from_gguf
 from jaxweights.models._rope import rope_frequencies
 from jaxweights.models._tokenizer import known_cuts
-from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
+
+if TYPE_CHECKING:
+    from jaxweights.checkpoint._write_gguf import GGUFTensor
 
 _ASKER = "models.export_checkpoint"
 _ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "olmo2": "olmo2"}
@@ -32,18 +35,18 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 def write_gguf_model(
     destination: str | os.PathLike[str],
-    params: Any,
-    config: LlamaConfig | BertConfig,
+    tensors: Mapping[str, Any],
+    config: LlamaConfig,
     *,
     metadata: Mapping[str, Any] | None,
     files: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
     """Writes a file, or a folder with `model.gguf`; see `export_checkpoint`."""
-    from jaxweights.checkpoint import atomic_directory, write_gguf
+    from jaxweights.checkpoint import atomic_directory
+    from jaxweights.checkpoint._write_gguf import plan_gguf, write_planned
 
-    tensors = gguf_tensors(params, config)
-    assert isinstance(config, LlamaConfig)
+    plans = plan_gguf(tensors)
     pairs = dict(metadata) if metadata else tokenizer_metadata(files, config.vocab_size)
     if not metadata or _says_other(pairs, tensors, config):
         pairs = {**gguf_metadata(config), **pairs} | gguf_metadata(config)
@@ -52,24 +55,30 @@ def write_gguf_model(
             f"{_ASKER}: GGUF cannot say of a {config.family!r} that {', '.join(other)}. Write "
             "safetensors."
         )
-    pairs["general.file_type"] = _file_type(tensors)
+    pairs["general.file_type"] = _file_type(plans)
     destination = Path(destination)
     if destination.suffix == ".gguf":
-        write_gguf(destination, tensors, pairs, kinds=_KINDS, overwrite=overwrite)
+        write_planned(destination, plans, pairs, kinds=_KINDS, overwrite=overwrite)
         return
     with atomic_directory(destination, overwrite=overwrite) as folder:
-        write_gguf(folder / "model.gguf", tensors, pairs, kinds=_KINDS)
+        write_planned(folder / "model.gguf", plans, pairs, kinds=_KINDS)
 
 
 def gguf_tensors(params: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:
     """The tensors of a file, by the names and in the orientation that GGUF has."""
+    refuse_other_family(config)
+    assert isinstance(config, LlamaConfig)
+    tensors = write_tree(params, name_map(config, "gguf"), asker=_ASKER, represented=True)
+    return {name: as_ggml_reads(t) for name, t in tensors.items()} | rope_divisors(config)
+
+
+def refuse_other_family(config: LlamaConfig | BertConfig) -> None:
+    """Refuses models that GGUF is not written for."""
     if isinstance(config, BertConfig):
         raise ValueError(
             f"{_ASKER}: GGUF is written for the Llama family, and this is a BERT. Write "
             "safetensors, and convert them with llama.cpp."
         )
-    tensors = write_tree(params, name_map(config, "gguf"), asker=_ASKER, represented=True)
-    return {name: _as_read(tensor) for name, tensor in tensors.items()} | rope_divisors(config)
 
 
 def _says_other(
@@ -93,23 +102,19 @@ def _says_other(
 _KINDS = {"tokenizer.ggml.token_type": (9, 5), "tokenizer.ggml.scores": (9, 6)}
 
 
-def _as_read(tensor: Any) -> Any:
+def as_ggml_reads(tensor: Any) -> Any:
     """Vectors in float32, as ggml's kernels want them."""
     if is_weight(tensor) or tensor.ndim > 1:
         return tensor
     return np.asarray(tensor, np.float32)
 
 
-def _file_type(tensors: Mapping[str, Any]) -> int:
-    from jaxweights.checkpoint.exchange._gguf_codes import gguf_type
-
+def _file_type(plans: list[GGUFTensor]) -> int:
+    """What most of the entries of matrices are stored as."""
     kinds = Counter()
-    for tensor in tensors.values():
-        if isinstance(tensor, Quantized):
-            kinds[gguf_type(tensor)] += tensor.size
-        elif not is_weight(tensor) and tensor.ndim > 1:
-            names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-            kinds[names.get(np.dtype(tensor.dtype).name, "F32")] += tensor.size
+    for plan in plans:
+        if len(plan.shape) > 1:
+            kinds[plan.kind if plan.kind in _FILE_TYPES else "F32"] += math.prod(plan.shape)
     return _FILE_TYPES[kinds.most_common(1)[0][0]] if kinds else 0
 
 

@@ -98,9 +98,9 @@ def test_what_cannot_be_done_is_said_and_ends_with_one(capsys, folder, arguments
 
 @pytest.mark.parametrize("text, value", [("1GB", 10**9), ("1.5 MiB", 3 << 19), ("4096", 4096)])
 def test_sizes_are_read_with_their_units(text, value):
-    from jaxweights.cli._merge import _bytes
+    from jaxweights.cli._bytes import byte_count
 
-    assert _bytes(text) == value
+    assert byte_count(text) == value
 
 
 def test_a_size_without_sense_ends_with_two(capsys, folder):
