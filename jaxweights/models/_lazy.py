@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,12 @@ def lazy_tensors(
                 part = _cast(part, dtype)
             if change is not None:
                 part = change(rule.path, part)
-            return rule.to_checkpoint(part)
+            made = rule.to_checkpoint(part)
+            # What was read where it lies mapped would stay in this process.
+            if (place := source.mapped(held)) is not None:
+                made = made if is_weight(made) else np.array(made)
+                place.forget(0, math.prod(source.shape(held)))
+            return made
 
         return LazyWeight(read)
 

@@ -7,6 +7,7 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
+from jaxweights.checkpoint._mapped import MappedTensor
 from jaxweights.cli import main
 from jaxweights.models import (
     LlamaConfig,
@@ -109,6 +110,18 @@ def test_tensors_are_looked_at_once_before_and_made_once_while_writing(dense, tm
     )
     count = len(open_checkpoint(dense).names)
     assert told == [("Converting", i + 1, 2 * count) for i in range(2 * count)]
+
+
+def test_what_was_read_where_it_lies_mapped_leaves_the_process(dense, tmp_path, monkeypatch):
+    left = []
+    forget = MappedTensor.forget
+    monkeypatch.setattr(
+        MappedTensor, "forget", lambda self, *a: (left.append(self.start), forget(self, *a))
+    )
+    source = open_checkpoint(dense)
+    convert_checkpoint(source, tmp_path / "m.gguf", "gguf")
+    places = [source.mapped(name) for name in source.names]
+    assert sorted(left) == sorted([place.start for place in places] * 2)
 
 
 def test_a_run_that_ends_early_leaves_nothing(dense, tmp_path):
