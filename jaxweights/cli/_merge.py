@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         metavar="TEXT",
         help="score the models and the merged one on a text file, or on pydoc-topics, moby-dick or "
-        "brown; whole models are held for it, two at a time",
+        "brown; whole models are held for it, two at a time, with --curve three",
     )
     parser.add_argument(
         "--windows",

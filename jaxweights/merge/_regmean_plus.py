@@ -67,8 +67,8 @@ def regmean_plus(
       The merged model, in the dtypes of the first one.
 
     Raises:
-      ValueError: If the numbers of models and of data sets differ, a pattern matches no matrix, two
-        match the same one, or what `regmean` refuses.
+      ValueError: If the numbers of models and of data sets differ, a pattern matches no matrix or
+        an embedding, two match the same one, or what `regmean` refuses.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,6 +84,8 @@ def regmean_plus(
     """
     from jaxweights.calibrate import calibrate
 
+    if not models:
+        raise ValueError(f"{_NAME}: models is empty. Pass at least one.")
     if len(batches) != len(models):
         raise ValueError(
             f"{_NAME}: {len(batches)} sets of batches were given for {len(models)} models. Pass "
@@ -138,6 +140,15 @@ def _layer_axes(flat: Flat, stats: list[Stats], layout: LayoutLike) -> dict[Path
     """On which axis of each matrix its layers are stacked, if on any."""
     found = _layout(resolve_layout(flat, layout), tuple(stats), flat)
     views = matrix_views(_NAME, flat, found, named=False)
+    fail(
+        _NAME,
+        [
+            f"{path!r}: is an embedding table or empty, and has no inputs to be fitted to. Leave "
+            "it out of stages, and it takes the mean."
+            for path in flat
+            if path not in views
+        ],
+    )
     return {
         path: next(iter(views[path].stack_axes(leaf.ndim)), None) for path, leaf in flat.items()
     }

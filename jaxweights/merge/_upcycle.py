@@ -47,9 +47,9 @@ def upcycle(
       The tree, in the dtypes of the base.
 
     Raises:
-      ValueError: If the pattern matches nothing, or experts or routers do not fit; all leaves are
-        named.
-      TypeError: If a container on the way is no dict, list or tuple, or a leaf is represented.
+      ValueError: If the pattern matches nothing, experts or routers do not fit, or a leaf of an MLP
+        is represented; all leaves are named.
+      TypeError: If a container on the way is no dict, list or tuple.
 
     Example:
       >>> import jax.numpy as jnp, jaxweights as jw
@@ -200,14 +200,20 @@ def _unfit(
 ) -> list[str]:
     problems = []
     for path in inside:
+        if is_weight(own[path]):
+            problems.append(
+                f"{path!r}: is represented. Pass jaxweights.materialize(model) of every model."
+            )
+            continue
         for i, other in enumerate(others):
             if path not in other:
                 problems.append(
                     f"{path!r}: experts[{i}] lacks it. All experts must have the base's MLP."
                 )
-            elif is_weight(other[path]) or is_weight(own[path]):
+            elif is_weight(other[path]):
                 problems.append(
-                    f"{path!r}: is represented. Pass jaxweights.materialize(model) of every model."
+                    f"{path!r}: is represented in experts[{i}]. Pass "
+                    "jaxweights.materialize(model) of every model."
                 )
             elif np.shape(other[path]) != np.shape(own[path]):
                 problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def mixtral_checkpoint(
             f"{_ASKER}: the model has {', '.join(k for k, v in lacks.items() if v)}, which Mixtral "
             "has not. Upcycle a Llama or Mistral model."
         )
-    mlp = dict(params["layers"]["mlp"])
+    layers = params.get("layers", {}) if isinstance(params, Mapping) else {}
+    mlp = dict(layers.get("mlp", {}))
     if set(mlp) != {"experts", "router"}:
         raise ValueError(
             f"{_ASKER}: 'layers/mlp' has {sorted(mlp)}, not 'experts' and 'router'. Pass what "
@@ -62,7 +64,7 @@ def mixtral_checkpoint(
         )
     experts = {name: np.asarray(mlp["experts"][name]["kernel"]) for name in _NAMES}
     first = {name: {"kernel": kernel[:, 0]} for name, kernel in experts.items()}
-    dense = {**params, "layers": {**params["layers"], "mlp": first}}
+    dense = {**params, "layers": {**layers, "mlp": first}}
     tensors = {
         name: array
         for name, array in checkpoint_from_params(dense, config).items()

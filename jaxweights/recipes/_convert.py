@@ -184,7 +184,9 @@ def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[
             f"{_NAME}: bits={rounding.bits} rounds matrices, which safetensors would hold dense. "
             "Choose another format, or leave --bits out."
         )
-    group_size = rounding.group_size or (_GGUF_BLOCK if form == "gguf" else None)
+    group_size = rounding.group_size
+    if group_size is None and form == "gguf":
+        group_size = _GGUF_BLOCK
     tx = round_to_nearest(bits=rounding.bits, group_size=group_size)
     layout = _layout(config)
 

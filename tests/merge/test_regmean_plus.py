@@ -108,3 +108,13 @@ def test_what_does_not_fit_is_refused(change, error, words):
     settings = {"batches": [_data(0)] * 2, "stages": ["one/.*"]} | change
     with pytest.raises(error, match=words):
         regmean_plus(_named, [_model(0), _model(1)], settings.pop("batches"), **settings)
+
+
+def test_embeddings_and_missing_models_are_refused():
+    model = {"embed": jnp.ones((5, 2)), "head": jnp.eye(2)}
+    run = lambda params, ids: params["embed"][ids] @ params["head"]  # noqa: E731
+    data = [[jnp.arange(5)]] * 2
+    with pytest.raises(ValueError, match=r"'embed': is an embedding table .* Leave it out"):
+        regmean_plus(run, [model] * 2, data, stages=["embed", "head"])
+    with pytest.raises(ValueError, match="models is empty"):
+        regmean_plus(run, [], [], stages=["head"])

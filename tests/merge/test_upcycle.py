@@ -175,3 +175,16 @@ def test_a_model_that_mixtral_cannot_be_is_refused(llamas):
         mixtral_checkpoint(mixed, CONFIG, experts_per_token=3)
     with pytest.raises(ValueError, match="not 'experts' and 'router'"):
         mixtral_checkpoint(llamas[0], CONFIG)
+    with pytest.raises(ValueError, match="not 'experts' and 'router'"):
+        mixtral_checkpoint({"embed": jnp.ones(2)}, CONFIG)
+
+
+def test_represented_mlps_are_refused_once_each():
+    dense = {"mlp": {"up": jnp.ones((32, 8))}}
+    small = jw.apply(jw.quantize.round_to_nearest(bits=8), dense)
+    settings = {"mlps": "mlp", "routers": jnp.zeros((32, 2)), "stacked": False}
+    with pytest.raises(ValueError, match=r"'mlp/up': is represented. Pass") as error:
+        upcycle(small, [dense, dense], **settings)
+    assert str(error.value).count("represented") == 1
+    with pytest.raises(ValueError, match=r"'mlp/up': is represented in experts\[1\]. Pass"):
+        upcycle(dense, [dense, small], **settings)

@@ -163,6 +163,8 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     assert main([*arguments, "--to", "safetensors", "--bits", "4"]) == 1
     assert "bits=4 rounds matrices, which safetensors would hold dense" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--to", "gptq", "--bits", "4", "--group-size", "0"]) == 1
+    assert "group_size=0" in capsys.readouterr().err
     assert main([*arguments, "--to", "gptq", "--bits", "4", "--group-size", "32"]) == 0
     kernel = load_pretrained(tmp_path / "out").params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.bits == 4 and kernel.group_size == 32

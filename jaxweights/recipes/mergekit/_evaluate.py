@@ -106,7 +106,9 @@ class Evaluator:
         )
 
     def scores(self, destination: Any, progress: Progress | None) -> Scores:
-        """Measures every model and the merged one, with two of them in memory at a time.
+        """Measures every model and the merged one.
+
+        Two of them are in memory at a time, and with lines what lies between them is a third.
 
         Args:
           destination: The merged checkpoint.
@@ -115,20 +117,16 @@ class Evaluator:
         Returns:
           The perplexities.
         """
-        from jaxweights.models import load_pretrained
-
         points = self._evaluation.curve
         alphas = np.linspace(0.0, 1.0, points) if points else np.empty(0)
         first, *others = self._models
-        forward, origin = self._forward(first), self._params(first)
+        forward, origin = self._model(first)
         found = {first: self._score(forward, origin, first, progress)}
         curves = {}
+        params = None
         for label in (*others, MERGED):
-            if label == MERGED:
-                made = load_pretrained(destination)
-                params, own = made.params, _Forward(made.model)
-            else:
-                params, own = self._params(label), self._forward(label)
+            del params  # before the next one is read
+            own, params = self._merged(destination) if label == MERGED else self._model(label)
             found[label] = self._score(own, params, label, progress)
             if points and _shapes(params) == _shapes(origin):
                 inner = (
@@ -142,20 +140,22 @@ class Evaluator:
         task = f"Perplexity of {label}"
         return perplexity(fn, params, self._tokens, progress=progress, task=task).perplexity
 
-    def _params(self, label: str) -> Any:
+    def _model(self, label: str) -> tuple[_Forward, Any]:
         import jax
         import jax.numpy as jnp
 
-        from jaxweights.models import params_from_checkpoint
+        from jaxweights.models import build, params_from_checkpoint
 
         model = self._models[label]
-        found = params_from_checkpoint(_Tensors(model), _decoder_of(model))
-        return jax.tree.map(jnp.asarray, found)
+        config = _decoder_of(model)
+        found = params_from_checkpoint(_Tensors(model), config)
+        return _Forward(build(config)), jax.tree.map(jnp.asarray, found)
 
-    def _forward(self, label: str) -> Any:
-        from jaxweights.models import build
+    def _merged(self, destination: Any) -> tuple[_Forward, Any]:
+        from jaxweights.models import load_pretrained
 
-        return _Forward(build(_decoder_of(self._models[label])))
+        made = load_pretrained(destination)
+        return _Forward(made.model), made.params
 
 
 @dataclasses.dataclass(frozen=True)

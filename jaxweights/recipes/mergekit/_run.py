@@ -109,7 +109,7 @@ def run_merge(
       report: An HTML file to make, about how the models' deltas relate; the models are read once
         more for it, after the merge.
       evaluate: A text to score the models and the merged one on, after the merge; whole models are
-        held in memory for it, two at a time.
+        held in memory for it, two at a time, with a curve three.
       progress: Called with (task, bytes done, bytes in all).
 
     Returns:
@@ -128,7 +128,7 @@ def run_merge(
     if evaluate is not None and memory is not None:
         raise ValueError(
             f"{_NAME}: memory={memory} bounds what is held, but scores need two whole models at a "
-            "time. Give a memory, or a text to evaluate."
+            "time, with a curve three. Give a memory, or a text to evaluate."
         )
     prepared = _prepare(config, compat, missing, seed)
     evaluator = None

@@ -208,9 +208,9 @@ class _Aligned:
             spare = table(self._base)
             inside, beyond = padding[padding < len(spare)], padding[padding >= len(spare)]
             result[inside] = spare[inside].astype(here.dtype)
-            # Zero would be a large logit beside negative ones.
-            tokens = result[list(self._vocabulary.ids.values())]
-            result[beyond] = np.mean(tokens, axis=0, dtype=np.float32).astype(here.dtype)
+            if beyond.size:  # zero would be a large logit beside negative ones
+                tokens = result[list(self._vocabulary.ids.values())]
+                result[beyond] = np.mean(tokens, axis=0, dtype=np.float32).astype(here.dtype)
         return result
 
     def reader(self, name: str) -> Callable[[int, np.ndarray], None]:

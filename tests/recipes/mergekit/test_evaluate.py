@@ -1,13 +1,16 @@
 """Models and their merge scored on a text."""
 
 import json
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
 from jaxweights.cli import main
 from jaxweights.models import load_pretrained, load_tokenizer
 from jaxweights.recipes.mergekit import Evaluation, run_merge
+from jaxweights.recipes.mergekit._evaluate import Evaluator
 from tests._tiny_models import BERT, LLAMA, write_tiny
 from tests.recipes.mergekit._checkpoints import write_config
 
@@ -60,6 +63,27 @@ def test_the_command_scores_the_models_the_merge_and_the_line_between_them(folde
     assert abs(line[0] - line[2]) > 1e-3
     page = report.read_text()
     assert "2 windows of 16 tokens" in page and "second: the loss rises" in page
+
+
+def test_a_scored_model_is_let_go_before_the_next_one_is_read(folder, monkeypatch):
+    read, held = [], []
+
+    def watch(name):
+        method = getattr(Evaluator, name)
+
+        def watched(self, what):
+            held.append(sum(leaf() is not None for leaf in read))
+            own, params = method(self, what)
+            read.append(weakref.ref(jax.tree.leaves(params)[0]))
+            return own, params
+
+        monkeypatch.setattr(Evaluator, name, watched)
+
+    watch("_model")
+    watch("_merged")
+    settings = Evaluation(str(folder / "text.txt"), windows=1, length=16, curve=3)
+    run_merge(folder / "merge.yml", folder / "watched", evaluate=settings)
+    assert held == [0, 1, 1]  # the first model is one end of every line
 
 
 def test_a_layer_more_is_scored_but_lies_on_no_line(folder):

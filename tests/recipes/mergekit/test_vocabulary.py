@@ -101,6 +101,9 @@ def test_rules_choose_the_row_of_a_token(rows):
     assert config["vocab_size"] == len(merged) == 16
     np.testing.assert_allclose(merged[ids["<math>"]], own["math"]["<math>"], rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(merged[ids["b"]], 0)
+    # Padding that the base has no rows for is the mean of all tokens.
+    mean = np.mean([merged[i] for i in ids.values()], axis=0)
+    np.testing.assert_allclose(merged[8:], np.tile(mean, (8, 1)), rtol=1e-5, atol=1e-6)
     want = (own["chat"]["<chat>"] + own["math"]["<math>"]) / 2
     np.testing.assert_allclose(merged[ids["<chat>"]], want, rtol=1e-6, atol=1e-6)
 
