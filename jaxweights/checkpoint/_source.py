@@ -90,7 +90,9 @@ class _GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path, files: dict[str, Path]):
         parts = open_gguf_parts(path)
         self._owners: dict[str, GGUFReader] = {name: part for part in parts for name in part}
-        path, metadata = parts[0].path, parts[0].metadata
+        path, given = parts[0].path, parts[0].metadata
+        # What says that it is split is of the files, and would be untrue of a copy in one.
+        metadata = {k: v for k, v in given.items() if not k.startswith("split.")}
         config = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
         super().__init__(path, config, metadata, files)
 
