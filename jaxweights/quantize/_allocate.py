@@ -25,7 +25,7 @@ from jaxweights.core._transform import Transform
 from jaxweights.quantize._knapsack import Option, convex_front, solve
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._packed_bytes import packed_bytes
-from jaxweights.quantize._settings import check_count, check_positive, is_word
+from jaxweights.quantize._settings import check_positive, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._weight import is_weight, materialize
 
@@ -175,7 +175,7 @@ def allocate(
     params: Params,
     candidates: Mapping[str, Transform],
     *,
-    budget: int | None = None,
+    budget: float | None = None,
     bits_per_weight: float | None = None,
     measure: Measure = "relative",
     size: Size = "stored",
@@ -246,7 +246,7 @@ def allocate(
             progress(path, done, len(trials))
     _refuse_nonfinite(leaves)
     weights = sum(flat[path].size for path in leaves)
-    allowed = int(bits_per_weight * weights // 8) if budget is None else budget  # type: ignore
+    allowed = int(bits_per_weight * weights // 8) if budget is None else int(budget)  # type: ignore
     return _choose(leaves, trials, allowed, candidates)
 
 
@@ -314,7 +314,7 @@ def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, siz
             f"{_NAME}: budget={budget} and bits_per_weight={bits_per_weight}: give one of the two."
         )
     if budget is not None:
-        check_count(_NAME, "budget", budget)
+        check_positive(_NAME, budget=budget)
     else:
         check_positive(_NAME, bits_per_weight=bits_per_weight)
     _check_measure(measure)

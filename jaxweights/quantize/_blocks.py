@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxweights.quantize._grid import divide, largest_magnitude
-from jaxweights.quantize._settings import is_word
+from jaxweights.quantize._settings import is_whole, is_word
 from jaxweights.weights._scaled import combine
 
 _SLICES = 64
@@ -29,8 +29,7 @@ def check_block(asker: str, block: Any) -> None:
     if block is None or is_word(block, ["tensor"]):
         return
     sizes = block if isinstance(block, tuple) else (block,)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-    if not whole or (isinstance(block, tuple) and len(block) != 2):
+    if not all(map(is_whole, sizes)) or (isinstance(block, tuple) and len(block) != 2):
         raise TypeError(
             f"{asker}: group_size={block!r} must be an integer, None (one scale per output), "
             "'tensor' (one scale per matrix) or a pair (rows, columns) of a tile."
@@ -98,14 +97,6 @@ def block_max(weight: jax.Array, counts: tuple[int, int]) -> jax.Array:
     if cols < out_dim:
         folded = largest_magnitude(folded.reshape(rows * cols, out_dim // cols, 1))
     return jnp.abs(folded.reshape(counts))
-
-
-def block_mean(values: jax.Array, counts: tuple[int, int]) -> jax.Array:
-    """Mean of each block of a float32 `(in, out)` matrix, of the shape `counts`; 0 of none."""
-    (rows, cols), (in_dim, out_dim) = counts, values.shape
-    blocks = values.reshape(rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))
-    count = max(values.size // max(rows * cols, 1), 1)
-    return divide(jnp.sum(blocks, axis=(1, 3)), count)
 
 
 def stored_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxweights.core._context import Progress
 from jaxweights.core._layout import is_float
-from jaxweights.core._paths import Flat, Params, fail, flatten, unflatten
+from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.lift._lift import lift
 from jaxweights.quantize._learned import round_through
 from jaxweights.quantize._settings import check_callable, check_count, check_numbers, is_word
@@ -87,7 +87,7 @@ def distill(
       fn: The model, called as `fn(params, *batch)` for a tuple or list, else `fn(params, batch)`.
       dense: The float model's parameters.
       params: The same tree with `Quantized` leaves. Leaves of other kinds, and those that `train`
-        does not name, stay as they are.
+        does not name, stay as they are; one that stands at several paths is trained as one.
       batches: Batches of inputs, taken in turn and over again. Those of another shape compile
         again.
       loss: What is brought down: "squared", the mean squared error of the outputs over the mean
@@ -128,8 +128,9 @@ def distill(
     flat, treedef = flatten(params)
     floats = flatten(dense)[0]
     fail(_NAME, _differences(flat, floats))
+    owner = _owners(flat)
     rates = {
-        path: _Learned(code_rate if code_rate else None, scale_rate)
+        owner[path]: _Learned(code_rate if code_rate else None, scale_rate)
         if isinstance(leaf, Quantized)
         else float_rate
         for path, leaf in flat.items()
@@ -146,12 +147,12 @@ def distill(
         raise ValueError(f"{_NAME}: there is no batch. Pass at least one.")
     order, measure = list(flat), _loss_of(loss)
     # Arguments of the step, not constants of its program, which would hold them once more.
-    arrays = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")}
+    arrays = {path: flat[path] for path in owner.values() if hasattr(flat[path], "dtype")}
     run = lift(lambda params, batch: fn(params, *_arguments(batch)))
 
     def tree(make: Callable[[Any, Any], Any], arrays: Flat, trained: Flat) -> Params:
         new = flat | arrays | {path: make(arrays[path], x) for path, x in trained.items()}
-        return unflatten(treedef, {path: new[path] for path in order})
+        return unflatten(treedef, {path: new[owner[path]] for path in order})
 
     @jax.jit
     def step(
@@ -219,6 +220,15 @@ def _differences(flat: Flat, floats: Flat) -> list[str]:
         for path in flat
         if path in floats and shape(flat[path]) != shape(floats[path])
     ]
+
+
+def _owners(flat: Flat) -> dict[Path, Path]:
+    """The first path of each leaf: one that stands at several is tied, and stays one."""
+    first: dict[int, Path] = {}
+    return {
+        path: first.setdefault(id(leaf), path) if hasattr(leaf, "dtype") else path
+        for path, leaf in flat.items()
+    }
 
 
 def _arguments(batch: Any) -> tuple[Any, ...]:
@@ -303,16 +313,7 @@ def _stored(leaf: Any, trained: Any) -> Any:
         return _moved(leaf, trained)
     codes = leaf.codes_matrix() if trained.code is None else jnp.round(trained.code)
     scale = leaf.scale.astype(jnp.float32) * (1 + trained.scale)
-    return Quantized.from_codes(
-        codes.astype(jnp.int32),
-        scale.astype(leaf.scale.dtype),
-        leaf.zero_point,
-        leaf.group_index,
-        bits=leaf.bits,
-        offset=leaf.offset,
-        dtype=leaf.dtype,
-        view=leaf.view,
-    )
+    return leaf.with_codes(codes.astype(jnp.int32), scale.astype(leaf.scale.dtype))
 
 
 def _scale_and_shift(leaf: Quantized, change: jax.Array) -> tuple[jax.Array, jax.Array]:

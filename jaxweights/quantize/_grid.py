@@ -14,7 +14,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
-from jaxweights.quantize._settings import check_between, check_float_dtype, check_numbers, is_word
+from jaxweights.quantize._settings import (
+    check_between,
+    check_float_dtype,
+    check_numbers,
+    is_whole,
+    is_word,
+)
 from jaxweights.weights._scaled import divide as divide
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
@@ -126,9 +132,9 @@ def make_grid(
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range.
     """
-    check_bits(asker, bits)
+    bits = check_bits(asker, bits)
     if group_size is not None and not is_word(group_size, ["tensor"]):
-        if not isinstance(group_size, int) or isinstance(group_size, bool):
+        if not is_whole(group_size):
             raise TypeError(
                 f"{asker}: group_size={group_size!r} must be an integer, None (one scale per "
                 "output) or 'tensor' (one scale per matrix)."
@@ -158,12 +164,15 @@ def make_grid(
             f"{asker}: group_axis={group_axis!r} is unknown. Choose 'input' (groups of rows of one "
             "output) or 'output' (groups of columns of one input)."
         )
-    return Grid(grid, bits, group_size, jnp.dtype(scale_dtype), search, group_axis)
+    # Grids are static under `jit`, and numbers of NumPy no weak types: those of Python are kept.
+    size = int(group_size) if is_whole(group_size) else group_size
+    rank = search if isinstance(search, str) else float(search)
+    return Grid(grid, bits, size, jnp.dtype(scale_dtype), rank, group_axis)
 
 
-def check_bits(asker: str, bits: Any) -> None:
-    """Refuses what is no number of bits from 2 to 8."""
-    check_between(asker, "bits", bits, 2, 8)
+def check_bits(asker: str, bits: Any) -> int:
+    """Refuses what is no number of bits from 2 to 8; else gives it as an int."""
+    return check_between(asker, "bits", bits, 2, 8)
 
 
 def unfit_group(grid: Grid, in_dim: int, out_dim: int) -> str | None:

@@ -92,7 +92,7 @@ def hqq(
     _check(_NAME, bits, group_size, scale_dtype, steps, shrinkage)
     matrix = functools.partial(
         hqq_matrix,
-        bits=bits,
+        bits=int(bits),
         group_size=group_size,
         scale_dtype=scale_dtype,
         steps=steps,
@@ -130,6 +130,7 @@ def hqq_matrix(
     _check(f"{_NAME}_matrix", bits, group_size, scale_dtype, steps, shrinkage)
     refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
     in_dim, out_dim = weight.shape
+    bits = int(bits)
     top = 2**bits - 1
     wide = weight.astype(jnp.float32)
     if group_size == "tensor":

@@ -105,7 +105,7 @@ def _transform(
             f"{name}: grid={grid!r} has zero points, which products of integers leave out. Choose "
             "'narrow', 'full', 'half' or 'signed_max'."
         )
-    check_between(name, "input_bits", input_bits, 2, 8)
+    input_bits = check_between(name, "input_bits", input_bits, 2, 8)
 
     def quantize(weight: jax.Array, **extremes: jax.Array) -> tuple[Codes, jax.Array | None]:
         found = round_matrix(weight, settings)

@@ -204,7 +204,7 @@ def loftq(
     settings = _check(name, quantizer, rank, 0.0, iterations, dtype, least_rank=1)
     if alpha is not None:
         check_positive(name, alpha=alpha)
-    scaling = 1.0 if alpha is None else alpha / rank
+    scaling = 1.0 if alpha is None else float(alpha) / rank
     settings = dataclasses.replace(settings, weighted=False, scaling=scaling)
     return _transform(name, quantizer, settings)
 

@@ -92,7 +92,7 @@ def quantize_kv(
 
     Source: Liu et al. 2024, arXiv:2402.02750, section 3.
     """
-    check_between(_NAME, "bits", bits, 1, 8)
+    bits = check_between(_NAME, "bits", bits, 1, 8)
     check_count(_NAME, "group_size", group_size)
     if scale_dtype is not None:
         check_float_dtype(_NAME, scale_dtype=scale_dtype)

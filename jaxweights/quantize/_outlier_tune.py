@@ -74,7 +74,7 @@ def activation_steps(
     shift = (low + high) / 2 if symmetrize else jnp.zeros_like(low)
     reach = jnp.maximum(high - shift, shift - low)
     widest = jnp.max(reach, axis=-1, keepdims=True)
-    scale = reach**alpha * widest ** (1 - alpha) / (2 ** (bits - 1) - 1)
+    scale = reach**alpha * widest ** (1 - alpha) / (2 ** (int(bits) - 1) - 1)
     return ActivationSteps(shift, jnp.where((reach > 0) & jnp.isfinite(scale), scale, 1))
 
 

@@ -93,7 +93,7 @@ def power(
     exponents = _check(_NAME, bits, group_size, exponents, scale_dtype)
     if not is_word(scope, get_args(PowerScope)):
         raise ValueError(f"{_NAME}: scope={scope!r} is unknown. Choose 'tree' or 'leaf'.")
-    grid = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
+    grid = {"bits": int(bits), "group_size": group_size, "scale_dtype": scale_dtype}
     if len(exponents) == 1 or scope == "leaf":
         matrix = functools.partial(power_matrix, exponents=exponents, **grid)
         return represented(matrix, name=_NAME, group_size=group_size)
@@ -150,7 +150,7 @@ def power_matrix(
     """
     exponents = _check(f"{_NAME}_matrix", bits, group_size, exponents, scale_dtype)
     refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
-    grid: Any = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype}
+    grid: Any = {"bits": int(bits), "group_size": group_size, "scale_dtype": scale_dtype}
     exponent = jnp.float32(exponents[0])
     if len(exponents) > 1:
         errors = power_errors(weight, exponents=exponents, **grid)
@@ -185,7 +185,7 @@ def power_errors(
     exponents = _check(f"{_NAME}_errors", bits, group_size, exponents, scale_dtype)
     refuse_unfit(f"{_NAME}_errors", group_size, weight.shape)
     wide = weight.astype(jnp.float32)
-    top = 2 ** (bits - 1) - 1
+    top = 2 ** (int(bits) - 1) - 1
     step = _step(wide, bits, group_size, scale_dtype).astype(jnp.float32)
     if weight.size == 0:
         return jnp.zeros(len(exponents))
@@ -210,7 +210,9 @@ def _check(
     check_bits(asker, bits)
     check_block(asker, group_size)
     check_scale_dtype(asker, scale_dtype)
-    if isinstance(exponents, str | bytes) or not isinstance(exponents, Sequence | np.ndarray):
+    if isinstance(exponents, str | bytes) or not isinstance(
+        exponents, Sequence | np.ndarray | jax.Array
+    ):
         raise TypeError(
             f"{asker}: exponents={exponents!r} must be a sequence of numbers, such as [0.7]."
         )

@@ -106,7 +106,7 @@ def requantize(
     check_flags(_NAME, rescale=rescale)
     if rescale and (problem := why_not_rescalable(weight)):
         raise ValueError(f"{_NAME}: {problem}")
-    return _requantize(weight, value, gram, damping=damping, rescale=rescale)
+    return _requantize(weight, value, gram, damping=float(damping), rescale=rescale)
 
 
 def why_not_requantizable(weight: Any) -> str | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_word(value: Any, words: Collection[str]) -> bool:
@@ -15,16 +16,27 @@ def is_word(value: Any, words: Collection[str]) -> bool:
     return isinstance(value, str) and value in words
 
 
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a setting is an integer of Python or NumPy; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_numbers(asker: str, **settings: Any) -> None:
-    """Refuses settings that are no real numbers; True and False are none.
+    """Refuses settings that are no real numbers, nor arrays of one; True and False are none.
 
     Raises:
       TypeError: Naming the first of them.
     """
     for name, value in settings.items():
-        number = isinstance(value, int | float | np.integer | np.floating)
-        if not number or isinstance(value, bool):
+        if not (is_whole(value) or isinstance(value, float | np.floating) or _is_scalar(value)):
             raise TypeError(f"{asker}: {name}={value!r} must be a number.")
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it is an array of one real number without axes, maybe traced."""
+    if not isinstance(value, jax.Array | np.ndarray) or value.ndim:
+        return False
+    return any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating))
 
 
 def check_positive(asker: str, **settings: Any) -> None:
@@ -41,7 +53,7 @@ def check_positive(asker: str, **settings: Any) -> None:
 
 
 def check_share(asker: str, *, remedy: str = "", **settings: Any) -> None:
-    """Refuses settings that are no numbers in [0, 1].
+    """Refuses settings that are no numbers in [0, 1]; those that are traced have no value yet.
 
     Raises:
       TypeError: If one is no number.
@@ -49,7 +61,7 @@ def check_share(asker: str, *, remedy: str = "", **settings: Any) -> None:
     """
     check_numbers(asker, **settings)
     for name, value in settings.items():
-        if not 0 <= value <= 1:
+        if not isinstance(value, Tracer) and not 0 <= value <= 1:
             raise ValueError(f"{asker}: {name}={value} must lie in [0, 1]{remedy}.")
 
 
@@ -66,23 +78,27 @@ def check_count(asker: str, name: str, value: Any, *, least: int = 1) -> None:
       ValueError: If it is too small.
     """
     wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = is_whole(value)
     if not whole or value < least:
         error = ValueError if whole else TypeError
         raise error(f"{asker}: {name}={value!r} must be {wanted}.")
 
 
-def check_between(asker: str, name: str, value: Any, low: int, high: int) -> None:
+def check_between(asker: str, name: str, value: Any, low: int, high: int) -> int:
     """Refuses what is no whole number from `low` to `high`.
+
+    Returns:
+      The number as an int: one of NumPy is no weak type, and would widen the codes that it meets.
 
     Raises:
       TypeError: If it is no integer.
       ValueError: If it is out of range.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_whole(value):
         raise TypeError(f"{asker}: {name}={value!r} must be an integer.")
     if not low <= value <= high:
         raise ValueError(f"{asker}: {name}={value} must lie between {low} and {high}.")
+    return int(value)
 
 
 def check_flags(asker: str, **settings: Any) -> None:

@@ -112,7 +112,7 @@ def smooth(
         for group in groups:
             if group.site is None and unfolded == "leave":
                 continue
-            scale, ok = _scale_of(group, flat, context, alpha)
+            scale, ok = _scale_of(group, flat, context, float(alpha))
             finite |= zip(group.quantized, ok)
             if group.site is not None:
                 new = fold_scale(new, group.site, scale, context.layout)

@@ -180,7 +180,7 @@ def unfit_for_product(weight: Quantized, input_bits: int) -> str | None:
         )
     zero = weight.zero_point
     if zero is not None and not isinstance(zero, Tracer | jax.ShapeDtypeStruct):
-        most = int(np.asarray(zero).max(initial=0))
+        most = int(jnp.max(zero, initial=0))
         if most > 2**weight.bits:
             return (
                 f"the weight has a zero point of {most}, too far from its {weight.bits}-bit codes "

@@ -268,10 +268,8 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
     """
     *stack, in_dim, out_dim = matrix.shape
     rows, cols = blocks.shape[-2:]
-    if cols in (
-        1,
-        out_dim,
-    ):  # split at the inputs only: JAX 0.10 cannot split both of sharded types
+    if cols in (1, out_dim):
+        # Split at the inputs only: JAX 0.10 cannot split both of sharded types.
         grouped = matrix.reshape(*stack, rows, in_dim // max(rows, 1), out_dim)
         return operation(grouped, blocks[..., :, None, :]).reshape(matrix.shape)
     grouped = matrix.reshape(*stack, rows, in_dim // max(rows, 1), cols, out_dim // max(cols, 1))

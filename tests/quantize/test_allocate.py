@@ -216,3 +216,11 @@ def test_leaves_that_a_candidate_names_are_allocated():
     named = {f"int{b}": partition(("a", round_to_nearest(bits=b))) for b in (2, 4)}
     found = allocate(params, named, budget=400, measure="weight")
     assert found.choices == {"a": "int4"}
+
+
+@pytest.mark.parametrize("budget", [np.int64(150), 150.5])
+def test_a_budget_may_be_a_share_of_a_size(budget):
+    params = {"kernel": jnp.ones((16, 8))}
+    rounded = {"int8": round_to_nearest(bits=8), "int4": round_to_nearest(bits=4)}
+    found = allocate(params, rounded, budget=budget, measure="weight")
+    assert (found.budget, found.choices) == (150, {"kernel": "int4"})

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,3 +206,31 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step():
     bad = inputs(1, 8).at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match=r"the loss is nan at step 1\. Lower the rates"):
         distill(model, dense, rounded(dense), [inputs(2, 8), bad], steps=3)
+
+
+def test_a_leaf_at_two_paths_is_trained_as_one_and_stays_one():
+    kernel, bias = jax.random.normal(jax.random.key(0), (32, 32)) / 6, jnp.ones(32)
+    dense = {"a": {"kernel": kernel, "bias": bias}, "b": {"kernel": kernel, "bias": bias}}
+    start = rounded(dense)
+    assert start["a"]["kernel"] is start["b"]["kernel"]
+
+    def twice(params, x):
+        for layer in "ab":
+            x = jax.nn.gelu(x @ params[layer]["kernel"] + params[layer]["bias"][None])
+        return x
+
+    x = jax.random.normal(jax.random.key(1), (64, 32))
+    new = distill(twice, dense, start, [x], steps=8).params
+    assert new["a"]["kernel"] is new["b"]["kernel"]
+    assert new["a"]["bias"] is new["b"]["bias"]
+    assert not np.array_equal(new["a"]["kernel"].scale, start["a"]["kernel"].scale)
+
+
+def test_codes_that_share_no_byte_do_not_come_to_share_one():
+    dense = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
+    codes = jw.apply(round_to_nearest(bits=4), dense)["kernel"]
+    apart = dataclasses.replace(codes, codes=codes.codes_matrix(), codes_per_byte=1)
+    x = jax.random.normal(jax.random.key(1), (32, 16))
+    found = distill(lambda p, x: x @ p["kernel"], dense, {"kernel": apart}, [x], steps=1)
+    assert jax.tree.structure(found.params["kernel"]) == jax.tree.structure(apart)
+    assert found.params["kernel"].codes.shape == (16, 8)

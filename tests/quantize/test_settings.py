@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -191,6 +192,46 @@ def test_dtypes_of_scales_may_be_named_as_numpy_names_them(kind):
     Q.round_to_nearest(bits=4, scale_dtype=kind)
 
 
-@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int32(1), 1])
-def test_numbers_of_numpy_are_numbers(number):
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.int32(1), 1, np.array(0.5), jnp.float32(0.5)]
+)
+def test_numbers_of_numpy_and_jax_are_numbers(number):
     Q.gptq(bits=4, damping=number)
+    Q.round_to_nearest(bits=4, search=50 + 50 * number)
+    Q.smooth(alpha=number)
+    Q.loftq(_ROUNDED, rank=2, alpha=number)
+
+
+def test_integers_of_numpy_give_what_those_of_python_give():
+    weight = jax.random.normal(jax.random.key(0), (32, 4))
+    makers = [
+        lambda whole: Q.round_to_nearest(bits=whole(4), group_size=whole(16)),
+        lambda whole: Q.hqq(bits=whole(4), group_size=whole(16)),
+        lambda whole: Q.power(bits=whole(4), group_size=whole(16)),
+        lambda whole: Q.statsq(bits=whole(2)),
+        lambda whole: Q.int8_dynamic(input_bits=whole(8)),
+        lambda whole: Q.lsq(bits=whole(4)),
+    ]
+    for make in makers:
+        found, expected = (jw.apply(make(whole), {"kernel": weight}) for whole in (np.int64, int))
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+    assert Q.random_rotation(jax.random.key(0), np.int64(8)).signs.shape == (8,)
+
+
+def test_what_scales_smoothly_may_be_traced():
+    largest, alphas = jnp.array([16.0, 1.0]), jnp.array([0.25, 0.5])
+    found = jax.vmap(lambda alpha: Q.smooth_scale(largest, largest, alpha=alpha))(alphas)
+    expected = [Q.smooth_scale(largest, largest, alpha=float(alpha)) for alpha in alphas]
+    np.testing.assert_allclose(found, jnp.stack(expected), rtol=1e-6)
+    params, deltas = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.eye(2)}
+    added = jax.jit(lambda c: Q.add_deltas(params, deltas, coefficient=c)[0])(0.5)
+    assert added["kernel"].tolist() == [[1.5, 1.0], [1.0, 1.5]]
+
+
+def test_exponents_may_be_an_array_of_jax():
+    found, expected = (
+        jw.apply(Q.power(bits=4, exponents=exponents), {"kernel": _WEIGHT})["kernel"]
+        for exponents in (jnp.array([0.5, 0.75]), [0.5, 0.75])
+    )
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))

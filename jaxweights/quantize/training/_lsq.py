@@ -65,11 +65,11 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
 
     def start(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         magnitude = jnp.abs(weight.astype(jnp.float32))
-        return weight, _first_step(magnitude, group_size, 2 ** (bits - 1) - 1)
+        return weight, _first_step(magnitude, settings.group_size, 2 ** (settings.bits - 1) - 1)
 
     def wrap(leaf: Any, parts: tuple[jax.Array, jax.Array], view: View) -> LearnedStep:
         latent, step = parts
-        return LearnedStep(latent, step, bits, np.dtype(leaf.dtype), view)
+        return LearnedStep(latent, step, settings.bits, np.dtype(leaf.dtype), view)
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         del leaf
@@ -180,5 +180,5 @@ def lsq_step(
 def _code_range(asker: str, bits: int, signed: bool) -> tuple[int, int]:
     check_flags(asker, signed=signed)
     fewest = 2 if signed else 1
-    check_between(asker, "bits", bits, fewest, 8)
+    bits = check_between(asker, "bits", bits, fewest, 8)
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)

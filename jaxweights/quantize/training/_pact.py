@@ -41,7 +41,7 @@ def pact(x: jax.Array, bound: jax.Array, *, bits: int) -> jax.Array:
 
     Source: Choi et al. 2018, arXiv:1805.06085, equations 1 to 3.
     """
-    check_between(_NAME, "bits", bits, 1, 8)
+    bits = check_between(_NAME, "bits", bits, 1, 8)
     bound = jnp.asarray(bound)
     wide = jnp.broadcast_to(bound.astype(jnp.float32), x.shape)
     return _clipped(x.astype(jnp.float32), wide, 2**bits - 1).astype(x.dtype)

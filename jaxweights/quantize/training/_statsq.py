@@ -50,7 +50,7 @@ def statsq(*, bits: int) -> Transform:
     Differs: (1) each matrix of a stack has scales of its own. (2) Codes are clamped to the levels,
       which matters at 1 bit. (3) An output of zeros stays zero.
     """
-    check_between(_NAME, "bits", bits, 1, 8)
+    bits = check_between(_NAME, "bits", bits, 1, 8)
     return represented(functools.partial(statsq_matrix, bits=bits), name=_NAME, group_size=None)
 
 
@@ -68,7 +68,7 @@ def statsq_matrix(weight: Float[Array, "in out"], *, bits: int) -> Codebook:
       >>> statsq_matrix(jnp.array([[0.5], [-1.5]]), bits=1).materialize().ravel().tolist()
       [1.0, -1.0]
     """
-    check_between(f"{_NAME}_matrix", "bits", bits, 1, 8)
+    bits = check_between(f"{_NAME}_matrix", "bits", bits, 1, 8)
     dense = weight.astype(jnp.float32)
     half = 2 ** (bits - 1)
     scale = divide(2 * ordered_sum(jnp.abs(dense)), max(dense.shape[0], 1))  # (1, out)
