@@ -19,9 +19,9 @@ from jaxweights.checkpoint._saved import (
     decode_setting,
     encode_setting,
     field_names,
+    fields_that_may_lack,
     make,
     name_of,
-    parts_that_may_lack,
     registered_class,
     unfit,
 )
@@ -241,7 +241,7 @@ def _children(node: dict[str, Any]) -> list[tuple[str, Any]]:
 def _check_object(node: dict[str, Any]) -> None:
     cls = registered_class(node["class"])
     for given, wanted in zip((node["fields"], node["static"]), field_names(cls), strict=True):
-        missing = [n for n in wanted if n not in given and n not in parts_that_may_lack(cls)]
+        missing = [n for n in wanted if n not in given and n not in fields_that_may_lack(cls)]
         unknown = [name for name in given if name not in wanted]
         if missing or unknown:
             raise ValueError(

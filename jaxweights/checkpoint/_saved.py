@@ -102,12 +102,18 @@ def field_names(cls: type) -> tuple[list[str], list[str]]:
     return [f.name for f in fields if f.name not in static], static
 
 
-def parts_that_may_lack(cls: type) -> set[str]:
-    """Names of the parts that are None by default: classes gain such parts between versions."""
+def fields_that_may_lack(cls: type) -> set[str]:
+    """Names of the parts that are None, and of the settings that are False, by default.
+
+    Classes gain such fields between versions.
+    """
     if is_namedtuple(cls):
         return set()
-    parts = (f for f in dataclasses.fields(cls) if not f.metadata.get("static"))
-    return {part.name for part in parts if part.default is None}
+    return {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is (False if field.metadata.get("static") else None)
+    }
 
 
 def is_namedtuple(cls: type) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._select import magnitude_bits
+from jaxweights.core._rank_search import magnitude_bits
 from jaxweights.stream._jobs import Operand
 
 _BFLOAT16 = np.dtype(jnp.bfloat16)

@@ -25,7 +25,7 @@ from jaxweights.checkpoint._saved import SAVED_DTYPES
 from jaxweights.checkpoint._saved_tree import MANIFEST
 from jaxweights.core._layout import Layout
 from jaxweights.core._stats import Stats
-from jaxweights.weights import Axes, LowRank, Masked, Quantized, View
+from jaxweights.weights import Axes, LowRank, Masked, NarrowFloat, Quantized, View
 from tests.checkpoint._helpers import everything, kill, start
 
 # Where Orbax fails, TensorStore's threads still report to an event loop that is closed already.
@@ -419,6 +419,16 @@ def test_a_tree_saved_before_a_class_had_a_part_that_may_be_none_still_loads(sav
     before = load_tree(saved).tree["q"]
     edit(saved, lambda m: items(m)["q"]["fields"].pop("offset"))
     assert_same(load_tree(saved).tree["q"], before)
+
+
+def test_eight_bit_floats_saved_before_they_could_divide_still_load(tmp_path):
+    values = jnp.arange(12.0).reshape(3, 4).astype(jnp.float8_e4m3fn)
+    tree = {"q": NarrowFloat.from_values(values, jnp.full((1, 4), 0.5))}
+    save_tree(tmp_path / "m", tree)
+    edit(tmp_path / "m", lambda m: items(m)["q"]["static"].pop("divides"))
+    loaded = load_tree(tmp_path / "m").tree["q"]
+    assert loaded.divides is False
+    assert_same(loaded, tree["q"])
 
 
 def test_an_edit_that_breaks_nothing_is_still_noticed(saved):
