@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxweights.recipes._yaml import RecipeError
+
 AUTO = "auto"
 
 _TEMPLATE, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -69,7 +71,7 @@ def with_chat_template(
         text = CHAT_TEMPLATES.get(template, template)
     changed = dict(files) | {_TEMPLATE: text}
     if _CONFIG in files:  # which would hold another one for programs that read only it
-        settings = json.loads(_text(files[_CONFIG]))
+        settings = _settings(files)
         if "chat_template" in settings:
             changed[_CONFIG] = json.dumps(settings | {"chat_template": text}, indent=2)
     return changed
@@ -78,10 +80,22 @@ def with_chat_template(
 def _template_of(files: Mapping[str, Any]) -> str | None:
     if _TEMPLATE in files:
         return _text(files[_TEMPLATE]).strip()
-    template = json.loads(_text(files.get(_CONFIG, "{}"))).get("chat_template")
+    template = _settings(files).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template.strip() if isinstance(template, str) else None
+
+
+def _settings(files: Mapping[str, Any]) -> dict[str, Any]:
+    file = files.get(_CONFIG, "{}")
+    where = file if isinstance(file, Path) else _CONFIG
+    try:
+        found = json.loads(_text(file))
+    except ValueError as error:
+        raise RecipeError(f"{where}: is damaged: {error}. Fetch it again.") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{where}: is no JSON object. Fetch it again.")
+    return found
 
 
 def _text(file: Any) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxweights.recipes.mergekit import explain_merge, load_merge_config, run_merge
-from jaxweights.recipes.mergekit._chat_templates import CHAT_TEMPLATES
+from jaxweights.recipes.mergekit._chat_templates import CHAT_TEMPLATES, with_chat_template
 from tests.recipes.mergekit._checkpoints import arrays, read, write_config, write_models
 from tests.recipes.mergekit.test_vocabulary import BASE, CHAT, EMBED, _write
 
@@ -261,3 +261,11 @@ def test_the_template_of_the_result_is_the_one_that_was_asked_for(talkers):
         assert (talkers / "out" / "chat_template.jinja").read_text() == "{{ old }}"
     finally:
         settings.unlink()
+
+
+@pytest.mark.parametrize("text, words", [("{", "is damaged"), ("[]", "is no JSON object")])
+def test_tokenizer_settings_that_cannot_be_read_are_refused_by_their_path(tmp_path, text, words):
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {words}.* Fetch it again"):
+        with_chat_template({file.name: file}, "auto", [{file.name: file}])
