@@ -209,7 +209,7 @@ def _requantize_leaf(
 
     def quantized(total: jax.Array) -> Any:
         leaf: Any = Masked(total, grid.mask) if isinstance(grid, Masked) else total
-        tx, layout = partition((pattern, requantize)), {pattern: view.axes}
+        tx, layout = partition((pattern, requantize.on(path))), {pattern: view.axes}
         return apply(tx, {path: leaf}, stats=stats, layout=layout)[path]
 
     new = quantized(total).astype(base.dtype)

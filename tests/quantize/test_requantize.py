@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxweights.adapt import merge_adapters
-from jaxweights.core import Stats, apply
+from jaxweights.core import Stats, apply, partition
 from jaxweights.quantize import (
     add_deltas,
     fp4,
@@ -284,6 +284,13 @@ def test_adapters_merge_into_a_base_that_a_transform_quantizes_anew():
         materialize(merged), materialize(apply(tx, {"kernel": total}, stats=stats)), atol=1e-5
     )
     assert float(report["kernel"].output_survived) > 0.8
+
+
+def test_rules_by_path_requantize_each_adapter_in_its_own_way():
+    params = {"a": {"kernel": adapted(quantized())}, "b": {"kernel": adapted(quantized())}}
+    tx = partition(("a/.*", round_to_nearest(bits=8)), ("b/.*", round_to_nearest(bits=4)))
+    merged, _ = merge_adapters(params, requantize=tx)
+    assert (merged["a"]["kernel"].bits, merged["b"]["kernel"].bits) == (8, 4)
 
 
 @pytest.mark.parametrize("policy", ["mask_delta", "densify"])

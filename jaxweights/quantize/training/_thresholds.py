@@ -90,7 +90,8 @@ def threshold_distance(latent: jax.Array, grid: Quantized | Codebook) -> jax.Arr
     signed = grid.zero_point is None and grid.offset is None
     if signed and grid.bits == 2:
         return _distance_on_few_levels(place, grid)
-    smallest, largest = jnp.int32(0), 2**grid.bits - 1
+    smallest: Any = 0
+    largest = 2**grid.bits - 1
     if grid.zero_point is not None:
         # codes minus zero points: what `place` counts in
         zero = grid.codes_matrix().astype(jnp.float32) - grid.units()

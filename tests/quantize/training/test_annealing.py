@@ -95,6 +95,14 @@ def test_distances_are_those_to_midpoints_of_levels_that_exist(tx):
     assert found.min() < 0.05
 
 
+@pytest.mark.promotion(dtypes="strict", ranks="raise")
+@pytest.mark.parametrize("grid", ["affine", "narrow"])
+def test_distances_need_no_promotion(grid):
+    weight = jax.random.normal(jax.random.key(1), (64, 3))
+    leaf = jw.apply(round_to_nearest(bits=4, grid=grid), {"w": weight})["w"]
+    assert float(threshold_distance(weight, leaf).min()) < 0.05
+
+
 def test_half_a_step_frees_everything_between_the_outermost_levels():
     weight = jax.random.normal(jax.random.key(0), (100, 4))
     assert changed_by(round_to_nearest(bits=3, grid="narrow"), weight, 0.5001).all()
