@@ -115,6 +115,11 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _refuse_unused(options: argparse.Namespace, lazily: bool) -> None:
     if options.group_size is not None and options.bits is None:
         raise ValueError("--group-size belongs to --bits, which says how many bits to round to.")
+    if options.target is not None and options.to in ("safetensors", "orbax", "gguf"):
+        raise ValueError(
+            f"--target {options.target} is about GPTQ, AWQ and compressed-tensors, not "
+            f"{options.to}. Leave it out, or choose another format."
+        )
     given = [f"--{n}" for n in ("bits", "memory") if getattr(options, n) is not None]
     if given and not lazily:
         raise ValueError(

@@ -160,6 +160,8 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     assert "--group-size belongs to --bits" in capsys.readouterr().err
     assert main([*arguments, "--to", "orbax", "--bits", "4"]) == 1
     assert "--bits convert tensor by tensor" in capsys.readouterr().err
+    assert main([*arguments, "--to", "safetensors", "--target", "vllm"]) == 1
+    assert "--target vllm is about GPTQ, AWQ and" in capsys.readouterr().err
     assert main([*arguments, "--to", "safetensors", "--bits", "4"]) == 1
     assert "bits=4 rounds matrices, which safetensors would hold dense" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
