@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
-from jaxweights.core._transform import Transform, stateless
+from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
     check_quantizer,
@@ -101,13 +102,17 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
         own = gram_needs(params, named=named)
         return union_needs([quantizer.needs(params, named=named), own])
 
-    return stateless(
+    made = stateless(
         update,
         name=f"{_NAME}({quantizer.name})",
         needs=needs,
         reads_statistics=True,
-        scope="leaf",
+        scope=widest(("leaf", quantizer.scope)),
     )
+    if quantizer.for_leaf is None:
+        return made
+    alone = lambda path: refine(quantizer.on(path), sweeps=sweeps)  # noqa: E731
+    return dataclasses.replace(made, for_leaf=alone)
 
 
 def _unfit(weight: Any) -> str | None:

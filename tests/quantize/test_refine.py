@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.core import Stats, apply
+from jaxweights.core import Stats, apply, partition
 from jaxweights.quantize import (
     gptq,
     joint,
@@ -180,3 +180,15 @@ def test_what_cannot_be_refined_is_refused_by_its_words():
         fit(refine(joint(gptq(bits=3), rank=1)), weight, gram)
     with pytest.raises(ValueError, match=r"'kernel': scales of shape \(1, 1\) are shared"):
         fit(refine(round_to_nearest(bits=3, group_size="tensor")), weight, gram)
+
+
+def test_rules_by_path_serve_as_a_quantizer_and_each_leaf_has_its_own_by_itself():
+    params, gram = {"a": draw(0, 16, 4), "b": draw(1, 16, 4)}, gram_of(16)
+    tx = refine(partition(("a", round_to_nearest(bits=2)), ("b", round_to_nearest(bits=4))))
+    entry = {"gram": gram, "count": jnp.asarray(256, jnp.int32)}
+    stats = Stats({"a": entry, "b": entry})
+    both = apply(tx, params, stats=stats)
+    assert (both["a"].bits, both["b"].bits) == (2, 4)
+    for path, found in both.items():
+        alone = apply(tx.on(path), {path: params[path]}, stats=stats)[path]
+        assert np.array_equal(alone.codes, found.codes)
