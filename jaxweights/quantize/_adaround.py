@@ -103,7 +103,7 @@ def adaround(
     settings = make_grid(
         _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype, search=search
     )
-    check_steps(_NAME, steps, learning_rate=learning_rate, regularization=regularization)
+    steps = check_steps(_NAME, steps, learning_rate=learning_rate, regularization=regularization)
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None

@@ -111,7 +111,7 @@ def auto_round(
     settings = make_grid(
         _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
     )
-    check_steps(_NAME, steps)
+    steps = check_steps(_NAME, steps)
     rate = 1 / steps if learning_rate is None else learning_rate
     check_steps(_NAME, steps, learning_rate=rate)
 

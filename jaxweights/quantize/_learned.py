@@ -112,10 +112,11 @@ class _Result(NamedTuple):
     tokens: jax.Array
 
 
-def check_steps(asker: str, steps: int, **rates: float) -> None:
-    """Refuses numbers of steps and rates that are out of range."""
+def check_steps(asker: str, steps: int, **rates: float) -> int:
+    """Refuses numbers of steps and rates that are out of range; gives the steps as an int."""
     check_count(asker, "steps", steps)
     check_positive(asker, **rates)
+    return int(steps)
 
 
 def learned_transform(

@@ -107,7 +107,7 @@ def learned_clip(
     settings = make_grid(
         _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
     )
-    check_steps(_NAME, steps, learning_rate=learning_rate)
+    steps = check_steps(_NAME, steps, learning_rate=learning_rate)
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None

@@ -116,10 +116,10 @@ def nupes(
       their gradient skips codes of 0. (3) The best is kept. (4) Activations stay as they are.
     """
     # Of the integer grids only the bounds of the settings matter here.
-    make_grid(_NAME, bits=bits, scale_dtype=scale_dtype)
+    bits = make_grid(_NAME, bits=bits, scale_dtype=scale_dtype).bits
     check_block(_NAME, group_size)
     check_scale_dtype(_NAME, scale_dtype)
-    check_steps(_NAME, steps, learning_rate=learning_rate, exponent_rate=exponent_rate)
+    steps = check_steps(_NAME, steps, learning_rate=learning_rate, exponent_rate=exponent_rate)
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None

@@ -216,6 +216,10 @@ def test_integers_of_numpy_give_what_those_of_python_give():
         found, expected = (jw.apply(make(whole), {"kernel": weight}) for whole in (np.int64, int))
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+    stats = jw.core.Stats({"kernel": {"gram": jnp.eye(32), "count": jnp.asarray(64)}})
+    for method in ("adaround", "auto_round", "nupes", "learned_clip"):
+        tx = getattr(Q, method)(bits=np.int64(4), steps=np.int64(2))
+        assert jw.apply(tx, {"kernel": weight}, stats=stats)["kernel"].shape == (32, 4)
     assert Q.random_rotation(jax.random.key(0), np.int64(8)).signs.shape == (8,)
 
 
