@@ -33,7 +33,7 @@ from jaxweights.weights._weight import is_weight
 
 _NAME = "jaxweights convert"
 _WIDE_BYTES = 16  # of an entry: float32 copies, codes and words of the tensor at hand
-_GGUF_BLOCK = 32
+_GGUF_BLOCK, _GGUF_BITS = 32, (4, 5, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,13 +177,24 @@ def _vectors_wide(tensor: LazyWeight) -> LazyWeight:
     return LazyWeight(lambda: as_ggml_reads(tensor.read()))
 
 
+def _refuse_rounding(rounding: Rounding, form: Format) -> None:
+    """Refuses bits that a format cannot hold, before anything is read."""
+    remedies = {
+        "safetensors": "holds dense matrices. Choose another format, or leave --bits out",
+        "bitsandbytes": (
+            "holds NF4 and FP4 tables, to which --bits does not round. Run a recipe with "
+            "quantize.nf4, or choose another format"
+        ),
+    }
+    if form == "gguf" and rounding.bits not in _GGUF_BITS:
+        remedies["gguf"] = f"has blocks of {', '.join(map(str, _GGUF_BITS))} bits. Choose of these"
+    if form in remedies:
+        raise ValueError(f"{_NAME}: bits={rounding.bits}: {form} {remedies[form]}.")
+
+
 def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[[str, Any], Any]:
     """Rounds dense matrices inside the layers, as a run in memory would."""
-    if form == "safetensors":
-        raise ValueError(
-            f"{_NAME}: bits={rounding.bits} rounds matrices, which safetensors would hold dense. "
-            "Choose another format, or leave --bits out."
-        )
+    _refuse_rounding(rounding, form)
     group_size = rounding.group_size
     if group_size is None and form == "gguf":
         group_size = _GGUF_BLOCK
@@ -192,11 +203,16 @@ def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[
 
     def change(path: str, part: Any) -> Any:
         axes = layout.get(path)
-        dense = not is_weight(part)
-        if axes is None or axes.kind != "linear" or not dense:
+        if axes is None or axes.kind != "linear":
             return part
         if is_vector(path, part) or not is_default_target(path):
             return part
+        if is_weight(part):
+            raise ValueError(
+                f"{_NAME}: {path!r}: is already a {type(part).__name__}, which "
+                f"bits={rounding.bits} would round a second time. Leave --bits out to keep its "
+                "codes, or convert to safetensors first, which makes it dense."
+            )
         stacked = bool(len(param_shapes(config)[path]) - part.ndim)
         leaf = jax.numpy.asarray(part[None] if stacked else part)
         own = Layout(tuple(entry for entry in layout.entries if entry[0] == path))

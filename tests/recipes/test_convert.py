@@ -163,10 +163,19 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     assert main([*arguments, "--to", "safetensors", "--target", "vllm"]) == 1
     assert "--target vllm is about GPTQ, AWQ and" in capsys.readouterr().err
     assert main([*arguments, "--to", "safetensors", "--bits", "4"]) == 1
-    assert "bits=4 rounds matrices, which safetensors would hold dense" in capsys.readouterr().err
+    assert "bits=4: safetensors holds dense matrices" in capsys.readouterr().err
+    assert main([*arguments, "--to", "bitsandbytes", "--bits", "4"]) == 1
+    assert "bits=4: bitsandbytes holds NF4 and FP4 tables" in capsys.readouterr().err
+    assert main([*arguments, "--to", "gguf", "--bits", "3"]) == 1
+    assert "bits=3: gguf has blocks of 4, 5, 8 bits" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*arguments, "--to", "gptq", "--bits", "4", "--group-size", "0"]) == 1
     assert "group_size=0" in capsys.readouterr().err
     assert main([*arguments, "--to", "gptq", "--bits", "4", "--group-size", "32"]) == 0
     kernel = load_pretrained(tmp_path / "out").params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.bits == 4 and kernel.group_size == 32
+    again = ["convert", str(tmp_path / "out"), str(tmp_path / "again"), "--quiet"]
+    assert main([*again, "--to", "compressed-tensors", "--bits", "8"]) == 1
+    error = capsys.readouterr().err
+    assert "kernel': is already a Quantized, which bits=8 would round a second time" in error
+    assert not (tmp_path / "again").exists()
