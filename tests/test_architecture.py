@@ -27,7 +27,8 @@ IMPORTS = {
     "models": {"core", "lift", "weights"},
     "stream": {"checkpoint", "core", "merge", "weights"},
     "recipes": {
-        *("calibrate", "checkpoint", "core", "lift", "merge", "models", "stream", "weights"),
+        *("calibrate", "checkpoint", "core", "lift", "merge", "models", "quantize", "stream"),
+        "weights",
     },
     "cli": set(),
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,7 +37,13 @@ def test_transforms_of_a_tree_that_two_processes_hold_equal_those_of_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    # Of two devices each, which divide every split axis; without optimization, as all tests.
+    flags = re.sub(r"(device_count=)\d+", r"\g<1>2", os.environ["XLA_FLAGS"])
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": flags,
+    }
     program = [sys.executable, "-m", "tests.contract._one_of_two_processes"]
     processes = [
         subprocess.Popen(
