@@ -87,7 +87,8 @@ def apply(
         layout=layout,
         progress=progress,
     )
-    fail("apply", untouched_tree(tx.name, params, new, resolve_layout(params, layout, stats)))
+    axes = lambda: resolve_layout(params, layout, stats)  # noqa: E731
+    fail("apply", untouched_tree(tx.name, params, new, axes))
     return new
 
 

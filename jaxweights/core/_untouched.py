@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jaxweights.core._layout import Layout, is_default_target, is_float, is_vector
 from jaxweights.core._paths import Params, Path, flatten
@@ -31,14 +31,16 @@ def why_untouched(path: Path, leaf: object, layout: Layout) -> str:
     return _TAKEN_BY_NO_RULE
 
 
-def untouched_tree(name: str, params: Params, new: Params, layout: Layout) -> Iterator[str]:
+def untouched_tree(
+    name: str, params: Params, new: Params, layout: Callable[[], Layout]
+) -> Iterator[str]:
     """A complaint where a method gave back every leaf of a tree as it was; nothing otherwise.
 
     Args:
       name: Name of the transform.
       params: The tree before.
       new: And after; a leaf that is the very same object was not touched.
-      layout: Axes of the leaves.
+      layout: Gives the axes of the leaves, where a complaint has to say why.
     """
     if not _METHODS.search(name) or "identity" in name:
         return
@@ -46,7 +48,8 @@ def untouched_tree(name: str, params: Params, new: Params, layout: Layout) -> It
     if not flat or any(after[path] is not leaf for path, leaf in flat.items()):
         return
     matrices = [path for path, leaf in flat.items() if is_float(leaf) and len(leaf.shape) > 1]
-    reasons = {path: why_untouched(path, flat[path], layout) for path in matrices}
+    found = layout()
+    reasons = {path: why_untouched(path, flat[path], found) for path in matrices}
     if _TAKEN_BY_NO_RULE in reasons.values():
         return  # it was seen, and its settings, such as sparsity=0, leave it as it is
     shown = [f"{path!r} ({reason})" for path, reason in list(reasons.items())[:5]]

@@ -67,6 +67,7 @@ def regmean_plus(
       The merged model, in the dtypes of the first one.
 
     Raises:
+      TypeError: If batches are generators, or stages a single pattern.
       ValueError: If the numbers of models and of data sets differ, a pattern matches no matrix or
         an embedding, two match the same one, or what `regmean` refuses.
 
@@ -84,6 +85,8 @@ def regmean_plus(
     """
     from jaxweights.calibrate import calibrate
 
+    if isinstance(stages, str):
+        raise TypeError(f"{_NAME}: stages={stages!r} is one pattern. Pass a list, [{stages!r}].")
     if not models:
         raise ValueError(f"{_NAME}: models is empty. Pass at least one.")
     if len(batches) != len(models):

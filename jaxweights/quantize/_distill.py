@@ -91,8 +91,9 @@ def distill(
       batches: Batches of inputs, taken in turn and over again. Those of another shape compile
         again.
       loss: What is brought down: "squared", the mean squared error of the outputs over the mean
-        square of the float model's; "divergence", the mean Kullback-Leibler divergence from the
-        float model's softmax over the last axis, for logits; or `loss(outputs, targets)`.
+        square of the float model's (over 1 where that is 0); "divergence", the mean
+        Kullback-Leibler divergence from the float model's softmax over the last axis, for logits;
+        or `loss(outputs, targets)`.
       steps: Steps, one batch each.
       code_rate: Largest step of latent codes, in codes; 0 leaves all codes as they are, which takes
         a fourth of the memory.
@@ -244,7 +245,10 @@ def _loss_of(loss: Loss) -> Callable[[Any, Any], jax.Array]:
 def _squared(outputs: Any, targets: Any) -> jax.Array:
     pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(targets), strict=True)
     wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
-    return jnp.stack([jnp.mean((a - b) ** 2) / jnp.mean(b**2) for a, b in wide]).mean()
+    sizes = [jnp.mean(b**2) for _, b in wide]
+    errors = [jnp.mean((a - b) ** 2) for a, b in wide]
+    shares = [error / jnp.where(size > 0, size, 1) for error, size in zip(errors, sizes)]
+    return jnp.stack(shares).mean()
 
 
 def _divergence(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -262,6 +266,7 @@ def _pace(at: jax.Array, steps: int) -> jax.Array:
 def _adam(gradient: Any, moments: Any, at: jax.Array) -> tuple[Any, Any]:
     """Directions of Adam as published, where 1e-8 is small beside the corrected moment.
 
+    Optax's breaks under strict dtype promotion, which callers may have set.
     Gradients of single codes of a large model are hardly larger than that: it keeps in place codes
     whose gradient is mere noise.
     """

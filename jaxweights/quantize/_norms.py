@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jaxweights.core._context import Context
@@ -117,7 +116,7 @@ def _homeless(site: Site, homes: Mapping[Path, Path | None], flat: Flat) -> list
         "a bias of zeros, and name it with Fold(biases=...)."
         for shift in site.shifts
         for path in missing
-        if isinstance(flat[shift], Tracer) or np.asarray(flat[shift] != 0).any()
+        if isinstance(flat[shift], Tracer) or bool((flat[shift] != 0).any())
     ]
 
 

@@ -100,6 +100,7 @@ def test_one_stage_of_all_matrices_of_one_layer_is_regmean():
     [
         ({"batches": [_data(0)]}, ValueError, "1 sets of batches were given for 2 models"),
         ({"batches": [iter(_data(0))] * 2}, TypeError, "Pass lists, not generators"),
+        ({"stages": "one/.*"}, TypeError, r"stages='one/\.\*' is one pattern"),
         ({"stages": ["three/.*"]}, ValueError, r"'three/.\*' matches no matrix. There are \['one"),
         ({"stages": ["one/.*", ".*kernel"]}, ValueError, r"is in the stages 'one/.\*' and"),
     ],

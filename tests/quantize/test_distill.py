@@ -208,6 +208,14 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step():
         distill(model, dense, rounded(dense), [inputs(2, 8), bad], steps=3)
 
 
+def test_targets_of_zero_weigh_the_errors_as_they_are():
+    dense = jax.tree.map(jnp.zeros_like, dense_params())
+    wrong = rounded(dense_params(), bits=2, group_size=16)
+    found = distill(model, dense, wrong, batches_of(1), steps=2, code_rate=0)
+    errors = jnp.mean(jw.lift(model)(wrong, batches_of(1)[0]) ** 2)
+    np.testing.assert_allclose(found.losses[0], errors, rtol=1e-5)
+
+
 def test_a_leaf_at_two_paths_is_trained_as_one_and_stays_one():
     kernel, bias = jax.random.normal(jax.random.key(0), (32, 32)) / 6, jnp.ones(32)
     dense = {"a": {"kernel": kernel, "bias": bias}, "b": {"kernel": kernel, "bias": bias}}
