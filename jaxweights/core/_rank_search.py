@@ -69,54 +69,66 @@ def largest_pattern(dtype: Any) -> int:
 
 def find_rank(scores: jax.Array, pattern: Pattern, wanted: Count, members: int) -> Bracket:
     """The pattern of the wanted rank among the leading `members` axes, in each column."""
+    columns = scores.shape[members:]
     total = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, scores.shape[members:]),
-        Count.of(math.prod(scores.shape[:members])),
+        lambda x: jnp.broadcast_to(x, columns), Count.of(math.prod(scores.shape[:members]))
     )
-    count = lambda candidates: count_below(scores, pattern, candidates, members)  # noqa: E731
-    return descend(count, wanted, total, scores.dtype, jax.lax.fori_loop)
-
-
-def descend(
-    count: Callable[[jax.Array], Count],
-    wanted: Count,
-    total: Count,
-    dtype: Any,
-    loop: Callable[..., Any],
-) -> Bracket:
-    """The largest pattern with fewer than `wanted` entries below it, or 0 where none is wanted.
-
-    Args:
-      count: `count(candidates)` with candidates `(3, *columns)` gives how many lie below each.
-      wanted: Rank, counted from 1, `(*columns,)`.
-      total: Number of entries, `(*columns,)`.
-      dtype: Of the scores.
-      loop: `jax.lax.fori_loop` or its like.
-    """
-    columns = total.low.shape
-    width = 8 * jnp.dtype(dtype).itemsize
-    unsigned = jnp.dtype(f"uint{max(width, 32)}")
-    rounds = width // _DIGIT_BITS
 
     def body(i: jax.Array, state: Bracket) -> Bracket:
-        shift = (_DIGIT_BITS * (rounds - 1 - i)).astype(unsigned)
-        steps = jnp.arange(1, _CANDIDATES + 1, dtype=unsigned) << shift
-        counts = count(state.value[None] + steps.reshape(-1, *(1,) * len(columns)))
-        fewer = counts.less(jax.tree.map(lambda x: x[None], wanted))
-        digit = fewer.sum(axis=0, dtype=jnp.int32)  # counts grow with the candidate
-        bounds = jax.tree.map(
-            lambda first, middle, last: jnp.concatenate([first[None], middle, last[None]]),
-            state.below,
-            counts,
-            state.through,
-        )
-        at = lambda place: jax.tree.map(  # noqa: E731
-            lambda x: jnp.take_along_axis(x, place[None], axis=0)[0], bounds
-        )
-        return Bracket(state.value + (digit.astype(unsigned) << shift), at(digit), at(digit + 1))
+        shift = shift_of(i, scores.dtype)
+        counts = count_below(scores, pattern, candidates_of(state.value, shift), members)
+        return narrow(state, counts, wanted, shift)
 
+    start = whole_range(total, scores.dtype)
+    return jax.lax.fori_loop(0, rounds_of(scores.dtype), body, start)
+
+
+def rounds_of(dtype: Any) -> int:
+    """How many passes fix all bits of a pattern."""
+    return 8 * jnp.dtype(dtype).itemsize // _DIGIT_BITS
+
+
+def shift_of(i: Any, dtype: Any) -> Any:
+    """The place of the digit that pass `i` fixes, in bits from the right."""
+    return _DIGIT_BITS * (rounds_of(dtype) - 1 - i)
+
+
+def whole_range(total: Count, dtype: Any) -> Bracket:
+    """The bracket to start from: all `total` entries, `(*columns,)`, at any pattern."""
+    unsigned = jnp.dtype(f"uint{max(8 * jnp.dtype(dtype).itemsize, 32)}")
     zero = jax.tree.map(jnp.zeros_like, total)
-    return loop(0, rounds, body, Bracket(jnp.zeros(columns, unsigned), zero, total))
+    return Bracket(jnp.zeros(total.low.shape, unsigned), zero, total)
+
+
+def candidates_of(value: jax.Array, shift: jax.Array) -> jax.Array:
+    """The patterns `(3, *columns)` that one pass counts below: the next digit's other values."""
+    steps = jnp.arange(1, _CANDIDATES + 1, dtype=value.dtype) << jnp.asarray(shift, value.dtype)
+    return value[None] + steps.reshape(-1, *(1,) * value.ndim)
+
+
+def narrow(state: Bracket, counts: Count, wanted: Count, shift: jax.Array) -> Bracket:
+    """Fixes the next digit: the largest one with fewer than `wanted` entries below it, or 0.
+
+    Args:
+      state: The digits found so far.
+      counts: How many entries lie below each of its candidates, `(3, *columns)`.
+      wanted: Rank, counted from 1, `(*columns,)`.
+      shift: Of the digit.
+    """
+    fewer = counts.less(jax.tree.map(lambda x: x[None], wanted))
+    digit = fewer.sum(axis=0, dtype=jnp.int32)  # counts grow with the candidate
+    bounds = jax.tree.map(
+        lambda first, middle, last: jnp.concatenate([first[None], middle, last[None]]),
+        state.below,
+        counts,
+        state.through,
+    )
+    at = lambda place: jax.tree.map(  # noqa: E731
+        lambda x: jnp.take_along_axis(x, place[None], axis=0)[0], bounds
+    )
+    unsigned = state.value.dtype
+    fixed = digit.astype(unsigned) << jnp.asarray(shift, unsigned)
+    return Bracket(state.value + fixed, at(digit), at(digit + 1))
 
 
 def count_below(scores: jax.Array, pattern: Pattern, candidates: jax.Array, members: int) -> Count:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
@@ -21,12 +22,16 @@ from jaxweights.core._counting import Count, count_where
 from jaxweights.core._rank_search import (
     Bracket,
     Pattern,
+    candidates_of,
     count_below,
-    descend,
     find_rank,
     magnitude_bits,
+    narrow,
     over_members,
     reversed_bits,
+    rounds_of,
+    shift_of,
+    whole_range,
 )
 
 
@@ -149,23 +154,33 @@ def _find_in_leaves(leaves: Sequence[jax.Array], wanted: Count) -> Bracket:
             "the scores to one dtype, such as float32, which holds every bfloat16 and float16."
         )
     traced = any(isinstance(x, Tracer) for x in (*leaves, wanted.low))
+    none = Count(*(jnp.zeros(3, jnp.uint32) for _ in range(2)))
 
-    def count(candidates: jax.Array) -> Count:
-        return functools.reduce(
-            Count.plus, (_count_leaf_below(leaf, candidates) for leaf in leaves)
-        )
+    def body(i: Any, state: Bracket) -> Bracket:
+        shift = shift_of(i, leaves[0].dtype)
+        candidates = _candidates(state.value, shift)
+        counts = none
+        for leaf in leaves:
+            counts = _count_leaf_below(leaf, candidates, counts)
+        return _narrow(state, counts, wanted, shift)
 
-    total = Count.of(sum(leaf.size for leaf in leaves))
+    # From the host where possible: one program per shape of leaf is compiled, not one per tree.
     loop = jax.lax.fori_loop if traced else _host_loop
-    return descend(count, wanted, total, leaves[0].dtype, loop)
+    start = whole_range(Count.of(sum(leaf.size for leaf in leaves)), leaves[0].dtype)
+    return loop(0, rounds_of(leaves[0].dtype), body, start)
+
+
+# Between the passes over the leaves the host dispatches two programs, not their fifty operations.
+_candidates = jax.jit(candidates_of)
+_narrow = jax.jit(narrow)
 
 
 @jax.jit
-def _count_leaf_below(leaf: jax.Array, candidates: jax.Array) -> Count:
+def _count_leaf_below(leaf: jax.Array, candidates: jax.Array, others: Count) -> Count:
     count = lambda leaf, candidates: count_below(  # noqa: E731
         leaf, magnitude_bits, candidates, leaf.ndim
     )
-    return _auto(count, leaf, keeps_sharding=False)(leaf, candidates)
+    return others.plus(_auto(count, leaf, keeps_sharding=False)(leaf, candidates))
 
 
 @jax.jit
@@ -183,9 +198,8 @@ def _mark_leaf(leaf: jax.Array, value: jax.Array, left: jax.Array) -> tuple[jax.
 
 
 def _host_loop(start: int, stop: int, body: Callable[[Any, Any], Any], state: Any) -> Any:
-    # Leaf by leaf from the host: one program per shape of leaf is compiled, not one per tree.
     for i in range(start, stop):
-        state = body(jnp.int32(i), state)
+        state = body(np.int32(i), state)
     return state
 
 
