@@ -10,9 +10,9 @@ A model is a pytree of weights; every method is a pure transform of that tree. T
 'Masked'
 """
 
-import importlib
-import sys
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import sys as _sys
+import typing as _typing
 
 from jaxweights.calibrate import calibrate as calibrate
 from jaxweights.calibrate import pipeline as pipeline
@@ -45,7 +45,7 @@ from jaxweights.weights import Weight as Weight
 from jaxweights.weights import is_weight as is_weight
 from jaxweights.weights import materialize as materialize
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from jaxweights import adapt as adapt
     from jaxweights import align as align
     from jaxweights import analyze as analyze
@@ -74,12 +74,15 @@ _LAZY = (
     "stream",
 )
 
+# What help() lists; type checkers read the imports.
+__all__ = [*(name for name in dir() if not name.startswith("_")), *_LAZY]  # pyright: ignore
 
-def __getattr__(name: str) -> Any:
+
+def __getattr__(name: str) -> _typing.Any:
     if name in _LAZY:
-        return importlib.import_module(f"jaxweights.{name}")
+        return _importlib.import_module(f"jaxweights.{name}")
     # With the name and the module, Python adds the nearest name to the message.
-    this = sys.modules[__name__]
+    this = _sys.modules[__name__]
     raise AttributeError(f"module 'jaxweights' has no attribute {name!r}", name=name, obj=this)
 
 

@@ -12,3 +12,6 @@ from jaxweights.adapt._merge import merge_adapters as merge_adapters
 from jaxweights.adapt._merge import unmerge as unmerge
 from jaxweights.adapt._merge_deltas import merge_adapter_deltas as merge_adapter_deltas
 from jaxweights.adapt._truncate import truncate as truncate
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

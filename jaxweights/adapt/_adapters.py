@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.adapt._lora import _placed_like_base
 from jaxweights.adapt._merge import _adapters, _replace_adapter
-from jaxweights.core import Flat, Params, Path, fail, flatten
+from jaxweights.core import Flat, Params, Path, flatten
+from jaxweights.core._paths import fail
 from jaxweights.merge._same import same
 from jaxweights.weights import LowRank
 

@@ -22,7 +22,8 @@ from jaxweights.adapt._adapters import (
     read_adapters,
 )
 from jaxweights.adapt._factors import concatenated, product_norm, relative_tail, truncated
-from jaxweights.core import Params, fail, unflatten
+from jaxweights.core import Params, unflatten
+from jaxweights.core._paths import fail
 
 Mode = Literal["cat", "svd", "linear"]
 _MODES: tuple[Mode, ...] = ("cat", "svd", "linear")

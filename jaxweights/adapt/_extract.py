@@ -16,23 +16,11 @@ from jaxweights.adapt._adapters import RankLoss, RankReport, check_factor_dtype,
 from jaxweights.adapt._factors import relative_tail, truncated_dense
 from jaxweights.adapt._lora import _placed_like_base
 from jaxweights.adapt._merge import _widest
-from jaxweights.core import (
-    Context,
-    Flat,
-    Layout,
-    Params,
-    Path,
-    fail,
-    flatten,
-    is_default_target,
-    nearest,
-    resolve_layout,
-    unflatten,
-)
-from jaxweights.core._apply import LayoutLike
-from jaxweights.core._layout import is_float
+from jaxweights.core import Context, Flat, Layout, Params, Path, flatten, unflatten
+from jaxweights.core._apply import LayoutLike, resolve_layout
+from jaxweights.core._layout import is_default_target, is_float
 from jaxweights.core._map_over_stack import map_over_stack
-from jaxweights.core._paths import check_pattern, matching
+from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.merge._models import require_models
 from jaxweights.merge._same import same
 from jaxweights.merge._stacks import stack_axes

@@ -18,12 +18,11 @@ from jaxweights.core import (
     Stats,
     Transform,
     apply,
-    fail,
     flatten,
-    nearest,
     partition,
     unflatten,
 )
+from jaxweights.core._paths import fail, nearest
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import (
     Rounding,

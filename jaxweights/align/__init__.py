@@ -31,3 +31,6 @@ from jaxweights.align._straight_through import (
 from jaxweights.align._transform import permute as permute
 from jaxweights.align._weight_matching import Matching as Matching
 from jaxweights.align._weight_matching import weight_matching as weight_matching
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

@@ -23,7 +23,9 @@ from jaxweights.calibrate._calibrate import (
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
 from jaxweights.core import Context, Layout, Params, Path, Stats, Transform, flatten, unflatten
 from jaxweights.core._apply import LayoutLike
-from jaxweights.lift import Named, Walk, _compat, trace_model
+from jaxweights.lift import _compat
+from jaxweights.lift._infer_layout import trace_model
+from jaxweights.lift._walk import Named, Walk
 from jaxweights.weights import View, is_weight
 
 

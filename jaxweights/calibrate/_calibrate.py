@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
-from jaxweights.core import Layout, Needs, Params, Path, Stats, fail, flatten, nearest, unflatten
+from jaxweights.core import Layout, Needs, Params, Path, Stats, flatten, unflatten
 from jaxweights.core._apply import LayoutLike
-from jaxweights.core._paths import check_pattern, matching
+from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.core._stats import GRADIENT_STATISTICS, INPUT_STATISTICS, STATISTICS
-from jaxweights.lift import Walk, evaluate_lifted, trace_model
+from jaxweights.lift._infer_layout import trace_model
+from jaxweights.lift._lift import evaluate_lifted
+from jaxweights.lift._walk import Walk
 from jaxweights.weights import InputChange, View
 
 Batch = Any

@@ -11,7 +11,8 @@ from jaxweights.calibrate._blocks import transform_blocks
 from jaxweights.calibrate._calibrate import Batch, Mask, Progress, calibrate
 from jaxweights.core import Params, Transform, apply
 from jaxweights.core._apply import LayoutLike
-from jaxweights.lift import lift, trace_model
+from jaxweights.lift import lift
+from jaxweights.lift._infer_layout import trace_model
 
 
 def pipeline(

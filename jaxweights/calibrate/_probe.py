@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.core import Statistic
 from jaxweights.core._stats import combine
-from jaxweights.lift import Named, _compat
+from jaxweights.lift import _compat
+from jaxweights.lift._walk import Named
 from jaxweights.weights import InputChange, View, Weight
 from jaxweights.weights._matrix_weight import activations_as_rows, matrix_parts
 from jaxweights.weights._weight import static, weight_dataclass

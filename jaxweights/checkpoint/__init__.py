@@ -18,3 +18,6 @@ from jaxweights.checkpoint._source import open_checkpoint as open_checkpoint
 from jaxweights.checkpoint._write_gguf import write_gguf as write_gguf
 from jaxweights.checkpoint._write_safetensors import LazyTensor as LazyTensor
 from jaxweights.checkpoint._write_safetensors import write_safetensors as write_safetensors
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

@@ -139,6 +139,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFReader:
       ValueError: If the file is damaged or incomplete, is of another version or byte order, or
         has a tensor of a type that is not known.
 
+    Example:
+      >>> import tempfile
+      >>> from jaxweights.checkpoint import write_gguf
+      >>> file = Path(tempfile.mkdtemp()) / "model.gguf"
+      >>> write_gguf(file, {"a": np.ones((2, 3), np.float32)}, {"general.name": "tiny"})
+      >>> reader = open_gguf(file)
+      >>> reader.metadata["general.name"], reader["a"].shape
+      ('tiny', (2, 3))
+
     Source: the format's specification, `docs/gguf.md` in the ggml repository.
     Differs: (1) one file is read; `open_checkpoint` finds the other parts of a split model.
     """

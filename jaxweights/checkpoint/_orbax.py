@@ -133,6 +133,15 @@ def load_tree(
       FileNotFoundError: If the folder or its manifest is missing.
       ValueError: If manifest and arrays contradict each other, or were changed; all places at
         once.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp()) / "model"
+      >>> save_tree(folder, {"kernel": np.ones((2, 2), np.float16)})
+      >>> load_tree(folder).tree["kernel"].dtype
+      dtype('float16')
+      >>> load_tree(folder, abstract=True).tree
+      {'kernel': ShapeDtypeStruct(shape=(2, 2), dtype=float16)}
     """
     saved = SavedTree(Path(path), function="load_tree")
     arrays = (

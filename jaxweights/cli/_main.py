@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 done, 1 refused or failed.
+
+    Example:
+      >>> main(["inspect", "no/such/folder"])
+      1
     """
     parser = build_parser()
     options = parser.parse_args(arguments)

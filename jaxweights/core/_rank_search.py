@@ -42,6 +42,11 @@ def magnitude_bits(scores: Float[Array, "*shape"]) -> UInt[Array, "*shape"]:
 
     Returns:
       uint32, or uint64 for float64; NaN orders above infinity.
+
+    Example:
+      >>> bits = magnitude_bits(jnp.array([-2.0, 1.0, jnp.inf]))
+      >>> bool(bits[1] < bits[0] < bits[2])
+      True
     """
     width = 8 * scores.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(scores, jnp.dtype(f"uint{width}"))

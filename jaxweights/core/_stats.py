@@ -129,6 +129,15 @@ def merge_stats(first: Stats, second: Stats) -> Stats:
 
     Raises:
       ValueError: If they are statistics of different models or of different needs.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> needs = {"kernel": frozenset({"second_moment"})}
+      >>> part = lambda x: jw.calibrate(lambda p, x: x @ p["kernel"], params, [x], needs=needs)
+      >>> whole = merge_stats(part(jnp.ones((4, 2))), part(2 * jnp.ones((3, 2))))
+      >>> whole.get("kernel", "second_moment")
+      Array([16., 16.], dtype=float32)
     """
     keys = lambda stats: {(p, n) for p, entry in stats.values.items() for n in entry}  # noqa: E731
     if keys(first) != keys(second) or first.owners != second.owners:

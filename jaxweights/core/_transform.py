@@ -90,7 +90,7 @@ def stateless(
     scope: Scope = "tree",
     settings: Any = None,
 ) -> Transform:
-    """A transform from a function of parameters and context.
+    """Makes a transform of a function of parameters and context.
 
     Args:
       update: `(params, context) -> params`.
@@ -103,6 +103,14 @@ def stateless(
 
     Returns:
       The transform, whose state is empty.
+
+    Example:
+      >>> import jax, jaxweights as jw
+      >>> halve = stateless(
+      ...     lambda params, context: jax.tree.map(lambda w: w / 2, params), name="halve"
+      ... )
+      >>> jw.apply(halve, {"bias": jnp.ones(2)})["bias"]
+      Array([0.5, 0.5], dtype=float32)
     """
     return Transform(
         init=lambda params: (),
@@ -117,5 +125,17 @@ def stateless(
 
 
 def identity() -> Transform:
-    """Leaves every leaf as it is."""
+    """Leaves every leaf as it is: what a rule of `partition` says of what shall not change.
+
+    Returns:
+      The transform.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> rounding = jw.quantize.round_to_nearest(bits=4)
+      >>> tx = jw.partition((".*/up", rounding), (..., identity()))
+      >>> tree = {"mlp": {"up": jnp.ones((8, 4)), "down": jnp.ones((4, 8))}}
+      >>> jw.apply(tx, tree)["mlp"]["down"] is tree["mlp"]["down"]
+      True
+    """
     return stateless(lambda params, context: params, name="identity", scope="entry")

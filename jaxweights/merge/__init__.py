@@ -64,3 +64,6 @@ from jaxweights.merge._ties import ties as ties
 from jaxweights.merge._tsv import tsv as tsv
 from jaxweights.merge._upcycle import router_from_stats as router_from_stats
 from jaxweights.merge._upcycle import upcycle as upcycle
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

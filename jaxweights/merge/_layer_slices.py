@@ -24,6 +24,7 @@ class LayerSlice(NamedTuple):
     """Some layers of a model, in their order."""
 
     model: Params
+    """The tree that they are taken of."""
     start: int
     """The first layer that is taken."""
     stop: int

@@ -23,3 +23,6 @@ from jaxweights.models._registry import config_from_dict as config_from_dict
 from jaxweights.models._registry import config_from_gguf as config_from_gguf
 from jaxweights.models._rope import RopeScaling as RopeScaling
 from jaxweights.models._tokenizer import load_tokenizer as load_tokenizer
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

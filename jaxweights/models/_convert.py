@@ -70,12 +70,28 @@ def checkpoint_from_params(
     Raises:
       TypeError: If a leaf is no dense array; every one is listed.
       ValueError: If a leaf is missing, unexpected or misshapen; every one is listed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxweights as jw
+      >>> config = LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> params = jw.models.build(config).init(jax.random.key(0), tokens)["params"]
+      >>> checkpoint_from_params(params, config)["model.layers.0.mlp.up_proj.weight"].shape
+      (64, 32)
     """
     return write_tree(params, name_map(config, convention), asker="models.checkpoint_from_params")
 
 
 def param_shapes(config: LlamaConfig | BertConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by path.
+    """Lists the shape of every parameter by path, without making any.
+
+    Args:
+      config: Of the model.
+
+    Returns:
+      Shapes by path, as `params_from_checkpoint` arranges them.
 
     Example:
       >>> config = BertConfig(

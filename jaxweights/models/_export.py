@@ -149,6 +149,18 @@ def check_export(
 
     Raises:
       ValueError: If a weight does not fit the format; all are listed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxweights as jw
+      >>> config = LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> model = jw.models.build(config)
+      >>> params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+      >>> check_export(params, config, form="gptq")
+      Traceback (most recent call last):
+        ...
+      ValueError: ...no tensor is quantized...
     """
     from jaxweights.checkpoint._write_gguf import plan_gguf
     from jaxweights.checkpoint.exchange._write import check_quantized

@@ -83,6 +83,23 @@ def load_pretrained(
     Warns:
       UserWarning: If the checkpoint's runtime rounds activations too, of which only weights are
         read.
+
+    Example:
+      >>> import json, tempfile, pathlib, jaxweights as jw
+      >>> config = jw.models.LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> params = jw.models.build(config).init(jax.random.key(0), tokens)["params"]
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> jw.checkpoint.write_safetensors(
+      ...     folder,
+      ...     jw.models.checkpoint_from_params(params, config),
+      ...     files={"config.json": json.dumps(jw.models.config_to_dict(config))},
+      ... )
+      >>> loaded = load_pretrained(folder)
+      >>> loaded.model.apply({"params": loaded.params}, tokens).shape
+      (1, 4, 64)
     """
     from jaxweights.checkpoint import load_tree, open_checkpoint
 

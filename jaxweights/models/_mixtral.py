@@ -33,6 +33,19 @@ def mixtral_checkpoint(
       ValueError: If Mixtral's architecture lacks something of the model, or there are fewer experts
         than are chosen.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxweights as jw
+      >>> config = LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> params = jw.models.build(config).init(jax.random.key(0), tokens)["params"]
+      >>> routers = jnp.zeros((1, 32, 4))
+      >>> sparse = jw.merge.upcycle(params, 4 * [params], mlps="layers/mlp", routers=routers)
+      >>> tensors, settings = mixtral_checkpoint(sparse, config)
+      >>> tensors["model.layers.0.block_sparse_moe.experts.3.w1.weight"].shape
+      (64, 32)
+
     Source: Jiang et al. 2024, arXiv:2401.04088.
     """
     lacks = {

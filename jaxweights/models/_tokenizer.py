@@ -35,6 +35,16 @@ def load_tokenizer(source: Any) -> Tokenizer:
       ImportError: If the package `tokenizers` is not installed.
       FileNotFoundError: If there is no tokenizer at the path.
       ValueError: If the GGUF metadata describe a tokenizer that is not supported.
+
+    Example:
+      >>> import tempfile, tokenizers
+      >>> file = Path(tempfile.mkdtemp()) / "tokenizer.json"
+      >>> made = tokenizers.Tokenizer(
+      ...     tokenizers.models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")])
+      ... )
+      >>> made.save(str(file))
+      >>> load_tokenizer(file).encode("abb").ids
+      [2, 1]
     """
     _require_package()
     from tokenizers import Tokenizer

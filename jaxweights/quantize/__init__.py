@@ -101,3 +101,6 @@ from jaxweights.quantize.training import statsq_matrix as statsq_matrix
 from jaxweights.quantize.training import stochastic_rounding as stochastic_rounding
 from jaxweights.quantize.training import straight_through as straight_through
 from jaxweights.quantize.training import ternary as ternary
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

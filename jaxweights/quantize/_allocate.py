@@ -64,7 +64,13 @@ class LeafChoice:
 
 @dataclasses.dataclass(frozen=True)
 class FrontPoint:
-    """One allocation of the front: for every leaf a candidate, and what they sum to."""
+    """One allocation of the front: for every leaf a candidate, and what they sum to.
+
+    Args:
+      bytes: Of the leaves together, as they are stored.
+      error: Sum of the leaves' errors.
+      choices: Name of the candidate by path of the leaf.
+    """
 
     bytes: int
     error: float

@@ -315,7 +315,20 @@ def decode(
     scale: Float[Array, "*#shape"],
     zero_point: Integer[Array, "*#shape"] | None,
 ) -> Float[Array, "*shape"]:
-    """The float32 values that codes stand for."""
+    """Computes the values that codes stand for: `(codes - zero_point) * scale`.
+
+    Args:
+      codes: Integers, any shape.
+      scale: Of a shape that broadcasts to that of the codes.
+      zero_point: The code of 0, shaped as `scale`; None where 0 is.
+
+    Returns:
+      Float32 values, shaped as the codes.
+
+    Example:
+      >>> decode(jnp.array([[0, 3]], jnp.uint8), jnp.array([[0.5]]), jnp.array([[1]], jnp.uint8))
+      Array([[-0.5,  1. ]], dtype=float32)
+    """
     steps = codes.astype(jnp.float32)
     if zero_point is not None:
         steps = steps - zero_point.astype(jnp.float32)

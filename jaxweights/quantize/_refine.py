@@ -152,6 +152,16 @@ def refine_weight(
 
     Returns:
       The weight with other codes and scales.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> key_w, key_x = jax.random.split(jax.random.key(0))
+      >>> value, x = jax.random.normal(key_w, (16, 8)), jax.random.normal(key_x, (64, 16))
+      >>> start = jw.apply(jw.quantize.round_to_nearest(bits=3), {"kernel": value})["kernel"]
+      >>> better = refine_weight(start, value, x.T @ x)
+      >>> error = lambda weight: jw.quantize.output_error(value, weight.materialize(), x.T @ x)
+      >>> bool(error(better) < error(start))
+      True
     """
     view: View = weight.fitted().view
     operands = {

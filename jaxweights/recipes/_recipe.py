@@ -117,6 +117,19 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
     Raises:
       RecipeError: If anything is wrong; every problem is listed with its line.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp()) / "recipe.yaml"
+      >>> _ = file.write_text('''
+      ... model: {path: my-model}
+      ... transforms:
+      ...   - method: quantize.round_to_nearest
+      ...     bits: 4
+      ... output: {directory: runs/mine}
+      ... ''')
+      >>> load_recipe(file).steps[0].settings
+      {'bits': 4}
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -18,16 +18,9 @@ import numpy as np
 from jaxweights.calibrate import calibrate, pipeline
 from jaxweights.checkpoint import Provenance, atomic_directory
 from jaxweights.checkpoint._check_destination import check_destination
-from jaxweights.core import (
-    Context,
-    Layout,
-    Transform,
-    apply,
-    chain,
-    describe_nonfinite,
-    fail,
-    flatten,
-)
+from jaxweights.core import Context, Layout, Transform, apply, chain, flatten
+from jaxweights.core._leafwise import describe_nonfinite
+from jaxweights.core._paths import fail
 from jaxweights.core._plan import Plan, plan
 from jaxweights.lift import infer_layout
 from jaxweights.recipes._download import Progress
@@ -99,6 +92,29 @@ def run_recipe(
       FileExistsError: If the destination exists and `overwrite` is False.
       RecipeError: If the recipe does not suit the model.
       ValueError: If a weight of the model is not finite, or a text is too short.
+
+    Example:
+      >>> import json, tempfile
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> config = jw.models.LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> params = jw.models.build(config).init(jax.random.key(0), tokens)["params"]
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> jw.checkpoint.write_safetensors(
+      ...     folder / "model",
+      ...     jw.models.checkpoint_from_params(params, config),
+      ...     files={"config.json": json.dumps(jw.models.config_to_dict(config))},
+      ... )
+      >>> recipe = jw.recipes.parse_recipe(f'''
+      ... model: {{path: {folder}/model}}
+      ... transforms: [{{method: quantize.round_to_nearest, bits: 4, group_size: 32}}]
+      ... output: {{directory: {folder}/small, formats: [safetensors], report: false}}
+      ... ''')
+      >>> result = run_recipe(recipe)
+      >>> sorted(path.name for path in (folder / "small").iterdir())
+      ['recipe.yaml', 'result.json', 'safetensors']
     """
     report = progress or (lambda task, done, total: None)
     clock = _Clock()
@@ -208,6 +224,28 @@ def plan_recipe(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
 
     Raises:
       RecipeError: If a pattern matches no leaf, or a method does not suit one.
+
+    Example:
+      >>> import json, tempfile
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> config = jw.models.LlamaConfig(
+      ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2
+      ... )
+      >>> tokens = jnp.zeros((1, 4), jnp.int32)
+      >>> params = jw.models.build(config).init(jax.random.key(0), tokens)["params"]
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> jw.checkpoint.write_safetensors(
+      ...     folder / "model",
+      ...     jw.models.checkpoint_from_params(params, config),
+      ...     files={"config.json": json.dumps(jw.models.config_to_dict(config))},
+      ... )
+      >>> recipe = jw.recipes.parse_recipe(f'''
+      ... model: {{path: {folder}/model}}
+      ... transforms: [{{method: quantize.round_to_nearest, bits: 4, group_size: 32}}]
+      ... output: {{directory: {folder}/small, formats: [safetensors], report: false}}
+      ... ''')
+      >>> len(plan_recipe(recipe).changed)
+      7
     """
     report = progress or (lambda task, done, total: None)
     model = load_model(recipe.model, progress=report)

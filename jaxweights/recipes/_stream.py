@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core import Layout, Transform, chain, describe_nonfinite, fail
+from jaxweights.core import Layout, Transform, chain
 from jaxweights.core._apply import transform_tree
+from jaxweights.core._leafwise import describe_nonfinite
+from jaxweights.core._paths import fail
 from jaxweights.core._plan import describe_leaf, leaf_bytes
 from jaxweights.models._outline import Outline, Place, outline
 from jaxweights.recipes._download import Progress

@@ -56,7 +56,7 @@ def load_text(name: str, *, reflow: bool = True, progress: Progress | None = Non
 
 
 def read_text_file(path: str | Path, *, reflow: bool = True) -> Text:
-    """Reads a text file of one's own as one document.
+    r"""Reads a text file of one's own as one document.
 
     Args:
       path: A UTF-8 file.
@@ -67,6 +67,13 @@ def read_text_file(path: str | Path, *, reflow: bool = True) -> Text:
 
     Raises:
       ValueError: If it cannot be read, is not UTF-8, or holds no words.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp()) / "notes.txt"
+      >>> _ = file.write_text("One line\nand its rest.")
+      >>> read_text_file(file).documents
+      ('One line and its rest.',)
     """
     try:
         document = Path(path).read_text(encoding="utf-8")

@@ -31,3 +31,6 @@ from jaxweights.weights._weight import is_weight as is_weight
 from jaxweights.weights._weight import materialize as materialize
 from jaxweights.weights._weight import static as static
 from jaxweights.weights._weight import weight_dataclass as weight_dataclass
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

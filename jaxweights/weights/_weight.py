@@ -175,12 +175,29 @@ class Weight(abc.ABC):
 
 
 def is_weight(x: object) -> bool:
-    """Whether `x` is a represented weight."""
+    """Tells whether `x` is a represented weight, such as for the `is_leaf` of `jax.tree.map`.
+
+    Args:
+      x: Anything.
+
+    Returns:
+      Whether it is a `Weight`.
+
+    Example:
+      >>> is_weight(jnp.ones(2))
+      False
+    """
     return isinstance(x, Weight)
 
 
 def materialize(tree: Any) -> Any:
     """Replaces every represented weight of a tree by its dense array.
+
+    Args:
+      tree: Any pytree.
+
+    Returns:
+      The tree with arrays in place of represented weights; other leaves as they are.
 
     Example:
       >>> materialize({"kernel": jnp.ones((2, 2))})["kernel"].shape
@@ -190,12 +207,55 @@ def materialize(tree: Any) -> Any:
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is metadata of the pytree, not an array."""
+    """Declares a field of a `weight_dataclass` that is metadata of the pytree, not an array.
+
+    Args:
+      default: Its default value; without one it has to be given. Hashable, as `jit` compares it.
+
+    Returns:
+      The field.
+
+    Example:
+      >>> @weight_dataclass
+      ... class Zeros(Weight):
+      ...     lengths: tuple[int, ...] = static()
+      ...     dtype: Any = static(jnp.dtype(jnp.float32))
+      ...     @property
+      ...     def shape(self):
+      ...         return self.lengths
+      ...     def materialize(self):
+      ...         return jnp.zeros(self.lengths, self.dtype)
+      >>> jax.tree.leaves(Zeros((2, 3)))
+      []
+    """
     return dataclasses.field(default=default, metadata={"static": True})
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def weight_dataclass(cls: W) -> W:
-    """Makes a class a frozen dataclass that is a pytree; fields with `static=True` are metadata."""
+    """Makes a class a frozen dataclass that is a pytree: a representation of your own.
+
+    Args:
+      cls: A subclass of `Weight` that defines `shape` and `materialize`, and may define `dot`.
+        Its fields are arrays or trees of them, or metadata where they are declared by `static`.
+
+    Returns:
+      The class, registered with JAX.
+
+    Example:
+      >>> import jaxweights as jw
+      >>> @weight_dataclass
+      ... class Diagonal(Weight):
+      ...     entries: jax.Array
+      ...     dtype: Any = static(jnp.dtype(jnp.float32))
+      ...     @property
+      ...     def shape(self):
+      ...         return 2 * self.entries.shape
+      ...     def materialize(self):
+      ...         return jnp.diag(self.entries).astype(self.dtype)
+      >>> model = lambda params, x: x @ params["kernel"]
+      >>> jw.lift(model)({"kernel": Diagonal(jnp.array([1.0, 2.0]))}, jnp.ones((1, 2)))
+      Array([[1., 2.]], dtype=float32)
+    """
     cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
     return jax.tree_util.register_dataclass(cls)

@@ -462,7 +462,7 @@ def compiled_step(fn, params, batch, names):
     """The program of one batch, lowered through the same functions as `calibrate`."""
     from jaxweights.calibrate._calibrate import _assign, _input_records
     from jaxweights.core import flatten
-    from jaxweights.lift import trace_model
+    from jaxweights.lift._infer_layout import trace_model
 
     flat, treedef = flatten(params)
     trace = trace_model(fn, params, (batch,))

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxweights.core import Layout, conventional_layout, is_default_target
+from jaxweights.core import Layout, conventional_layout
 from jaxweights.core._apply import resolve_layout
+from jaxweights.core._layout import is_default_target
 from jaxweights.lift import infer_layout
 from jaxweights.weights import CONV_HWIO, CONV_OIHW, EMBEDDING, OUTPUTS_FIRST, Axes, Masked
 

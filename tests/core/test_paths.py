@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxweights.core import fail, flatten, nearest, path_key, unflatten
-from jaxweights.core._paths import check_pattern, matching
+from jaxweights.core import flatten, path_key, unflatten
+from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.weights import Masked
 
 

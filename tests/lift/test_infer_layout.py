@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.lift import infer_layout, trace_model
+from jaxweights.lift import infer_layout
+from jaxweights.lift._infer_layout import trace_model
 from jaxweights.weights import CONV_HWIO, EMBEDDING, Axes
 from tests.lift._weights import int8, normal
 

@@ -104,6 +104,18 @@ def write_quantized(
       FileExistsError: If the destination exists and `overwrite` is False.
       ValueError: If a weight does not fit the format, or no weight is quantized.
 
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> folder = pathlib.Path(tempfile.mkdtemp()) / "model"
+      >>> weight = jnp.ones((8, 64))  # as torch has it, (out, in)
+      >>> tx = jw.quantize.round_to_nearest(bits=4, group_size=32)
+      >>> small = jw.apply(tx, {"up.weight": weight})
+      >>> config = {"model_type": "llama"}
+      >>> write_quantized(folder, small, form="compressed-tensors", config=config)
+      >>> jw.checkpoint.open_checkpoint(folder).represented("up.weight")
+      Quantized(8x64 float32, ... bits=4, group_size=32, ...)
+
     Differs: (1) GPTQ and AWQ files hold scales in float16: wider ones are rounded to it, once.
     """
     seen = _survey(tensors, form=form, target=target)

@@ -22,3 +22,6 @@ from jaxweights.quantize.training._statsq import statsq_matrix as statsq_matrix
 from jaxweights.quantize.training._stochastic import stochastic_rounding as stochastic_rounding
 from jaxweights.quantize.training._straight_through import fake_quant as fake_quant
 from jaxweights.quantize.training._straight_through import straight_through as straight_through
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

@@ -7,3 +7,6 @@ from jaxweights.recipes.mergekit._evaluate import Scores as Scores
 from jaxweights.recipes.mergekit._run import Merged as Merged
 from jaxweights.recipes.mergekit._run import explain_merge as explain_merge
 from jaxweights.recipes.mergekit._run import run_merge as run_merge
+
+# What help() lists; type checkers read the imports.
+__all__ = [name for name in dir() if not name.startswith("_")]  # pyright: ignore

@@ -173,6 +173,13 @@ def load_merge_config(
     Raises:
       RecipeError: If anything in it is unknown, misspelt or of the wrong type; all problems, with
         their lines, in one message.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp()) / "merge.yml"
+      >>> _ = file.write_text("{merge_method: linear, models: [{model: a}, {model: b}]}")
+      >>> load_merge_config(file)[0].method
+      'linear'
     """
     file = Path(path)
     try:

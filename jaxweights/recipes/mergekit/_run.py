@@ -71,6 +71,20 @@ def explain_merge(
 
     Returns:
       The tensors of the last document, with their methods, inputs and parameters.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> files = {"config.json": json.dumps({"model_type": "llama"})}
+      >>> for name, value in (("first", 1.0), ("second", 3.0)):
+      ...     tensors = {"lm_head.weight": jnp.full((4, 2), value)}
+      ...     jw.checkpoint.write_safetensors(folder / name, tensors, files=files)
+      >>> config = folder / "merge.yml"
+      >>> text = "merge_method: linear, models: [{model: first}, {model: second}]"
+      >>> _ = config.write_text("{" + text + ", parameters: {weight: 0.5}, dtype: float32}")
+      >>> [(tensor.job.name, tensor.method) for tensor in explain_merge(config).tensors]
+      [('lm_head.weight', 'linear')]
     """
     prepared = _prepare(config, compat, missing, seed)
     return Explanation(tuple(prepared.tensors), _differences(prepared.config, compat))
@@ -118,6 +132,21 @@ def run_merge(
     Raises:
       RecipeError: If the configuration is wrong, or models do not fit it or each other.
       ValueError: If values are not finite, or a tensor does not fit into the memory.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> import jax.numpy as jnp, jaxweights as jw
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> files = {"config.json": json.dumps({"model_type": "llama"})}
+      >>> for name, value in (("first", 1.0), ("second", 3.0)):
+      ...     tensors = {"lm_head.weight": jnp.full((4, 2), value)}
+      ...     jw.checkpoint.write_safetensors(folder / name, tensors, files=files)
+      >>> config = folder / "merge.yml"
+      >>> text = "merge_method: linear, models: [{model: first}, {model: second}]"
+      >>> _ = config.write_text("{" + text + ", parameters: {weight: 0.5}, dtype: float32}")
+      >>> _ = run_merge(config, folder / "merged")
+      >>> jw.checkpoint.open_checkpoint(folder / "merged").read("lm_head.weight")[0]
+      array([2., 2.], dtype=float32)
     """
     check_destination(_NAME, destination, overwrite=overwrite, directory=True)
     refuse_unrelated(_NAME, destination)

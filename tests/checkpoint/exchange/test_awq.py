@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import Part, pack_awq, unpack_awq
-from jaxweights.checkpoint.exchange._awq import unfit_awq
+from jaxweights.checkpoint.exchange._awq import pack_awq, unfit_awq, unpack_awq
+from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.weights import Quantized
 from tests.checkpoint.exchange._oracles import awq_words, case_of, dense, random_matrix
 

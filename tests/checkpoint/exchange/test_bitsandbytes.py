@@ -4,8 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import Part, pack_bitsandbytes, unpack_bitsandbytes
-from jaxweights.checkpoint.exchange._bitsandbytes import unfit_bitsandbytes
+from jaxweights.checkpoint.exchange._bitsandbytes import (
+    pack_bitsandbytes,
+    unfit_bitsandbytes,
+    unpack_bitsandbytes,
+)
+from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.quantize._nf4 import FP4_LEVELS, NF4_LEVELS, four_bit_matrix
 from jaxweights.weights import Codebook, Quantized
 from tests.checkpoint.exchange._oracles import case_of

@@ -3,13 +3,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import (
-    Part,
+from jaxweights.checkpoint.exchange._compressed_tensors import (
     pack_int_quantized,
     pack_pack_quantized,
     unpack_int_quantized,
     unpack_pack_quantized,
 )
+from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.weights import Quantized
 from tests.checkpoint.exchange._oracles import dense, random_matrix, stream_along, stream_down
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import Part, pack_gptq, unpack_gptq
-from jaxweights.checkpoint.exchange._gptq import unfit_gptq
+from jaxweights.checkpoint.exchange._gptq import pack_gptq, unfit_gptq, unpack_gptq
+from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.weights import Quantized
 from tests.checkpoint.exchange._oracles import (
     case_of,

@@ -4,16 +4,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import (
-    Part,
+from jaxweights.checkpoint.exchange._module import Part
+from jaxweights.checkpoint.exchange._narrow_floats import (
+    E2M1,
     pack_float_quantized,
     pack_mxfp4,
     pack_nvfp4,
+    unfit_floats,
     unpack_float_quantized,
     unpack_mxfp4,
     unpack_nvfp4,
 )
-from jaxweights.checkpoint.exchange._narrow_floats import E2M1, unfit_floats
 from jaxweights.quantize._fp8 import fp8_matrix
 from jaxweights.quantize._mx import mx_matrix, nvfp4_matrix
 

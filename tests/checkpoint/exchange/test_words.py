@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint.exchange import pack_words, unpack_words
+from jaxweights.checkpoint.exchange._words import pack_words, unpack_words
 from tests.checkpoint.exchange._oracles import stream_along, stream_down
 
 
