@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -103,16 +104,19 @@ def regmean_plus(
         layer, depth = 0, 1
         while layer < depth:
             stats = [calibrate(fn, merged, data, needs=needs, layout=layout) for data in batches]
-            tx = regmean(stats=stats, weights=weights, alpha=alpha, damping=damping)
-            only = partition((pattern, tx), (..., identity()))
-            fitted = flatten(apply(only, models[0], models=list(models), layout=layout))[0]
             flat, treedef = flatten(merged)
-            axes = _layer_axes({path: flat[path] for path in paths}, stats, layout)
+            axes = _layer_axes(paths, flat, stats, layout)
             depth = max((flat[p].shape[a] for p, a in axes.items() if a is not None), default=1)
-            new = {
-                path: fitted[path] if a is None else _layer_of(flat[path], fitted[path], a, layer)
-                for path, a in axes.items()
-            }
+            tx = regmean(
+                stats=[_stats_of_layer(entry, axes, layer) for entry in stats],
+                weights=weights,
+                alpha=alpha,
+                damping=damping,
+            )
+            only = partition((pattern, tx), (..., identity()))
+            each = [_tree_of_layer(model, axes, layer) for model in models]
+            fitted = flatten(apply(only, each[0], models=each, layout=layout))[0]
+            new = {path: _with_layer(flat[path], fitted[path], axes[path], layer) for path in paths}
             merged = unflatten(treedef, flat | new)
             layer += 1
     return merged
@@ -139,25 +143,55 @@ def _groups(params: Params, stages: Sequence[str]) -> list[list[Path]]:
     return groups
 
 
-def _layer_axes(flat: Flat, stats: list[Stats], layout: LayoutLike) -> dict[Path, int | None]:
-    """On which axis of each matrix its layers are stacked, if on any."""
+def _layer_axes(
+    paths: list[Path], flat: Flat, stats: list[Stats], layout: LayoutLike
+) -> dict[Path, int | None]:
+    """On which axis of each matrix of a stage its layers are stacked, if on any."""
     found = _layout(resolve_layout(flat, layout), tuple(stats), flat)
-    views = matrix_views(_NAME, flat, found, named=False)
+    views = matrix_views(_NAME, {path: flat[path] for path in paths}, found, named=False)
     fail(
         _NAME,
         [
             f"{path!r}: is an embedding table or empty, and has no inputs to be fitted to. Leave "
             "it out of stages, and it takes the mean."
-            for path in flat
+            for path in paths
             if path not in views
         ],
     )
-    return {
-        path: next(iter(views[path].stack_axes(leaf.ndim)), None) for path, leaf in flat.items()
+    return {path: next(iter(views[path].stack_axes(flat[path].ndim)), None) for path in paths}
+
+
+def _tree_of_layer(tree: Params, axes: dict[Path, int | None], layer: int) -> Params:
+    """A model whose matrices of the stage have one layer, on an axis of length 1."""
+    flat, treedef = flatten(tree)
+    stacked = {path: axis for path, axis in axes.items() if axis is not None}
+    return unflatten(
+        treedef, flat | {path: _one(flat[path], axis, layer) for path, axis in stacked.items()}
+    )
+
+
+def _stats_of_layer(stats: Stats, axes: dict[Path, int | None], layer: int) -> Stats:
+    """The statistics of this layer; layers are the first axis of what was collected of a stack."""
+    stacked = {stats.owner(path) for path, axis in axes.items() if axis is not None}
+    values = {
+        path: {name: _one(value, 0, layer) for name, value in entry.items()}
+        if path in stacked
+        else entry
+        for path, entry in stats.values.items()
     }
+    return dataclasses.replace(stats, values=values)
 
 
-def _layer_of(old: jax.Array, new: jax.Array, axis: int, layer: int) -> jax.Array:
+def _one(array: jax.Array, axis: int, layer: int) -> jax.Array:
+    """One layer; the last one where there are not so many, whose result nobody takes."""
+    start = min(layer, array.shape[axis] - 1)
+    return jax.lax.slice_in_dim(jnp.asarray(array), start, start + 1, axis=axis)
+
+
+def _with_layer(old: jax.Array, new: jax.Array, axis: int | None, layer: int) -> jax.Array:
     """The old matrices, of which one layer is the new one."""
-    place = (slice(None),) * axis + (layer,)
-    return jnp.asarray(old).at[place].set(jnp.asarray(new)[place])
+    if axis is None:
+        return new
+    if layer >= old.shape[axis]:
+        return old
+    return jax.lax.dynamic_update_slice_in_dim(jnp.asarray(old), new, layer, axis=axis)

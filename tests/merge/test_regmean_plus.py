@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.merge import regmean_plus
+from jaxweights.merge import _regmean, regmean_plus
 
 ALPHA = 0.7
 
@@ -76,6 +76,34 @@ def test_stacked_layers_are_merged_one_after_the_other():
     want = regmean_plus(named, apart, data, stages=["l0/.*", "l1/.*", "l2/.*"])
     for i in range(3):
         np.testing.assert_allclose(got[i], want[f"l{i}"]["kernel"], rtol=0, atol=1e-5)
+
+
+def _scanned(params, x):
+    x = x @ params["embed_proj"]
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["layers"])[0]
+
+
+def test_each_layer_of_a_stack_is_solved_once(monkeypatch):
+    seen = []
+    solve = _regmean._regmean_of_leaves
+    counted = lambda leaves, *a, **k: (seen.append(leaves[0].shape), solve(leaves, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(_regmean, "_regmean_of_leaves", counted)
+    draw = np.random.default_rng(0).normal
+    models = [
+        {"embed_proj": jnp.eye(4), "layers": jnp.asarray(draw(size=(3, 4, 4)), jnp.float32)}
+        for _ in range(2)
+    ]
+    regmean_plus(_scanned, models, [_data(i, width=4) for i in range(2)], stages=["layers"])
+    assert seen == [(1, 4, 4)] * 3
+
+
+def test_a_stated_layout_may_name_what_is_in_no_stage():
+    models = [{"embed_proj": jnp.eye(4), "layers": i * jnp.ones((2, 4, 4))} for i in (0.1, 0.2)]
+    data = [_data(i, width=4) for i in range(2)]
+    layout = {"embed_proj": jw.Axes(), "layers": jw.Axes()}
+    got = regmean_plus(_scanned, models, data, stages=["layers"], layout=layout)
+    want = regmean_plus(_scanned, models, data, stages=["layers"])
+    np.testing.assert_array_equal(got["layers"], want["layers"])
 
 
 def test_copies_of_one_model_merge_to_it_bit_for_bit():
