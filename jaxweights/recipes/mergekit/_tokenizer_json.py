@@ -74,6 +74,10 @@ def only_tokens(tokenizer: dict[str, Any], kept: Mapping[str, int]) -> dict[str,
     changed: dict[str, Any] = {}
     if isinstance(vocab, dict):
         changed["vocab"] = {token: i for token, i in vocab.items() if token in kept}
+    elif isinstance(vocab, list):  # Unigram: a token's row is its place, so the end is cut off
+        changed["vocab"] = vocab[: max(kept.values(), default=-1) + 1]
+        if (model.get("unk_id") or 0) >= len(changed["vocab"]):
+            changed["unk_id"] = None
     if isinstance(merges, list) and len(changed.get("vocab", vocab)) < len(vocab):
         parts = [m.split(" ") if isinstance(m, str) else m for m in merges]
         changed["merges"] = [

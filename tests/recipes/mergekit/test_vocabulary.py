@@ -89,6 +89,31 @@ def test_a_models_own_vocabulary_keeps_its_order(rows):
     np.testing.assert_allclose(merged[3], want, rtol=1e-6, atol=1e-6)
 
 
+def test_tokens_beyond_the_rows_are_cut_off_a_list_whose_places_are_its_rows(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    for name, words, rows in (("base", "abcxyz", 4), ("other", "abcx!", 5)):
+        _write(tmp_path, name, list(words), 0, rows=rows)
+        model = {
+            "type": "Unigram",
+            "unk_id": 0,
+            "vocab": [[word, -float(i)] for i, word in enumerate(words)],
+        }
+        file = tmp_path / name / "tokenizer.json"
+        file.write_text(json.dumps({"model": model, "added_tokens": []}))
+    config = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 1}} for m in ("base", "other")],
+        "tokenizer_source": "union",
+    }
+    run_merge(write_config(tmp_path, config), tmp_path / "merged")
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "merged" / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    assert ids == {"a": 0, "b": 1, "c": 2, "x": 3, "!": 4}
+    merged, other = read(tmp_path / "merged")[EMBED], read(tmp_path / "other")[EMBED]
+    assert len(merged) == 5
+    np.testing.assert_allclose(merged[ids["!"]], other[4], rtol=1e-6, atol=1e-6)
+
+
 def test_rules_choose_the_row_of_a_token(rows):
     folder, own = rows
     tokens = {
