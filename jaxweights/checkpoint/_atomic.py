@@ -131,7 +131,7 @@ def atomic(
             raise OSError(
                 errno.ENOSPC,
                 f"{function}: '{destination}' needs {needs_bytes} bytes, but only {free} are free "
-                "on its disk. Nothing was written. Free some space or choose another disk",
+                "on its disk. Nothing was written. Free some space or choose another disk.",
             )
         if lasting is None:
             partial, lock = _make_partial(target, directory=directory)
@@ -149,7 +149,7 @@ def atomic(
                     errno.ENOSPC,
                     f"{function}: the disk is full while writing '{destination}'. What was there "
                     "before is untouched and the partial result was removed. Free some space or "
-                    f"choose another disk ({error!s:.200})",
+                    f"choose another disk ({_words(error):.200}).",
                 ) from error
             raise
         finally:
@@ -162,6 +162,11 @@ def atomic(
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+def _words(error: BaseException) -> str:
+    """What the system said, without its number."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _make_parents(parent: Path) -> list[Path]:

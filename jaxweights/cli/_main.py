@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -131,6 +133,8 @@ def _clean(error: Exception, command: str) -> str:
       "'out' exists. Remove it, or say --overwrite."
     """
     message = str(error).strip()
+    if isinstance(error, OSError) and error.errno is not None:
+        message = _of_system(error)
     if isinstance(error, KeyError) and error.args:
         message = str(error.args[0])  # KeyError quotes its message
     message = message.removeprefix(f"jaxweights {command}: ")
@@ -138,6 +142,30 @@ def _clean(error: Exception, command: str) -> str:
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError | KeyError):
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space or choose another disk.",
+    errno.EDQUOT: "Free some space or choose another disk.",
+    errno.EACCES: "Change its permissions or choose another path.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOENT: "Check the path.",
+}
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, without its number: where, why, and what helps.
+
+    Example:
+      >>> _of_system(PermissionError(errno.EACCES, "Permission denied", "out"))
+      "'out': permission denied. Change its permissions or choose another path."
+    """
+    code, words = error.errno or 0, str(error.strerror)
+    if words != os.strerror(code):  # the library's own sentences, which name path and remedy
+        return words
+    where = f"'{error.filename}': " if error.filename is not None else ""
+    remedy = _REMEDIES.get(code, "")
+    return f"{where}{words[:1].lower()}{words[1:]}. {remedy}".strip()
 
 
 def _say(message: str, options: argparse.Namespace) -> None:

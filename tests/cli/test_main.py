@@ -1,7 +1,9 @@
 """The command line: help with examples, clean errors, exit codes, JSON on standard output."""
 
+import errno
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import pytest
 
 from jaxweights.cli import main
 from jaxweights.cli._main import COMMANDS
+from tests._tiny_models import LLAMA, write_tiny
+from tests.stream.conftest import file_limit as file_limit
 
 
 @pytest.fixture
@@ -85,6 +89,47 @@ def test_with_json_an_error_is_json_too(invoke, tmp_path):
     assert code == 1
     assert "does not exist" in json.loads(out)["error"]
     assert "does not exist" in err
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    """Two models that no file of 16 KiB holds, and a configuration that merges them."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two")):
+        write_tiny(folder / name, LLAMA, seed=seed)
+    models = "models: [{model: one}, {model: two}], parameters: {weight: 1}"
+    (folder / "merge.yml").write_text(f"{{merge_method: linear, {models}, dtype: float32}}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("merge", "merge.yml", "out"),
+        ("convert", "one", "out", "--to", "safetensors"),
+        ("convert", "one", "out", "--to", "orbax"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_a_full_disk_is_said_in_words_with_the_path_and_a_remedy(
+    invoke, two_models, monkeypatch, file_limit, arguments
+):
+    monkeypatch.chdir(two_models)
+    code, out, err = invoke(*arguments, "--quiet")
+    assert (code, out) == (1, "")
+    assert "Errno" not in err
+    assert re.search(r": the disk is full while writing 'out'.*Free some space or choose", err)
+    assert not (two_models / "out").exists()
+
+
+def test_what_the_system_refuses_is_said_with_its_path_and_a_remedy(invoke, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "secret.bin")
+
+    monkeypatch.setattr("jaxweights.cli._inspect.execute", refuse)
+    _, _, err = invoke("inspect", tmp_path)
+    words = "'secret.bin': permission denied. Change its permissions or choose another path."
+    assert err == f"jaxweights inspect: {words}\n"
 
 
 def test_debug_lets_the_error_through(tmp_path):
