@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # 130: as shells report Ctrl-C
 
-COMMANDS = ("run", "merge", "plan", "inspect", "compare", "convert")
+COMMANDS = ("quantize", "run", "merge", "plan", "inspect", "compare", "convert")
 
 _DESCRIPTION = """\
 Changes the weights of trained models: prunes, quantizes, adapts, merges, and shows what it cost.

@@ -169,6 +169,18 @@ def plan(
       >>> p.bytes_before, p.leaves[0].changed
       (8192, True)
     """
+    return plan_and_leaves(tx, params, layout=layout, stats=stats, models=models)[0]
+
+
+def plan_and_leaves(
+    tx: Transform,
+    params: Params,
+    *,
+    layout: LayoutLike = None,
+    stats: Stats | None = None,
+    models: Sequence[Params] | None = None,
+) -> tuple[Plan, Flat]:
+    """`plan`, and what the leaves become, as shapes, by path."""
     flat, treedef = flatten(params)
     found = resolve_layout(flat, layout, stats)
     needs = tx.needs(params)
@@ -202,7 +214,7 @@ def plan(
         _leaf_plan(path, leaf, new[path], path in untouched, owners[path], found)
         for path, leaf in flat.items()
     )
-    return Plan(tx.name, leaves, needs)
+    return Plan(tx.name, leaves, needs), new
 
 
 def _arrays(flat: Flat) -> Flat:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxweights.core._chain import chain
 from jaxweights.core._partition import Rule, partition
@@ -19,9 +20,15 @@ from jaxweights.recipes._check import (
     read_keys,
     settings_of,
 )
-from jaxweights.recipes._methods import find_method
+from jaxweights.recipes._methods import Factory, find_method
 from jaxweights.recipes._sections import Calibrate, Evaluate, ModelSource, Output
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml
+
+if TYPE_CHECKING:
+    from jaxweights.models import BertConfig, LlamaConfig
+    from jaxweights.quantize import Fold
+
+    ModelConfig = LlamaConfig | BertConfig
 
 Stream = Literal["auto", "always", "never"]
 
@@ -38,6 +45,8 @@ class Step:
       transform: What it does.
       line: Line in the file.
       plain: The same, not restricted to the leaves that `match` and `exempt` name.
+      with_folds: The same as `plain`, given the folds of the model; None where the step does not
+        ask for them by `folds: model`. Until it is given, `plain` has none.
     """
 
     method: str
@@ -47,6 +56,15 @@ class Step:
     transform: Transform
     line: int
     plain: Transform
+    with_folds: Callable[[tuple[Fold, ...]], Transform] | None = None
+
+    def given(self, folds: tuple[Fold, ...]) -> Step:
+        """The step, with the folds of the model where it asks for them."""
+        if self.with_folds is None:
+            return self
+        plain = self.with_folds(folds)
+        transform = _select(plain, self.match, self.exempt)
+        return dataclasses.replace(self, plain=plain, transform=transform)
 
     def on(self, path: LeafPath) -> Transform | None:
         """What is done to a tree of this leaf alone; None where the step passes over it."""
@@ -93,6 +111,15 @@ class Recipe:
     def transform(self) -> Transform:
         """All steps as one transform."""
         return chain(*(step.transform for step in self.steps))
+
+    def for_model(self, config: ModelConfig) -> Recipe:
+        """The recipe, with the folds of a model where steps ask for them by `folds: model`."""
+        from jaxweights.models import LlamaConfig
+        from jaxweights.quantize import bert_folds, llama_folds
+
+        is_llama = isinstance(config, LlamaConfig)
+        folds = llama_folds(config) if is_llama else bert_folds(config)
+        return dataclasses.replace(self, steps=tuple(step.given(folds) for step in self.steps))
 
 
 _SECTIONS = {
@@ -261,7 +288,11 @@ def _read_step(node: Located, where: str, problems: Problems) -> Step | None:
     # A method around another, such as `quantizer: {method: quantize.gptq, bits: 3}`.
     nested = [key for key, annotation in annotations.items() if annotation is Transform]
     annotations |= dict.fromkeys(nested, Any)
-    values = read_keys(node, common | annotations, required, name, problems)
+    folds = node.value.get("folds")
+    if "folds" in annotations and folds is not None and isinstance(folds.value, str):
+        annotations["folds"] = Literal["model"]  # the architecture's, known once the model is
+    # A setting that is called as an entry of every step keeps its default.
+    values = read_keys(node, annotations | common, required, name, problems)
     if values is MISSING:
         return None
     settings = {key: value for key, value in values.items() if key not in common}
@@ -278,12 +309,35 @@ def _read_step(node: Located, where: str, problems: Problems) -> Step | None:
             line = node.keys[key]
             check_pattern(name, pattern)
         line = node.keys["method"]
-        plain = factory(**settings | {key: step.transform for key, step in inner.items() if step})
+        make = _maker(factory, settings, {key: step for key, step in inner.items() if step})
+        plain = make(())
     except (ValueError, TypeError) as error:
         problems.add(line, str(error))
         return None
-    transform = _select(plain, match, exempt)
-    return Step(name, settings, match, exempt, transform, node.keys["method"], plain)
+    asks = settings.get("folds") == "model" or any(s and s.with_folds for s in inner.values())
+    return Step(
+        name,
+        settings,
+        match,
+        exempt,
+        _select(plain, match, exempt),
+        node.keys["method"],
+        plain,
+        make if asks else None,
+    )
+
+
+def _maker(
+    factory: Factory, settings: Mapping[str, Any], inner: Mapping[str, Step]
+) -> Callable[[tuple[Fold, ...]], Transform]:
+    """Makes a step's transform from the folds of the model."""
+
+    def make(folds: tuple[Fold, ...]) -> Transform:
+        given = {"folds": folds} if settings.get("folds") == "model" else {}
+        steps = {key: step.given(folds).transform for key, step in inner.items()}
+        return factory(**{**settings, **given, **steps})
+
+    return make
 
 
 def _patterns(value: Any) -> tuple[str, ...]:

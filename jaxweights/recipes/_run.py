@@ -21,7 +21,7 @@ from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.core import Context, Layout, Transform, apply, chain, flatten
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import fail
-from jaxweights.core._plan import Plan, plan
+from jaxweights.core._plan import Plan, plan_and_leaves
 from jaxweights.lift import infer_layout
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._leaves import (
@@ -41,7 +41,11 @@ from jaxweights.recipes._model import Model, check_fit, load_model
 from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
 from jaxweights.recipes._stream import Streaming, outline_model, streams
-from jaxweights.recipes._write import check_formats, write_checkpoint
+from jaxweights.recipes._write import (
+    check_formats,
+    check_formats_of_shapes,
+    write_checkpoint,
+)
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.weights import materialize
 
@@ -128,6 +132,7 @@ def run_recipe(
         model = load_model(recipe.model, progress=report)
         others = tuple(load_model(m, progress=report).params for m in recipe.models)
         check_fit(recipe, model)
+        recipe = recipe.for_model(model.pretrained.config)
         _refuse_nonfinite(model)
         layout, _ = _plan(recipe, model, others)
         data = prepare_calibration(recipe, model, report)
@@ -164,9 +169,7 @@ def run_recipe(
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)
         summary["seconds"] = clock.seconds
-        summary["size"]["on_disk"] = {
-            form: _folder_bytes(folder / form) for form in recipe.output.formats
-        }
+        summary["size"]["on_disk"] = _flatten_folder(folder, recipe)
         _write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, after)
 
@@ -179,6 +182,7 @@ def _run_stream(
         model, places = outline_model(recipe.model, progress=report)
         others = tuple(outline_model(m, progress=report)[1] for m in recipe.models)
         check_fit(recipe, model)
+        recipe = recipe.for_model(model.pretrained.config)
         layout, _ = _plan(recipe, model, tuple(other.pretrained.params for other in others))
     streaming = Streaming(recipe, model, places, others, layout)
     with atomic_directory(directory, overwrite=overwrite) as folder:
@@ -190,7 +194,7 @@ def _run_stream(
         sizes = {
             "before": sum(leaf.bytes_before for leaf in leaves),
             "after": sum(leaf.bytes_after for leaf in leaves),
-            "on_disk": {"safetensors": _folder_bytes(folder / "safetensors")},
+            "on_disk": _flatten_folder(folder, recipe),
         }
         summary = _summarize(recipe, model, sizes, {}, None, leaves, provenance)
         summary["seconds"] = clock.seconds
@@ -251,6 +255,7 @@ def plan_recipe(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
     model = load_model(recipe.model, progress=report)
     others = tuple(load_model(m, progress=report).params for m in recipe.models)
     check_fit(recipe, model)
+    recipe = recipe.for_model(model.pretrained.config)
     return _plan(recipe, model, others)[1]
 
 
@@ -270,7 +275,10 @@ def _plan(recipe: Recipe, model: Model, others: tuple[Any, ...]) -> tuple[Layout
     # Whether statistics are still true was settled with the recipe: here shapes alone count.
     steps = [dataclasses.replace(step.transform, moves_inputs=False) for step in recipe.steps]
     try:
-        found = plan(chain(*steps), model.params, layout=layout, models=others or None)
+        found, leaves = plan_and_leaves(
+            chain(*steps), model.params, layout=layout, models=others or None
+        )
+        check_formats_of_shapes(recipe.output.formats, model.pretrained.config, leaves)
     except ValueError as error:
         lines = [_with_line(line, recipe) for line in str(error).splitlines()]
         raise RecipeError("\n".join(lines)) from error
@@ -422,6 +430,19 @@ def _write_weights(
         report("Writing weights", done, len(formats))
         write_checkpoint(folder / form, form, model.pretrained, params, provenance=provenance)
     report("Writing weights", len(formats), len(formats))
+
+
+def _flatten_folder(folder: Path, recipe: Recipe) -> dict[str, int]:
+    """Bytes of each format on the disk; moves the files of a flat one into the folder itself."""
+    sizes = {form: _folder_bytes(folder / form) for form in recipe.output.formats}
+    if recipe.output.flat:
+        [form] = recipe.output.formats
+        # A file of the checkpoint may have the name of its folder.
+        inner = (folder / form).rename(folder / ".weights")
+        for entry in sorted(inner.iterdir()):
+            entry.rename(folder / entry.name)
+        inner.rmdir()
+    return sizes
 
 
 def _folder_bytes(folder: Path) -> int:

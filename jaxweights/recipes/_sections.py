@@ -188,15 +188,20 @@ class Output:
       formats: `orbax` keeps represented weights bit for bit; `safetensors` holds dense weights
         under the names that other tools read; `gptq`, `gptq_v2`, `awq`, `compressed-tensors`,
         `bitsandbytes` and `gguf` hold narrow weights as the programs of these names do.
+      flat: Whether the weights of the only format lie in the directory itself, beside the report,
+        where other programs find them by its name; else each format has a folder in it.
       report: Whether `report.html` is written too.
     """
 
     directory: str
     formats: tuple[Format, ...] = ("orbax", "safetensors")
+    flat: bool = False
     report: bool = True
 
     def faults(self) -> Faults:
         """What is wrong beyond the types."""
+        if self.flat and len(self.formats) != 1:
+            return [("flat", "one directory holds one format. Name one, or leave `flat` out.")]
         if not self.formats and not self.report:
             return [("formats", "nothing would be written. Name a format, or ask for the report.")]
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+
+from jaxweights.checkpoint.exchange._narrow_floats import E2M1
+from jaxweights.quantize._nf4 import NF4_LEVELS
+from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._quantized import Quantized
 
 Format = Literal[
     "orbax",
@@ -100,12 +106,64 @@ def kept_activations(form: Format, source: Any) -> dict[str, np.ndarray]:
 
 
 def check_formats(formats: Iterable[Format], pretrained: Any, params: Any) -> None:
-    """Refuses parameters that one of the formats cannot hold, before hours are spent on them."""
+    """Refuses parameters that one of the formats cannot hold, before anything is written."""
+    _check_formats(formats, pretrained.config, params)
+
+
+def check_formats_of_shapes(
+    formats: Iterable[Format], config: Any, leaves: Mapping[str, Any]
+) -> None:
+    """`check_formats` of parameters that are not computed yet, before hours are spent on them.
+
+    What only values tell is left to `check_formats`: scales beyond float16, zero points of 0. All
+    layers of a stack have the same shapes, so one of them speaks for all.
+
+    Args:
+      formats: The formats.
+      config: The model's.
+      leaves: Abstract arrays and represented weights of these, by path.
+    """
+    from jaxweights.models._arrange import nest
+    from jaxweights.models._convert import name_map
+
+    one = dataclasses.replace(config, num_layers=1)
+    stacked = {rule.path for rule in name_map(config, "huggingface").rules if rule.stacked}
+    for form in formats:
+        examples = {path: _example(leaf, form, path in stacked) for path, leaf in leaves.items()}
+        _check_formats([form], one, nest(examples))
+
+
+def _check_formats(formats: Iterable[Format], config: Any, params: Any) -> None:
     from jaxweights.models import check_export
 
     for form in formats:
         if form not in ("orbax", "safetensors"):
-            check_export(params, pretrained.config, form=form)
+            check_export(params, config, form=form)
+
+
+def _example(leaf: Any, form: Format, stacked: bool) -> Any:
+    """A leaf of the given shapes, of one layer, that takes no memory.
+
+    Its values are such as the format takes, if it takes any of these shapes.
+    """
+
+    def ones(x: Any) -> np.ndarray:
+        shape = (1, *x.shape[1:]) if stacked else x.shape
+        return np.broadcast_to(np.ones((), x.dtype), shape)
+
+    example = jax.tree.map(ones, leaf)
+    if isinstance(leaf, Codebook) and leaf.bits == 4 and leaf.table.shape[-1] == 16:
+        levels = NF4_LEVELS if form == "bitsandbytes" else E2M1
+        table = np.broadcast_to(levels, example.table.shape)
+        return dataclasses.replace(example, table=table)
+    if not isinstance(leaf, Quantized) or leaf.group_index is None:
+        return example
+    # Inputs in an order that no consecutive groups have.
+    *_, in_dim = leaf.group_index.shape
+    full = -(-in_dim // leaf.scale.shape[-2])
+    index = (np.arange(in_dim)[::-1] // full).astype(leaf.group_index.dtype)
+    moved = np.broadcast_to(index, example.group_index.shape)
+    return dataclasses.replace(example, group_index=moved)
 
 
 def companion_files(pretrained: Any) -> dict[str, str | Path]:

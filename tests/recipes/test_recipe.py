@@ -6,8 +6,10 @@ from typing import Literal
 import pytest
 
 from jaxweights.core import Transform, stateless
+from jaxweights.quantize import Fold, llama_folds
 from jaxweights.recipes import RecipeError, load_recipe, parse_recipe
 from jaxweights.recipes import _methods as methods_module
+from tests._tiny_models import LLAMA
 
 
 def prune(*, sparsity: float, pattern: tuple[int, int] | None = None) -> Transform:
@@ -26,12 +28,17 @@ def around(quantizer: Transform, *, rank: int = 1) -> Transform:
     return stateless(lambda params, context: params, name=f"quantize.around({quantizer.name})")
 
 
+def folding(*, folds: Fold | tuple[Fold, ...]) -> Transform:
+    return stateless(lambda params, context: params, name=f"quantize.folding({folds})")
+
+
 @pytest.fixture(autouse=True)
 def known_methods(monkeypatch):
     known = {
         "sparsify.prune": prune,
         "quantize.round_off": round_off,
         "quantize.around": around,
+        "quantize.folding": folding,
     }
     monkeypatch.setattr(methods_module, "methods", lambda: known)
 
@@ -305,3 +312,30 @@ def test_a_method_around_another_takes_it_as_a_step_of_its_own():
 def test_what_is_wrong_with_the_inner_method_is_named_with_its_line(old, new, words):
     with pytest.raises(RecipeError, match=words):
         parse_recipe(NESTED.replace(old, new), name="r.yaml")
+
+
+def test_the_folds_of_the_model_are_given_once_it_is_known_inside_methods_too():
+    recipe = parse_recipe(
+        textwrap.dedent("""\
+            model: {path: weights}
+            transforms:
+              - method: quantize.around
+                quantizer: {method: quantize.folding, folds: model}
+              - {method: quantize.folding, folds: {readers: up, writers: norm}}
+            output: {directory: out}
+            """)
+    )
+    assert recipe.steps[0].transform.name == "quantize.around(quantize.folding(()))"
+    given = recipe.for_model(LLAMA)
+    assert (
+        given.steps[0].transform.name == f"quantize.around(quantize.folding({llama_folds(LLAMA)}))"
+    )
+    assert given.steps[1] is recipe.steps[1]  # its own
+
+
+def test_folds_that_no_model_has_are_refused():
+    with pytest.raises(RecipeError, match=r"folds: is the text 'mine'\. It must be 'model'"):
+        parse_recipe(
+            "model: {path: x}\ntransforms: [{method: quantize.folding, folds: mine}]\n"
+            "output: {directory: y}"
+        )

