@@ -16,14 +16,14 @@ from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
 from jaxweights.merge._delta_tree import Thinning
 from jaxweights.merge._models import compute_dtype, per_model
-from jaxweights.stream._draws import drawn_mask
+from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._ranks import RankSurvey, Target, among
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
 
-# Bytes of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
-_MOST_KEPT = 1 << 24
+# Bits of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
+_MOST_KEPT = 1 << 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ def delta_job(
             factors = survey.factors()
         if row.sparsifier == "bernoulli":
             drawn = survey.drawn(start) if isinstance(survey, _DeltaNorms) else None
-            masks = drawn or [_mask(settings, name, i, start, count) for i in range(n)]
+            drawn = drawn or _drawn(settings, name, start, count)
+            masks = [None if bits is None else spread(bits, start, count) for bits in drawn]
             if row.rescale == "inverse_density":
                 factors = np.array([1 / chance if chance else 0 for chance in settings.density])
         numbers = _Numbers(
@@ -146,17 +147,17 @@ def delta_job(
         entrywise=True,
         temporaries=10 * n,
         survey=survey,
-        kept=n if isinstance(survey, _DeltaNorms) and survey.keeps else 0,
+        kept=-(-n // 8) if isinstance(survey, _DeltaNorms) and survey.keeps else 0,
     )
     return job
 
 
-def _mask(settings: DeltaSettings, name: str, i: int, start: int, count: int) -> np.ndarray | None:
-    """What chance keeps of a model's slice; None where that is all."""
-    density = settings.density[i]
-    if density >= 1:
-        return None
-    return drawn_mask(density, settings.seed, name, settings.models[i], start, count)
+def _drawn(settings: DeltaSettings, name: str, start: int, count: int) -> list[np.ndarray | None]:
+    """What chance keeps of each model's slice, as `drawn_bits`; None where that is all."""
+    return [
+        None if density >= 1 else drawn_bits(density, settings.seed, name, model, start, count)
+        for density, model in zip(settings.density, settings.models, strict=True)
+    ]
 
 
 @jax.tree_util.register_dataclass
@@ -190,8 +191,8 @@ def _merge_slice(
 
 def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
     if mask is not None:
-        keep = mask
-    elif row.sparsifier in ("magnitude", "outliers"):
+        return _masked(delta, mask) * numbers.factors[i]
+    if row.sparsifier in ("magnitude", "outliers"):
         through, top = numbers.bounds[i]
         keep = among(delta, through)
         if row.sparsifier == "outliers":
@@ -199,6 +200,13 @@ def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -
     else:
         return delta
     return jnp.where(keep, delta, 0) * numbers.factors[i]
+
+
+def _masked(values: jax.Array, mask: Any) -> jax.Array:
+    """Values where a mask of `spread` keeps them, else zero."""
+    integers = jnp.int64 if values.dtype.itemsize == 8 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(values, integers) & mask.astype(integers)
+    return jax.lax.bitcast_convert_type(bits, values.dtype)
 
 
 def _ranked_delta(arrays: Sequence[Any], i: int) -> Any:
@@ -300,12 +308,14 @@ class _DeltaNorms(Survey):
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
         base, *models = arrays
-        masks = [_mask(self._settings, self._name, i, start, base.size) for i in range(len(models))]
+        drawn = _drawn(self._settings, self._name, start, base.size)
         if self.keeps:
-            self._drawn[start] = masks
-        whole = [_partial_norm(base, model, None) for model in models]
-        left = [_partial_norm(base, x, mask) for x, mask in zip(models, masks, strict=True)]
-        return run_sums([*whole, *left])
+            self._drawn[start] = drawn
+        norms = [
+            _partial_norms(base, model, None if bits is None else spread(bits, start, base.size))
+            for model, bits in zip(models, drawn, strict=True)
+        ]
+        return np.concatenate([run_sums(parts) for parts in norms])
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
         self._sums.add(seen)
@@ -319,15 +329,20 @@ class _DeltaNorms(Survey):
 
     def factors(self) -> np.ndarray:
         """What restores each norm."""
-        whole, left = self._sums.total().reshape(2, -1)
+        whole, left = self._sums.total().reshape(-1, 2).T
         return np.where(left > 0, whole / np.where(left > 0, left, 1), 1)
 
 
 @jax.jit
-def _partial_norm(base: Any, model: Any, mask: Any) -> jax.Array:
-    """Sums of |delta| in parts, or of what a mask keeps of it.
+def _partial_norms(base: Any, model: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    """Sums of |delta| in parts, and of what a mask keeps of it.
 
-    One program for each sum: several would share the widened deltas, and write them to memory.
+    Both are the parts of one complex sum: a CPU's program for two sums would read and widen
+    everything twice, or write the widened deltas to memory.
     """
     size = jnp.abs(delta_of(base, model))
-    return partial_sums(size if mask is None else jnp.where(mask, size, 0))
+    if mask is None:
+        sums = partial_sums(size)
+        return sums, sums
+    sums = partial_sums(jax.lax.complex(size, _masked(size, mask)))
+    return sums.real, sums.imag

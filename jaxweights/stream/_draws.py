@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
 _BLOCK = 1 << 20  # entries that one generator serves
-_LEVELS = 1 << 8  # of the bits that are drawn for every entry
+_LEVELS = 8  # random bits that are drawn for every entry, at most
 
 
-def drawn_mask(
+def drawn_bits(
     density: float, seed: int, path: str, model: str, start: int, count: int
 ) -> np.ndarray:
     """Which of the entries `start` to `start + count` of a tensor are kept, each by chance.
 
     They depend on the density, the seed, the path, the model's name and the entry's index alone.
-    Eight bits decide about most entries. Those that hit the edge, one in 256, are decided by 53
-    more, so that the chance is the density to within 2^-60.
+
+    Every entry has a uniform number whose binary digits are drawn from the first on, and is kept
+    where that is below the density. No digits are drawn behind the density's last: 0.5 asks for one
+    bit an entry, 0.75 for two. Eight digits leave one entry in 256 undecided between a number and
+    a density that has more; 53 further ones of these entries alone decide, so that the chance is
+    the density to within 2^-60.
 
     Args:
       density: Chance of each entry, in [0, 1].
@@ -29,18 +34,43 @@ def drawn_mask(
       count: Number of entries.
 
     Returns:
-      `(count,)` bool.
+      A bit for each entry, set where it is kept, `(bytes,)` uint8. The lowest bit of the first byte
+      is that of the last multiple of eight that is not above `start`. See `spread`.
     """
-    edge = math.floor(density * _LEVELS)
-    rest = density * _LEVELS - edge
-    if edge >= _LEVELS:
-        return np.ones(count, bool)
-    bits = draw(seed, path, model, start, count)
-    mask = bits < np.uint8(edge)
+    first = start - start % 8
+    nbytes = -(-(start + count - first) // 8)
+    edge = math.floor(density * (1 << _LEVELS))
+    rest = density * (1 << _LEVELS) - edge
+    if edge >> _LEVELS:
+        return np.full(nbytes, 0xFF, np.uint8)
+    # Whether each number is below the density, and whether it is equal to it, by the digits so far.
+    below, equal = np.zeros(nbytes, np.uint8), np.full(nbytes, 0xFF, np.uint8)
+    for digit, one in enumerate(_digits(edge, all_of_them=bool(rest))):
+        drawn = _bits(seed, path, model, digit, first // 8, nbytes)
+        if one:
+            below |= equal & ~drawn
+            equal &= drawn
+        else:
+            equal &= ~drawn
     if rest:
-        places = true_places(bits == np.uint8(edge))
-        mask[places] = _uniform(seed, path, model, start + places) < rest
-    return mask
+        undecided = np.flatnonzero(equal != 0)
+        row, column = np.nonzero(np.unpackbits(equal[undecided, None], axis=1, bitorder="little"))
+        places = first + 8 * undecided[row] + column
+        decided = np.zeros((undecided.size, 8), bool)
+        decided[row, column] = _uniform(seed, path, model, places) < rest
+        below[undecided] |= np.packbits(decided, axis=1, bitorder="little")[:, 0]
+    return below
+
+
+def spread(bits: np.ndarray, start: int, count: int) -> np.ndarray:
+    """The masks of `drawn_bits` as numbers, `(count,)` int8: -1 keeps an entry, 0 drops it.
+
+    All bits of -1 are set, so that a compiled `and` with those of a float drops or keeps it. On a
+    CPU that takes half the time of a choice by booleans.
+    """
+    skip = start % 8
+    mask = np.unpackbits(bits, count=skip + count, bitorder="little")[skip:].view(np.int8)
+    return np.negative(mask, out=mask)
 
 
 def true_places(mask: np.ndarray) -> np.ndarray:
@@ -54,18 +84,29 @@ def true_places(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
-def draw(seed: int, path: str, model: str, start: int, count: int) -> np.ndarray:
-    """Eight random bits for the entries `start` to `start + count` of a tensor, `(count,)` uint8.
+def _digits(edge: int, *, all_of_them: bool) -> Iterator[bool]:
+    """Binary digits of a density from the first on, without the zeros at their end."""
+    left = edge
+    for place in reversed(range(_LEVELS)):
+        if not (left or all_of_them):
+            return
+        yield bool(edge >> place & 1)
+        left &= (1 << place) - 1
+
+
+def _bits(seed: int, path: str, model: str, digit: int, start: int, count: int) -> np.ndarray:
+    """A random bit for each entry of a tensor, by eight: the bytes `start` to `start + count`.
 
     NumPy promises that its bit generators never change, and they are faster than counter-based
     ones on a CPU.
     """
-    parts, done = [], 0
+    parts, done, block_bytes = [], 0, _BLOCK // 8
     while done < count:
-        block, skip = divmod(start + done, _BLOCK)
-        n = min(_BLOCK - skip, count - done)
-        bits = np.random.SFC64(_seeds(seed, path, model, block))
-        parts.append(bits.random_raw(-(-(skip + n) // 8)).view(np.uint8)[skip : skip + n])
+        block, skip = divmod(start + done, block_bytes)
+        n = min(block_bytes - skip, count - done)
+        bits = np.random.SFC64(_seeds(seed, path, model, block, digit))
+        words = bits.random_raw(-(-(skip + n) // 8)).astype("<u8", copy=False)
+        parts.append(words.view(np.uint8)[skip : skip + n])
         done += n
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
 

@@ -14,7 +14,7 @@ from jaxweights.merge import delta_merge
 from jaxweights.merge._delta_leaf import Row
 from jaxweights.stream import _delta, _jobs
 from jaxweights.stream._delta import DeltaSettings, delta_job
-from jaxweights.stream._draws import draw, drawn_mask
+from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Operand, cut
 from jaxweights.stream._virtual import Made
 
@@ -84,9 +84,9 @@ def test_draws_that_are_kept_are_those_that_are_drawn_anew(monkeypatch):
 
     def counted(*settings):
         calls.append(settings)
-        return drawn_mask(*settings)
+        return drawn_bits(*settings)
 
-    monkeypatch.setattr(_delta, "drawn_mask", counted)
+    monkeypatch.setattr(_delta, "drawn_bits", counted)
     kept = _stream(row, base, tuned, np.float32, density=(0.5, 0.3, 1.0))
     once = len(calls)
     monkeypatch.setattr(_delta, "_MOST_KEPT", 0)
@@ -190,20 +190,46 @@ def test_random_masks_do_not_depend_on_how_a_tensor_is_cut(monkeypatch, rescale)
     assert np.abs(other - whole).max() > 1e-4
 
 
-@pytest.mark.parametrize("density", [0.0, 1e-4, 1 / 256, 0.3, 0.5, 0.9987, 1.0])
+def _mask(density, seed, path, model, start, count):
+    mask = spread(drawn_bits(density, seed, path, model, start, count), start, count)
+    assert mask.dtype == np.int8 and mask.shape == (count,)
+    assert np.isin(mask, [0, -1]).all()
+    return mask != 0
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-4, 1 / 256, 0.3, 0.5, 0.75, 0.9987, 1.0])
 def test_masks_keep_each_entry_with_its_chance_to_the_last_bit(density):
     n = 3_000_000
-    mask = drawn_mask(density, 3, "w", "a", 0, n)
+    mask = _mask(density, 3, "w", "a", 0, n)
     # Five standard deviations; eight bits alone would miss 1e-4 and 0.9987 by far more.
     assert abs(mask.mean() - density) <= 5 * np.sqrt(density * (1 - density) / n)
-    part = drawn_mask(density, 3, "w", "a", 1_048_570, 100)
-    np.testing.assert_array_equal(part, mask[1_048_570:][:100])
+    for start in (1_048_570, 1_048_576, 131_072, 7):
+        part = _mask(density, 3, "w", "a", start, 101)
+        np.testing.assert_array_equal(part, mask[start:][:101])
+    assert _mask(density, 3, "w", "a", 5, 0).size == 0
+
+
+def test_masks_are_those_of_uniform_numbers_that_are_read_digit_by_digit():
+    n = 40_000
+    steps = [_mask(k / 256, 3, "w", "a", 0, n) for k in range(257)]
+    number = 256 - np.sum(steps, axis=0)  # the largest of k / 256 that is not above the number
+    counts = np.bincount(number, minlength=256)
+    assert counts.size == 256
+    expected = n / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 345  # chi squared of 255, one in 10,000
+    fine = _mask(77.3 / 256, 3, "w", "a", 0, n)
+    np.testing.assert_array_equal(fine[number != 77], number[number != 77] < 77)
+    share = fine[number == 77].mean()
+    assert abs(share - 0.3) < 5 * np.sqrt(0.21 / counts[77])
 
 
 def test_a_larger_density_keeps_what_a_smaller_one_keeps():
-    low, high = (drawn_mask(d, 3, "w", "a", 0, 500_000) for d in (0.301, 0.302))
-    assert (high | ~low).all()
-    assert 0 < (high & ~low).mean() < 0.002
+    pairs = [(0.301, 0.302), (0.5, 0.501), (0.4999, 0.5), (0.25, 0.75)]
+    for small, large in pairs:
+        low, high = (_mask(d, 3, "w", "a", 0, 500_000) for d in (small, large))
+        assert (high | ~low).all()
+        gap = large - small
+        assert abs((high & ~low).mean() - gap) < 5 * np.sqrt(gap / 500_000)
 
 
 def test_inverse_density_keeps_the_mean_and_l1_the_norm():
@@ -219,18 +245,33 @@ def test_inverse_density_keeps_the_mean_and_l1_the_norm():
         assert abs(mean - 1) < (5 * spread if rescale == "inverse_density" else 1e-5)
 
 
-def test_draws_are_uniform_and_the_same_wherever_a_slice_begins():
-    whole = draw(7, "w", "a", 0, 3_000_000)
-    np.testing.assert_array_equal(draw(7, "w", "a", 1_048_570, 100), whole[1_048_570:][:100])
-    counts = np.bincount(whole >> 4, minlength=16)
-    expected = whole.size / 16
-    assert ((counts - expected) ** 2 / expected).sum() < 44  # chi squared of 15, one in 10,000
-    for other in (
-        draw(8, "w", "a", 0, 1000),
-        draw(7, "v", "a", 0, 1000),
-        draw(7, "w", "b", 0, 1000),
-    ):
-        assert (other == whole[:1000]).mean() < 0.02
+def test_masks_of_other_seeds_paths_models_and_entries_are_independent():
+    mask = _mask(0.5, 7, "w", "a", 0, 2_200_000)
+    first = mask[:400_000]
+    others = {
+        "seed": _mask(0.5, 8, "w", "a", 0, first.size),
+        "path": _mask(0.5, 7, "v", "a", 0, first.size),
+        "model": _mask(0.5, 7, "w", "b", 0, first.size),
+        "block": mask[1 << 20 :][: first.size],
+        "neighbour": mask[1:][: first.size],
+        "eighth": mask[8:][: first.size],
+    }
+    for what, other in others.items():
+        assert abs((other == first).mean() - 0.5) < 5 * 0.5 / np.sqrt(first.size), what
+
+
+def test_what_chance_drops_is_zero_and_what_it_keeps_is_rescaled():
+    base, tuned = _models(np.float32)
+    density = (0.5, 0.3, 1.0)
+    got = _stream(_row(sparsifier="bernoulli", rescale="l1"), base, tuned, np.float32,
+                  density=density)  # fmt: skip
+    want = base.astype(np.float64)
+    for weight, model, d, name in zip((0.5, -0.3, 0.8), tuned, density, "abc", strict=True):
+        delta = model.astype(np.float64) - base
+        kept = _mask(d, 0, "w", name, 0, delta.size).reshape(SHAPE)
+        assert d == 1 or 0 < kept.mean() < 1
+        want += 0.9 * weight * delta * kept * np.abs(delta).sum() / np.abs(delta[kept]).sum()
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-8)
 
 
 def test_values_that_are_not_finite_are_refused_by_model():
