@@ -5,11 +5,11 @@ from jaxweights.quantize._adadim import adadim as adadim
 from jaxweights.quantize._adaround import adaround as adaround
 from jaxweights.quantize._add_deltas import MergeLoss as MergeLoss
 from jaxweights.quantize._add_deltas import add_deltas as add_deltas
-from jaxweights.quantize._allocate import Allocation as Allocation
-from jaxweights.quantize._allocate import FrontPoint as FrontPoint
-from jaxweights.quantize._allocate import LeafChoice as LeafChoice
 from jaxweights.quantize._allocate import allocate as allocate
 from jaxweights.quantize._allocate import allocation_needs as allocation_needs
+from jaxweights.quantize._allocation import Allocation as Allocation
+from jaxweights.quantize._allocation import FrontPoint as FrontPoint
+from jaxweights.quantize._allocation import LeafChoice as LeafChoice
 from jaxweights.quantize._allocation_figure import allocation_figure as allocation_figure
 from jaxweights.quantize._auto_round import auto_round as auto_round
 from jaxweights.quantize._awq import AwqMatrix as AwqMatrix

@@ -3,149 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core._apply import LayoutLike, resolve_layout
 from jaxweights.core._context import Context, Progress
 from jaxweights.core._layout import is_default_target, is_float
-from jaxweights.core._map_over_stack import map_over_stack
-from jaxweights.core._partition import partition_by
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest
 from jaxweights.core._plan import leaf_bytes
 from jaxweights.core._stats import Needs, Stats, union_needs
 from jaxweights.core._transform import Transform
+from jaxweights.quantize._allocation import Allocation, FrontPoint, LeafChoice
 from jaxweights.quantize._knapsack import Option, convex_front, solve
-from jaxweights.quantize._output_error import output_error
+from jaxweights.quantize._leaf_error import READS, Measure, error_of, missing_statistics
 from jaxweights.quantize._packed_bytes import packed_bytes
 from jaxweights.quantize._settings import check_positive, is_word
-from jaxweights.weights._axes import View
-from jaxweights.weights._weight import is_weight, materialize
+from jaxweights.weights._weight import is_weight
 
-Measure = Literal["relative", "output", "fisher", "weight"]
 Size = Literal["stored", "packed"]
-
 _NAME = "quantize.allocate"
-_READS: dict[str, frozenset[str]] = {
-    "relative": frozenset({"gram", "count"}),
-    "output": frozenset({"gram", "count"}),
-    "fisher": frozenset({"grad_sq"}),
-    "weight": frozenset(),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafChoice:
-    """What one leaf gets.
-
-    Attributes:
-      path: Its path.
-      choice: Name of the candidate.
-      bytes: What the leaf then takes.
-      error: What the leaf then adds to the error.
-      options: Of every candidate that fits the leaf, its bytes and error.
-      unfit: Of every candidate that does not, the reason.
-    """
-
-    path: Path
-    choice: str
-    bytes: int
-    error: float
-    options: dict[str, tuple[int, float]]
-    unfit: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class FrontPoint:
-    """One allocation of the front: for every leaf a candidate, and what they sum to.
-
-    Args:
-      bytes: Of the leaves together, as they are stored.
-      error: Sum of the leaves' errors.
-      choices: Name of the candidate by path of the leaf.
-    """
-
-    bytes: int
-    error: float
-    choices: dict[Path, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Allocation:
-    """A choice for every leaf. Prints as a table.
-
-    Attributes:
-      leaves: What each leaf gets.
-      budget: The bytes that were allowed.
-      bytes: What all leaves take together.
-      error: What they sum to.
-      bound: No choice within the budget errs less than this.
-      front: The allocations that are best for some price of a byte: the lower convex hull of all,
-        from the fewest bytes to the least error.
-      uniform: Of every candidate that fits all leaves, the bytes and error of giving it to all.
-      candidates: The transforms by name.
-    """
-
-    leaves: tuple[LeafChoice, ...]
-    budget: int
-    bytes: int
-    error: float
-    bound: float
-    front: tuple[FrontPoint, ...]
-    uniform: dict[str, tuple[int, float]]
-    candidates: Mapping[str, Transform] = dataclasses.field(repr=False)
-
-    @property
-    def choices(self) -> dict[Path, str]:
-        """Names of candidates by path: what is to be stored."""
-        return {leaf.path: leaf.choice for leaf in self.leaves}
-
-    @property
-    def gap(self) -> float:
-        """How far the error may be above the least possible one, relative to it."""
-        return (self.error - self.bound) / self.error if self.error > 0 else 0.0
-
-    @property
-    def transform(self) -> Transform:
-        """The allocation as one transform."""
-        return partition_by(self.choices, self.candidates)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """JSON of everything but the transforms; `partition_by` needs its `choices` alone."""
-        content = {
-            "choices": self.choices,
-            "budget": self.budget,
-            "bytes": self.bytes,
-            "error": self.error,
-            "bound": self.bound,
-            "leaves": [dataclasses.asdict(leaf) for leaf in self.leaves],
-            "front": [dataclasses.asdict(point) for point in self.front],
-            "uniform": self.uniform,
-        }
-        return json.dumps(content, indent=indent)
-
-    def __str__(self) -> str:
-        """An aligned table with a total."""
-        rows = [(x.path, x.choice, str(x.bytes), f"{x.error:.4g}") for x in self.leaves]
-        total = ("total", f"of {self.budget} bytes", str(self.bytes), f"{self.error:.4g}")
-        table = [("path", "choice", "bytes", "error"), *rows, total]
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column > 1 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in table
-        ]
-        rule = "-" * (sum(widths) + 6)
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def allocation_needs(
@@ -169,12 +49,12 @@ def allocation_needs(
     """
     _check_measure(measure)
     own = {
-        path: _READS[measure]
+        path: READS[measure]
         for path, leaf in flatten(params)[0].items()
         if is_float(leaf) and len(leaf.shape) > 1 and is_default_target(path)
     }
     parts = [tx.needs(params) for tx in candidates.values()]
-    return union_needs([*parts, own] if _READS[measure] else parts)
+    return union_needs([*parts, own] if READS[measure] else parts)
 
 
 def allocate(
@@ -237,11 +117,11 @@ def allocate(
     context = Context(stats=stats, key=key, layout=resolve_layout(flat, layout, stats))
     factors = _factors(importance, flat)
     trials = _offers(candidates, flat, context)
-    fail(_NAME, _missing(trials, measure, context))
+    fail(_NAME, missing_statistics(trials, measure, context))
     sizes = packed_bytes if size == "packed" else leaf_bytes
     leaves: dict[Path, dict[str, Option]] = {}
     for done, (path, (offered, _)) in enumerate(trials.items(), start=1):
-        energy = _energy(flat[path], path, measure, context)
+        energy = error_of(flat[path], path, measure, context)
         leaves[path] = {}
         for name in offered:
             new = _try(candidates[name], flat, context, path)
@@ -331,7 +211,7 @@ def _check(candidates: Any, budget: Any, bits_per_weight: Any, measure: str, siz
 def _check_measure(measure: str) -> None:
     if not is_word(measure, get_args(Measure)):
         raise ValueError(
-            f"{_NAME}: measure={measure!r} is unknown. Choose one of {', '.join(_READS)}."
+            f"{_NAME}: measure={measure!r} is unknown. Choose one of {', '.join(READS)}."
         )
 
 
@@ -400,55 +280,6 @@ def _changes(tx: Transform, flat: Flat, context: Context, path: Path) -> bool:
 def _try(tx: Transform, flat: Flat, context: Context, path: Path) -> Any:
     one = dataclasses.replace(context, only=frozenset({path}))
     return tx.update(flat, tx.init(flat), one)[0][path]
-
-
-def _missing(trials: Mapping[Path, Any], measure: str, context: Context) -> list[str]:
-    wanted = _READS[measure]
-    if not wanted:
-        return []
-    stats = context.require("stats", _NAME)
-    name = "grad_sq" if measure == "fisher" else "gram"
-    return [stats.why_missing(path, name) for path in trials if stats.get(path, name) is None]
-
-
-def _energy(leaf: jax.Array, path: Path, measure: str, context: Context) -> Any:
-    """A function of a leaf's approximation: the error by the chosen measure."""
-    stats: Any = context.stats
-    if measure == "weight":
-        return functools.partial(_weight_error, leaf)
-    if measure == "fisher":
-        examples = stats.get(path, "examples")
-        per = 1.0 if examples is None else 1.0 / max(float(examples), 1.0)
-        return functools.partial(_fisher_error, leaf, stats.get(path, "grad_sq") * per)
-    view = View.of(leaf.shape, context.layout[path])
-    gram, count = stats.get(path, "gram"), stats.get(path, "count")
-    per_token = gram / jnp.maximum(count, 1).astype(jnp.float32)[..., None, None]
-    return functools.partial(
-        _output_error, leaf, per_token, view=view, relative=measure == "relative"
-    )
-
-
-@jax.jit
-def _weight_error(leaf: jax.Array, new: Any) -> jax.Array:
-    old, new = (materialize(x).astype(jnp.float32) for x in (leaf, new))
-    total = jnp.sum(jnp.square(old))
-    return jnp.sum(jnp.square(new - old)) / jnp.where(total > 0, total, 1)
-
-
-@jax.jit
-def _fisher_error(leaf: jax.Array, squares: jax.Array, new: Any) -> jax.Array:
-    change = materialize(new).astype(jnp.float32) - leaf.astype(jnp.float32)
-    return jnp.sum(jnp.square(change) * squares.astype(jnp.float32))
-
-
-@functools.partial(jax.jit, static_argnames=("view", "relative"))
-def _output_error(
-    leaf: jax.Array, gram: jax.Array, new: Any, *, view: View, relative: bool
-) -> jax.Array:
-    """Summed over the matrices of a stack, the share of each or the error itself."""
-    old, dense = (view.to_matrix(materialize(x)) for x in (leaf, new))
-    one = lambda given: output_error(*given, relative=relative)  # noqa: E731
-    return jnp.sum(map_over_stack(one, (old, dense.astype(jnp.float32), gram), old.shape[:-2]))
 
 
 def _refuse_nonfinite(leaves: dict[Path, dict[str, Option]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxweights.quantize._allocate import Allocation
+from jaxweights.quantize._allocation import Allocation
 
 _FRONT, _CHOSEN, _UNIFORM, _RULE = "#9aa5b1", "#2563a8", "#b4501e", "#d5dae0"
 

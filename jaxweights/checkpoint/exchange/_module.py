@@ -47,9 +47,8 @@ class Part:
 
 
 Parts = Mapping[str, Part]
-
-
 Represented = Quantized | Codebook | NarrowFloat
+Weights = Mapping[str, Any]  # represented ones by module
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,7 +205,8 @@ def _report(
     limit: int | None,
     progress: Progress | None,
 ) -> None:
-    from jaxweights.recipes.mergekit._report import delta_requests, write_report
+    from jaxweights.recipes.mergekit._delta_requests import delta_requests
+    from jaxweights.recipes.mergekit._report import write_report
     from jaxweights.stream._delta_stats import delta_stats
 
     requests = delta_requests(prepared.config, prepared.models, prepared.tensors)

@@ -1,0 +1,75 @@
+"""Which represented weights a format can hold, and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxweights.checkpoint.exchange._gptq import group_setting
+from jaxweights.checkpoint.exchange._module import Represented, Weights
+from jaxweights.checkpoint.exchange._writers import Writer, common_group
+from jaxweights.weights._quantized import Quantized
+
+
+def misfits(name: str, weight: Any, writer: Writer, form: str, target: str | None) -> list[str]:
+    """Why a represented weight cannot be written."""
+    if not isinstance(weight, Represented):
+        return [
+            f"is a {type(weight).__name__}, and {form} holds only narrow numbers with scales. "
+            "Merge factors and masks into the weight, or save with Orbax"
+        ]
+    is_integer = isinstance(weight, Quantized)
+    if writer.uniform and not is_integer:
+        return [
+            f"is a {type(weight).__name__}, and {form} holds only integers. Quantize with "
+            "round_to_nearest, gptq or awq, or write bitsandbytes or compressed-tensors"
+        ]
+    faults = list(writer.unfit(weight))
+    if not name.endswith(".weight") or weight.view.axes.kind != "linear":
+        faults.append(
+            f"is an {weight.view.axes.kind}, and readers of {form} know only linear modules. "
+            "Leave it out with `partition`, or dequantize it with `materialize`"
+        )
+    if target == "vllm" and is_integer:
+        faults += _unfit_marlin(weight)
+    return faults
+
+
+def unlike_grids(weights: Weights, form: str) -> list[str]:
+    """How the grids of weights differ in a format that has one for all."""
+    if len({weight.bits for weight in weights.values()}) <= 1 and common_group(weights) is not None:
+        return []
+    kinds: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        kinds.setdefault((weight.bits, group_setting(weight)), []).append(name)
+    listed = "; ".join(
+        f"bits={bits}, group_size={group}: {len(names)} such as {names[0]!r}"
+        for (bits, group), names in kinds.items()
+    )
+    return [
+        f"{form} has one grid for all modules, but these differ ({listed}). Quantize all alike, "
+        "or write compressed-tensors, which has a grid a module."
+    ]
+
+
+def _unfit_marlin(weight: Quantized) -> list[str]:
+    """What vLLM's Marlin kernels refuse of integers, of each weight on its own.
+
+    Source: vLLM at 007d500, `model_executor/layers/quantization/utils/marlin_utils.py`
+    (`_check_marlin_supported`, `verify_marlin_supports_shape`), for one GPU.
+    Differs: (1) zero points with moved groups are refused, of which that file says nothing.
+    """
+    faults = []
+    group = group_setting(weight)
+    if weight.bits not in (4, 8):
+        faults.append(f"has {weight.bits} bits, but Marlin kernels take 4 or 8")
+    if group not in (-1, 32, 64, 128):
+        faults.append(f"has group_size={group}, but Marlin kernels take 32, 64, 128 or -1")
+    if weight.in_dim % 128:
+        faults.append(f"has {weight.in_dim} inputs, which Marlin's 128 does not divide")
+    if weight.out_dim % 64:
+        faults.append(f"has {weight.out_dim} outputs, which Marlin's 64 does not divide")
+    if weight.zero_point is not None and weight.bits != 4:
+        faults.append("has zero points, which Marlin kernels take only with 4 bits")
+    if weight.zero_point is not None and weight.group_index is not None:
+        faults.append("has zero points with moved groups, which Marlin kernels do not take")
+    return faults
