@@ -29,7 +29,8 @@ or jaxweights load, with config and tokenizer, a report and the recipe that did 
 heads stay floats.
 
 Without settings: 4 bits, 128 inputs share a scale (8 bits: all inputs of an output), 128 sequences
-of 512 tokens to calibrate on, compressed-tensors. GPTQ for the format gptq is symmetric, as there.
+of 512 tokens to calibrate on, compressed-tensors. Codes of compressed-tensors and gptq have no zero
+points, as most readers expect; --set grid=affine gives them.
 
 --method takes every method of the library that makes a model smaller, and the names rtn,
 smoothquant, autoround. `smooth+gptq` is one after the other, `refine:gptq` one around another.
@@ -48,7 +49,9 @@ examples:
   jaxweights quantize --list"""
 
 _NAME = "quantize.yaml"  # of the recipe, in errors and in what is written
-_FLOATS = {"float32", "float16", "bfloat16", "float64", "F32", "F16", "BF16", "F64"}
+# What models that are not quantized store: floats, and such integers as position ids.
+_PLAIN = {"float32", "float16", "bfloat16", "float64", "F32", "F16", "BF16", "F64"}
+_PLAIN |= {"int64", "int32", "bool"}
 # How the words of a recipe's errors are said here.
 _SAID = (
     (r"\bgroup_size=", "group_size is --group-size"),
@@ -229,7 +232,7 @@ def _is_decoder(options: argparse.Namespace, progress: Any) -> bool:
     source = ModelSource(**{"path" if is_path else "package": options.source})
     checkpoint = open_checkpoint(locate(source, progress=progress)[0])
     stored = [(t["name"], t["stored"]) for t in describe_tensors(checkpoint) if len(t["shape"]) > 1]
-    narrow = [(name, kind) for name, kind in stored if kind not in _FLOATS]
+    narrow = [(name, kind) for name, kind in stored if kind not in _PLAIN]
     if narrow and not options.dequantize:
         name, kind = narrow[0]
         raise ValueError(

@@ -24,6 +24,9 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _FAMILIES = ("quantize", "sparsify")
 _BITS, _GROUP_SIZE = 4, 128
+# Formats whose checkpoints have no zero points unless they are asked for: not all readers of
+# compressed-tensors take them, and GPTQ's cannot be 0. The grid is that of the peers, amax / 7.5.
+_SYMMETRIC = ("compressed-tensors", "gptq")
 # What is written for a method without being asked for: scales that no norm can take would stay
 # beside the weight, where no format has a place for them.
 _OWN: Mapping[str, Mapping[str, Any]] = {"quantize.smooth": {"unfolded": "leave"}}
@@ -238,8 +241,9 @@ def _defaults(name: str, given: Mapping[str, Any], form: str = "") -> dict[str, 
             settings["group_size"] = _GROUP_SIZE
     if "folds" in annotations:
         settings["folds"] = "model"
-    if form == "gptq" and name == "quantize.gptq":
-        settings["grid"] = "half"  # as there, and the file cannot hold zero points of 0
+    grid = inspect.signature(find_method(name)).parameters.get("grid")
+    if form in _SYMMETRIC and grid is not None and grid.default == "affine":
+        settings["grid"] = "half"
     settings |= _OWN.get(name, {})
     return settings | {key: value for key, value in given.items() if key in annotations}
 

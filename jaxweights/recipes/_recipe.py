@@ -21,7 +21,7 @@ from jaxweights.recipes._check import (
     settings_of,
 )
 from jaxweights.recipes._methods import Factory, find_method
-from jaxweights.recipes._sections import Calibrate, Evaluate, ModelSource, Output
+from jaxweights.recipes._sections import Calibrate, Distill, Evaluate, ModelSource, Output
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class Recipe:
       output: What is written.
       models: Other models, for methods that merge.
       calibrate: Text for statistics.
+      distill: How the result is trained towards the original, if it is.
       evaluate: What is measured.
       seed: Seed of the methods that draw random numbers.
       stream: Whether the model is changed tensor by tensor instead of in memory: `auto` does it
@@ -102,6 +103,7 @@ class Recipe:
     output: Output
     models: tuple[ModelSource, ...] = ()
     calibrate: Calibrate | None = None
+    distill: Distill | None = None
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     seed: int = 0
     stream: Stream = "auto"
@@ -126,6 +128,7 @@ _SECTIONS = {
     "model": ModelSource,
     "models": tuple[ModelSource, ...],
     "calibrate": Calibrate | None,
+    "distill": Distill | None,
     "evaluate": Evaluate | None,
     "output": Output,
     "seed": int,
@@ -218,6 +221,12 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
                     f"{step.method} reads statistics of the model's inputs, but the recipe has no "
                     "`calibrate` section. Add one, or take a method that needs none.",
                 )
+        if sections.get("distill") is not None:
+            problems.add(
+                root.keys["distill"],
+                "distill trains on the sequences of `calibrate`, but the recipe has no such "
+                "section. Add one, or remove it.",
+            )
     evaluate = sections.get("evaluate")
     if evaluate is not None and evaluate.curve is not None and not sections.get("models"):
         problems.add(

@@ -226,6 +226,12 @@ def _steps(result: Mapping[str, Any]) -> str:
     table = _table(("Method", "Settings", "On"), rows)
     if result.get("calibration"):
         table += f'<p class="note">{_text(result["calibration"]["definition"])}</p>'
+    if result.get("distill"):
+        losses = result["distill"]["losses"]
+        table += (
+            f'<p class="note">Trained afterwards for {len(losses)} steps to give the outputs of '
+            f"the original: the loss went from {losses[0]:.3g} to {losses[-1]:.3g}.</p>"
+        )
     return table
 
 

@@ -40,6 +40,7 @@ from jaxweights.recipes._measure import (
 from jaxweights.recipes._model import Model, check_fit, load_model
 from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
+from jaxweights.recipes._sections import Distill
 from jaxweights.recipes._stream import Streaming, outline_model, streams
 from jaxweights.recipes._write import (
     check_formats,
@@ -145,6 +146,11 @@ def run_recipe(
     with clock("change"):
         after = _transform(recipe, model, others, layout, data, report)
         jax.block_until_ready(jax.tree.leaves(after))
+    losses: list[float] = []
+    if recipe.distill is not None and data is not None:
+        with clock("distill"):
+            after, losses = _distill(recipe.distill, model, after, data, report)
+    with clock("change"):
         check_formats(recipe.output.formats, model.pretrained, after)
     with clock("measure after"):
         for measure in measures:
@@ -165,6 +171,8 @@ def run_recipe(
     summary = _summarize(recipe, model, sizes, scores, data, leaves, provenance)
     if curves is not None:
         summary["curves"] = curves
+    if losses:
+        summary["distill"] = {"losses": losses}
     with atomic_directory(directory, overwrite=overwrite) as folder:
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)
@@ -213,7 +221,8 @@ class _Clock:
     def __call__(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[part] = round(time.perf_counter() - start, 2)
+        spent = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        self.seconds[part] = round(spent, 2)
 
 
 def plan_recipe(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
@@ -357,6 +366,25 @@ def _transform(
     return apply(
         transform, model.params, stats=stats, models=others or None, key=key, layout=layout
     )
+
+
+def _distill(
+    section: Distill, model: Model, params: Any, data: CalibrationData, report: Progress
+) -> tuple[Any, list[float]]:
+    """The parameters, trained to give the outputs of the original, and the losses on the way."""
+    from jaxweights.quantize import distill
+
+    settings = dataclasses.asdict(section)
+    settings["loss"] = section.loss or ("divergence" if model.is_decoder else "squared")
+    found = distill(
+        model.forward,
+        model.params,
+        params,
+        data.batches,
+        **settings,
+        progress=lambda what, done, total: report("Distilling", done, total or 0),
+    )
+    return found.params, np.asarray(found.losses, float).tolist()
 
 
 def _watched(recipe: Recipe, report: Progress) -> list[Transform]:

@@ -120,6 +120,37 @@ class Calibrate(_Text):
 
 
 @dataclasses.dataclass(frozen=True)
+class Distill:
+    """Training of the quantized model, in its own bytes, towards the outputs that it had.
+
+    It comes after all steps and reads the sequences of `calibrate`, in turn and over again.
+
+    Attributes:
+      steps: Steps, one batch each.
+      code_rate: Largest step of codes, in codes; 0 leaves them and takes a fourth of the memory.
+      scale_rate: Largest step of scales, each relative to itself.
+      float_rate: Largest step of norms and biases, relative to their root mean square.
+      loss: `divergence` from the softmax of the original's logits, or `squared` error; left out,
+        the first for language models and the second for encoders.
+    """
+
+    steps: int = 256
+    code_rate: float = 6e-3
+    scale_rate: float = 1e-3
+    float_rate: float = 1e-3
+    loss: Literal["divergence", "squared"] | None = None
+
+    def faults(self) -> Faults:
+        """What is wrong beyond the types."""
+        rates = ("code_rate", "scale_rate", "float_rate")
+        return _at_least(self, steps=1) + [
+            (name, f"{name} is {getattr(self, name):g}. It must lie in [0, 0.5).")
+            for name in rates
+            if not 0 <= getattr(self, name) < 0.5
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
 class Perplexity(_Text):
     """Perplexity of a language model.
 

@@ -88,6 +88,8 @@ def _reasons(recipe: Recipe) -> list[str]:
     found = []
     if recipe.evaluate.perplexity is not None or recipe.evaluate.retrieval is not None:
         found.append("`evaluate` runs the model, which needs it in memory")
+    if recipe.distill is not None:
+        found.append("`distill` trains the model, which needs it in memory")
     if recipe.output.formats != ("safetensors",):
         found.append("only `formats: [safetensors]` is written tensor by tensor")
     for step in recipe.steps:

