@@ -30,6 +30,7 @@ from jaxweights.weights._weight import Weight, materialize
 MatrixFn = Callable[..., Any]
 Wrap = Callable[[Any, Any, View], Any]
 Verify = Callable[[Path, Any], str | None]
+Sound = Callable[[Any], jax.Array]
 Shared = Callable[[Context, Flat], dict[str, jax.Array]]
 
 
@@ -48,6 +49,7 @@ def leafwise(
     mapping: Literal["vmap", "map"] = "vmap",
     check: Check | None = None,
     verify: Verify | None = None,
+    sound: Sound | None = None,
     checks_finite: bool = True,
     moves_inputs: bool = False,
 ) -> Transform:
@@ -80,8 +82,12 @@ def leafwise(
         of one.
       check: `check(path, leaf, view)` says what is wrong with a leaf, from its shape.
       verify: `verify(path, result)` says what went wrong with a result; concrete runs only.
+      sound: `sound(result)` tells in the compiled program whether a result is as it should be;
+        `verify` is then asked only about those that are not, and the leaf itself is not looked at.
+        Where NaN or infinity leaves a trace in a small part of the result, such as the scales of
+        its groups, this saves another pass over memory.
       checks_finite: Whether a leaf with NaN or infinity is refused (concrete runs only). Off for
-        functions whose own `verify` does it without another pass over memory.
+        functions whose own `verify` does it.
       moves_inputs: As in `Transform`.
 
     Returns:
@@ -107,7 +113,7 @@ def leafwise(
         common: dict[str, Any],
         views: tuple[View, ...],
     ) -> tuple[Any, tuple[jax.Array, ...]]:
-        """Results of leaves that share their statistics, and whether their values are finite."""
+        """Results of leaves that share their statistics, and whether all is well with each."""
         dense = [materialize(leaf) for leaf in leaves]
         matrices, inputs = [], []
         for one, view, given in zip(dense, views, own, strict=True):
@@ -126,6 +132,8 @@ def leafwise(
 
         stack = matrices[0].shape[:-2]
         results = map_over_stack(each, (matrices, inputs, statistics), stack, mapping)
+        if sound is not None:
+            return results, tuple(map(sound, results))
         # Not through a maximum: XLA's vectorised one drops NaN on CPU (seen with jax 0.10.2).
         finite = [
             jnp.isfinite(jnp.sum(one * 0)) if checks_finite and one.size else jnp.asarray(True)
@@ -138,7 +146,8 @@ def leafwise(
         targets = targets_of(flat, context, name, accepts, refusal, check, wanted)
         key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context, flat) if shared is not None and targets else {}
-        new, finite = dict(flat), {}
+        new, well = dict(flat), {}
+        outcome: dict[Path, Any] = {}  # results that `verify` may be asked about
         problems: dict[Path, str] = {}
         done = 0
         for paths in _groups(targets, context, shares=shares):
@@ -153,21 +162,32 @@ def leafwise(
                     given["mask"] = mask
                 own.append(given)
             statistics = _statistics(context, paths[0], wanted, views[0])
-            results, are_finite = run(leaves, tuple(own), statistics, common, views)
-            for path, leaf, view, result, is_finite in zip(
-                paths, leaves, views, results, are_finite, strict=True
+            results, flags = run(leaves, tuple(own), statistics, common, views)
+            concrete = not _is_abstract(results)
+            if concrete:  # one leaf at a time, in the memory that one takes
+                jax.block_until_ready(flags)
+            for path, leaf, view, result, flag in zip(
+                paths, leaves, views, results, flags, strict=True
             ):
-                finite[path] = is_finite
+                well[path] = flag
                 changed = (_put_value if wrap is None else wrap)(leaf, result, view)
                 new[path] = with_inner_weight(flat[path], changed)
-                if verify is not None and not _is_abstract(result):
-                    if problem := verify(path, result):
-                        problems[path] = problem
+                if sound is not None:
+                    outcome[path] = result
+                elif verify is not None and concrete and (problem := verify(path, result)):
+                    problems[path] = problem
                 done += 1
                 if context.progress is not None:
                     context.progress(path, done, len(targets))
-        # A leaf that is not finite explains whatever else went wrong with it.
-        fail(name, (problems | _nonfinite(flat, finite)).values())
+        for path in _not_well(well):
+            # A leaf that is not finite explains whatever else went wrong with it.
+            problem = (
+                describe_nonfinite(path, flat[path])
+                if sound is None or verify is None
+                else verify(path, outcome[path])
+            )
+            problems |= {path: problem} if problem else {}
+        fail(name, problems.values())
         return unflatten(treedef, new)
 
     def declare(params: Params, *, named: bool = False) -> Needs:
@@ -221,10 +241,12 @@ def _is_abstract(tree: Any) -> bool:
     return any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
-def _nonfinite(flat: Flat, finite: dict[Path, jax.Array]) -> dict[Path, str]:
-    if _is_abstract(finite):
-        return {}
-    return {path: describe_nonfinite(path, flat[path]) for path, ok in finite.items() if not ok}
+def _not_well(well: dict[Path, jax.Array]) -> list[Path]:
+    """The leaves whose flag is down; all flags are fetched from the device at once."""
+    if _is_abstract(well):
+        return []
+    flags = jax.device_get(list(well.values()))
+    return [path for path, flag in zip(well, flags, strict=True) if not flag]
 
 
 def describe_nonfinite(path: Path, leaf: Any) -> str:

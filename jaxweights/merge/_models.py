@@ -17,6 +17,7 @@ from jaxweights.core._context import Context
 from jaxweights.core._host import on_host, where_not_finite
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Path, fail, path_key
+from jaxweights.core._stored import stored_as
 from jaxweights.weights._weight import is_weight
 
 Nonfloat = Literal["base", "first", "require_equal", "error"]
@@ -68,7 +69,7 @@ class Output:
     def store(self, value: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
         """The one cast."""
         if self.rounding == "nearest" or value.dtype == dtype:
-            return value.astype(dtype)
+            return stored_as(value, dtype)
         return round_stochastically(value, dtype, key)
 
 
@@ -88,10 +89,10 @@ def compute_dtype(leaf: Any) -> Any:
 def round_stochastically(value: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
     """Rounds to one of the two nearest values of `dtype`, so that the expectation is `value`."""
     assert key is not None
-    nearest = value.astype(dtype)
+    nearest = stored_as(value, dtype)
     error = value - nearest.astype(value.dtype)
     towards = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
-    other = jnp.nextafter(nearest, towards)
+    other = jax.lax.optimization_barrier(jnp.nextafter(nearest, towards))
     gap = jnp.abs(other.astype(value.dtype) - nearest.astype(value.dtype))
     chance = jnp.where(jnp.isfinite(gap), jnp.abs(error) / gap, 0)
     moves = jax.random.uniform(key, value.shape, value.dtype) < chance

@@ -16,7 +16,6 @@ from jaxweights.quantize._grid import (
     GridKind,
     GroupSize,
     Search,
-    divide,
     find_scale,
     make_grid,
     split_groups,
@@ -31,6 +30,7 @@ from jaxweights.quantize._learned import (
     relative,
 )
 from jaxweights.quantize._leaves import describe_bad_scales, pack, replace_leaf, unfit_leaf
+from jaxweights.weights._divide import divide
 
 _NAME = "quantize.adaround"
 

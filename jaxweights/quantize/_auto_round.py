@@ -15,7 +15,6 @@ from jaxweights.quantize._grid import (
     Grid,
     GridKind,
     GroupSize,
-    divide,
     make_grid,
     range_of,
     scale_of_range,
@@ -32,6 +31,7 @@ from jaxweights.quantize._learned import (
     round_through,
 )
 from jaxweights.quantize._leaves import describe_bad_scales, pack, replace_leaf, unfit_leaf
+from jaxweights.weights._divide import divide
 
 _NAME = "quantize.auto_round"
 

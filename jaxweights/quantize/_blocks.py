@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxweights.quantize._grid import divide, largest_magnitude
+from jaxweights.core._stored import stored_as
+from jaxweights.quantize._grid import largest_magnitude
 from jaxweights.quantize._settings import is_whole, is_word
+from jaxweights.weights._divide import divide
 from jaxweights.weights._scaled import combine
 
 _SLICES = 64
@@ -104,7 +106,7 @@ def stored_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
 
     Codes are chosen for the scale that is stored, so it is rounded first.
     """
-    stored = scale.astype(dtype)
+    stored = stored_as(scale, dtype)
     return jnp.where(stored == 0, jnp.ones_like(stored), stored)
 
 

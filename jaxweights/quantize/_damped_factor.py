@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxweights.quantize._grid import divide
+from jaxweights.weights._divide import divide
 
 _HIGHEST = "highest"
 _MOST = 1.0  # a ridge as large as the mean diagonal: beyond it nothing of the matrix is left

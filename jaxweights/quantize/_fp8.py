@@ -19,10 +19,10 @@ from jaxweights.quantize._blocks import (
     refuse_unfit,
     stored_scale,
 )
-from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import ELEMENTS
 from jaxweights.quantize._settings import is_word
+from jaxweights.weights._divide import divide
 from jaxweights.weights._narrow_float import NarrowFloat
 
 _NAME = "quantize.fp8"

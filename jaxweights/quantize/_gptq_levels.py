@@ -19,7 +19,6 @@ from jaxweights.quantize._grid import (
     GroupSize,
     Search,
     decode,
-    divide,
     encode,
     find_scale,
     largest_magnitude,
@@ -31,6 +30,7 @@ from jaxweights.quantize._levels import nearest_code
 from jaxweights.quantize._nf4 import FP4_LEVELS, NF4_LEVELS
 from jaxweights.quantize._settings import is_word
 from jaxweights.weights._codebook import Codebook, look_up
+from jaxweights.weights._divide import divide
 from jaxweights.weights._quantized import Quantized
 
 Table = Literal["nf4", "fp4"]

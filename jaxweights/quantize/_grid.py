@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
+from jaxweights.core._stored import stored_as
 from jaxweights.quantize._settings import (
     check_between,
     check_float_dtype,
@@ -21,7 +22,7 @@ from jaxweights.quantize._settings import (
     is_whole,
     is_word,
 )
-from jaxweights.weights._scaled import divide as divide
+from jaxweights.weights._divide import divide
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
@@ -287,7 +288,7 @@ def scale_of_range(
     else:
         scale = divide(2 * amax, 2**grid.bits - 1)
     # Codes are chosen for the scale that is stored, so it is rounded first.
-    stored = scale.astype(grid.scale_dtype)
+    stored = stored_as(scale, grid.scale_dtype)
     stored = jnp.where(stored == 0, jnp.ones_like(stored), stored)
     if not grid.unsigned:
         return stored, None

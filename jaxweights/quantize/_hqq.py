@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import add_up, refuse_unfit
-from jaxweights.quantize._grid import GroupSize, divide, extremes, make_grid
+from jaxweights.quantize._grid import GroupSize, extremes, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._settings import check_count, check_numbers
 from jaxweights.quantize.training._ordered_sum import ordered_sum
+from jaxweights.weights._divide import divide
 from jaxweights.weights._quantized import Quantized
 
 _NAME = "quantize.hqq"
@@ -139,13 +141,13 @@ def hqq_matrix(
         size = in_dim if group_size is None else group_size
         groups = wide.reshape(in_dim // max(size, 1), size, out_dim)
     low, high = extremes(groups)
-    scale = divide(high - low, top).astype(scale_dtype)
+    scale = stored_as(divide(high - low, top), scale_dtype)
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # of equal weights, codes are 0
     step = scale.astype(jnp.float32)
 
     def move(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         offset, best, least = state
-        stored = offset.astype(scale_dtype).astype(jnp.float32)
+        stored = stored_as(offset, scale_dtype).astype(jnp.float32)
         beta = shrinkage.beta * shrinkage.growth ** i.astype(jnp.float32)
 
         def missed(values: jax.Array) -> jax.Array:
@@ -174,7 +176,7 @@ def hqq_matrix(
             jnp.where(better, error, least),
         )
 
-    start = (low, low.astype(scale_dtype).astype(jnp.float32), jnp.full_like(low, jnp.inf))
+    start = (low, stored_as(low, scale_dtype).astype(jnp.float32), jnp.full_like(low, jnp.inf))
     _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if weight.size else start
     codes = jnp.clip(jnp.round(divide(groups - offset, step)), 0, top).astype(jnp.int32)
     codes = codes.reshape(weight.shape)

@@ -13,10 +13,11 @@ from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import Codes, Grid, GridKind, divide, make_grid, round_matrix
+from jaxweights.quantize._grid import Codes, Grid, GridKind, make_grid, round_matrix
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
 from jaxweights.quantize._settings import check_between
 from jaxweights.weights._axes import View
+from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import (

@@ -17,6 +17,7 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
@@ -353,7 +354,7 @@ def _split_off(
     def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rest, score = (x.reshape(-1) for x in one)
         index = jnp.sort(jax.lax.top_k(score, count)[1]).astype(jnp.int32)
-        return rest[index].astype(settings.dtype), index
+        return stored_as(rest[index], settings.dtype), index
 
     values, index = map_over_stack(pick, (rest, score), rest.shape[:-2])
     parts = parts._replace(values=values, index=index)
@@ -372,7 +373,7 @@ def _correct(
         residual, gram = given
         gram = None if gram is None else _reached(gram)
         down, up = low_rank_of(residual, gram, rank=settings.rank)
-        down, up = down.astype(settings.dtype), up.astype(settings.dtype)
+        down, up = stored_as(down, settings.dtype), stored_as(up, settings.dtype)
         left = residual - jnp.matmul(
             down.astype(jnp.float32), up.astype(jnp.float32), precision="highest"
         )

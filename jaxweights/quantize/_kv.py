@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxweights.quantize._grid import divide
 from jaxweights.quantize._settings import check_between, check_count, check_float_dtype
+from jaxweights.weights._divide import divide
 from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
 
 _NAME = "quantize.quantize_kv"

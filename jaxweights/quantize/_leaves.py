@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,9 +83,6 @@ def represented(
         )
         return problem and f"{path!r}: {problem}"
 
-    def verify(path: Path, weight: Scaled) -> str | None:
-        return describe_bad_blocks(path, weight)
-
     return leafwise(
         matrix,
         name=name,
@@ -94,8 +92,8 @@ def represented(
         shared=shared,
         mapping=mapping,
         check=check,
-        verify=verify,
-        checks_finite=False,
+        verify=describe_bad_blocks,
+        sound=lambda weight: jnp.isfinite(weight.scale_matrix()).all(),
     )
 
 
@@ -120,6 +118,11 @@ def replace_leaf(
         view=view,
     )
     return Masked(weight, leaf.mask) if isinstance(leaf, Masked) else weight
+
+
+def finite_scales(codes: Codes) -> jax.Array:
+    """Whether all scales are finite, which they are where all values of their groups are."""
+    return jnp.isfinite(codes.scale).all()
 
 
 def describe_bad_scales(path: Path, codes: Codes) -> str | None:

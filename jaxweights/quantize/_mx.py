@@ -18,7 +18,6 @@ from jaxweights.quantize._blocks import (
     refuse_unfit,
     stored_scale,
 )
-from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._levels import (
     ELEMENTS,
@@ -31,6 +30,7 @@ from jaxweights.quantize._levels import (
 )
 from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._divide import divide
 from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._scaled import combine
 

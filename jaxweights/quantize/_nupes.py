@@ -22,7 +22,7 @@ from jaxweights.quantize._blocks import (
     unfit_block,
 )
 from jaxweights.quantize._calibrated import OnFailure, ReportLeaf
-from jaxweights.quantize._grid import divide, make_grid
+from jaxweights.quantize._grid import make_grid
 from jaxweights.quantize._learned import (
     Learned,
     Moments,
@@ -38,6 +38,7 @@ from jaxweights.quantize._leaves import check_scale_dtype, describe_bad_blocks, 
 from jaxweights.quantize._power import EXPONENTS
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._scaled import combine
 

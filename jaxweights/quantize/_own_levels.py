@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.quantize._grid import divide, in_order
+from jaxweights.core._stored import stored_as
+from jaxweights.quantize._grid import in_order
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.weights._codebook import look_up
+from jaxweights.weights._divide import divide
 
 _PICKED_LEVELS = 16  # up to so many, selections are faster than looking values up
 
@@ -82,7 +84,7 @@ class FloatsOf:
         """The nearest numbers, the largest for what lies beyond."""
         del zero_point
         largest = float(jnp.finfo(self.dtype).max)
-        return jnp.clip(divide(values, scale), -largest, largest).astype(self.dtype)
+        return stored_as(jnp.clip(divide(values, scale), -largest, largest), self.dtype)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
         """Numbers times scales."""

@@ -27,11 +27,12 @@ from jaxweights.quantize._blocks import (
     refuse_unfit,
     stored_scale,
 )
-from jaxweights.quantize._grid import check_bits, divide
+from jaxweights.quantize._grid import check_bits
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.quantize._settings import check_numbers, is_word
 from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 
 _NAME = "quantize.power"

@@ -14,6 +14,7 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
@@ -291,4 +292,4 @@ def _fit_scales(
     system = system + ridge[:, None, None] * jnp.eye(rows)[None]
     target = target.T + ridge[:, None] * scale.astype(jnp.float32).T
     found = jnp.linalg.solve(system, target[..., None])[..., 0].T.reshape(rows, out_dim)
-    return found.astype(scale.dtype)
+    return stored_as(found, scale.dtype)

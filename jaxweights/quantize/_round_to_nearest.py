@@ -23,6 +23,7 @@ from jaxweights.quantize._grid import (
 from jaxweights.quantize._leaves import (
     REFUSAL,
     describe_bad_scales,
+    finite_scales,
     pack,
     replace_leaf,
     unfit_leaf,
@@ -113,5 +114,5 @@ def round_to_nearest(
         refusal=REFUSAL,
         check=check,
         verify=describe_bad_scales,
-        checks_finite=False,
+        sound=finite_scales,
     )

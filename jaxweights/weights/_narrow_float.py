@@ -10,7 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._scaled import Scaled, check_blocks, divide
+from jaxweights.weights._divide import divide
+from jaxweights.weights._scaled import Scaled, check_blocks
 from jaxweights.weights._weight import static, weight_dataclass
 
 

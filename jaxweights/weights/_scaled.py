@@ -276,17 +276,6 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
     return operation(grouped, blocks[..., :, None, :, None]).reshape(matrix.shape)
 
 
-def divide(values: jax.Array, by: jax.Array | float) -> jax.Array:
-    """The correctly rounded float32 quotient, compiled or not.
-
-    XLA replaces division by a broadcast or constant divisor by a product with its reciprocal, which
-    is off by an ulp, moves entries that lie on a tie, and makes compiled code differ from eager
-    code. A divisor that depends on the dividend is left alone, and 0 / 1 is what 0 / by would be.
-    """
-    by = jnp.asarray(by, jnp.float32)
-    return values / jnp.where(values == 0, jnp.float32(1), by)
-
-
 def check_blocks(owner: str, name: str, shape: Sequence[int], stored: Sequence[int]) -> None:
     """Refuses scales or offsets whose blocks do not tile the stored matrix."""
     *stack, in_dim, out_dim = stored

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxweights.quantize import Grid, decode, quantize_matrix
-from jaxweights.quantize._grid import divide, make_grid
+from jaxweights.quantize._grid import make_grid
+from jaxweights.weights._divide import divide
 from tests._fixtures import fixture
 
 KINDS = ("narrow", "full", "half", "signed_max", "affine", "gptq_sym")

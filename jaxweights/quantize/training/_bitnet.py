@@ -9,11 +9,18 @@ import jax.numpy as jnp
 
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import Codes, Grid, divide
-from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.quantize._grid import Codes, Grid
+from jaxweights.quantize._leaves import (
+    REFUSAL,
+    describe_bad_scales,
+    finite_scales,
+    pack,
+    replace_leaf,
+)
 from jaxweights.quantize._settings import is_word
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._axes import View
+from jaxweights.weights._divide import divide
 
 Share = Literal["tensor", "output"]
 TernaryScale = Literal["absmean", "least_squares"]
@@ -136,5 +143,5 @@ def _transform(name: str, quantize: Any) -> Transform:
         wrap=wrap,
         refusal=REFUSAL,
         verify=describe_bad_scales,
-        checks_finite=False,
+        sound=finite_scales,
     )

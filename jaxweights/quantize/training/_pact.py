@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxweights.quantize._grid import divide
 from jaxweights.quantize._settings import check_between
+from jaxweights.weights._divide import divide
 
 _NAME = "quantize.pact"
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import divide
 from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._settings import check_between
 from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._codebook import Codebook
+from jaxweights.weights._divide import divide
 
 _NAME = "quantize.statsq"
 _BELOW_ONE = np.float32(1 - 1e-6)  # of the authors' code, so that 1 rounds into the last level

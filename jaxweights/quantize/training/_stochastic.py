@@ -15,7 +15,6 @@ from jaxweights.quantize._grid import (
     Codes,
     GridKind,
     GroupSize,
-    divide,
     find_scale,
     make_grid,
     split_groups,
@@ -23,11 +22,13 @@ from jaxweights.quantize._grid import (
 from jaxweights.quantize._leaves import (
     REFUSAL,
     describe_bad_scales,
+    finite_scales,
     pack,
     replace_leaf,
     unfit_leaf,
 )
 from jaxweights.weights._axes import View
+from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 
 _NAME = "quantize.stochastic_rounding"
@@ -104,5 +105,5 @@ def stochastic_rounding(
         randomized=True,
         check=check,
         verify=describe_bad_scales,
-        checks_finite=False,
+        sound=finite_scales,
     )
