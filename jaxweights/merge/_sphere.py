@@ -241,8 +241,9 @@ def slerp_factors(
     if interpolate_norm:
         size = (1 - t) * found.first + t * found.second
         norms = jnp.stack([found.first, found.second])
-        # Divided, not multiplied by an inverse, so that the ends of the arc are exact.
-        factors = factors * jnp.where(linear[None], 1, size[None] / jnp.where(norms > 0, norms, 1))
+        # The ends of the arc are exact also where a device's x / x is not 1.
+        same = linear[None] | (norms == size[None])
+        factors = factors * jnp.where(same, 1, size[None] / jnp.where(norms > 0, norms, 1))
     return factors, jnp.any(antipodal)
 
 
