@@ -45,14 +45,14 @@ functions = pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
 @functions
 def test_a_call_that_fits_the_signature_passes_the_shape_check(function):
     fits, _ = CALLS[function]
-    fits(jaxtyped(typechecker=beartype)(function))
+    fits(jaxtyped(typechecker=beartype)(inspect.unwrap(function)))
 
 
 @functions
 def test_a_call_that_does_not_fit_is_refused_by_the_shape_check(function):
     _, unfit = CALLS[function]
     with pytest.raises(TypeCheckError, match=function.__name__):
-        unfit(jaxtyped(typechecker=beartype)(function))
+        unfit(jaxtyped(typechecker=beartype)(inspect.unwrap(function)))
 
 
 @functions

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._context import Context
 from jaxweights.core._host import on_host
 from jaxweights.core._map_over_stack import map_over_stack
@@ -61,6 +62,7 @@ class AwqMatrix(NamedTuple):
     losses: Float[Array, " candidates"]
 
 
+@compiled
 def awq_matrix(
     weight: Float[Array, "in out"],
     moments: Float[Array, "in in"] | Float[Array, "in"],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
     Block,
@@ -75,6 +76,7 @@ def fp8(
     return represented(matrix, name=_NAME, group_size=group_size)
 
 
+@compiled
 def fp8_matrix(
     weight: Float[Array, "in out"],
     *,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxweights.core._compiled import compiled
 from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram
 from jaxweights.quantize._gptq_levels import Levels, Table, TableLevels, make_levels
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
@@ -61,6 +62,7 @@ class PreparedGram(NamedTuple):
     dead: Bool[Array, "in"]
 
 
+@compiled
 def gptq_matrix(
     weight: Float[Array, "in out"],
     gram: Float[Array, "in in"],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import add_up, refuse_unfit
@@ -103,6 +104,7 @@ def hqq(
     return represented(matrix, name=_NAME, group_size=group_size, mapping="map")
 
 
+@compiled
 def hqq_matrix(
     weight: Float[Array, "in out"],
     *,

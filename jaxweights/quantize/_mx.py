@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
     block_counts,
@@ -114,6 +115,7 @@ def nvfp4() -> Transform:
     return represented(nvfp4_matrix, name="quantize.nvfp4", group_size=NVFP4_BLOCK, word=word)
 
 
+@compiled
 def mx_matrix(
     weight: Float[Array, "in out"],
     *,
@@ -194,6 +196,7 @@ def _outlier_mantissa(kind: Minifloat) -> int:
     return math.ceil((threshold - 1) * 2**23)
 
 
+@compiled
 def nvfp4_matrix(weight: Float[Array, "in out"]) -> Codebook:
     """One matrix in NVFP4.
 

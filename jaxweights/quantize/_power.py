@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._context import Context
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Flat
@@ -124,6 +125,7 @@ def power(
     return dataclasses.replace(tx, scope="tree")
 
 
+@compiled
 def power_matrix(
     weight: Float[Array, "in out"],
     *,
@@ -159,6 +161,7 @@ def power_matrix(
     return _encode(weight, exponent, **grid)
 
 
+@compiled
 def power_errors(
     weight: Float[Array, "in out"],
     *,

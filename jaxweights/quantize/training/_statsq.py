@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxweights.core._compiled import compiled
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._settings import check_between
@@ -54,6 +55,7 @@ def statsq(*, bits: int) -> Transform:
     return represented(functools.partial(statsq_matrix, bits=bits), name=_NAME, group_size=None)
 
 
+@compiled
 def statsq_matrix(weight: Float[Array, "in out"], *, bits: int) -> Codebook:
     """Rounds one matrix as `statsq` says.
 
