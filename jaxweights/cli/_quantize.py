@@ -102,6 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("never", "each_step", "each_block"),
         help="calibrate anew before each step, or each block of layers; slower, less memory",
     )
+    data.add_argument(
+        "--distill",
+        type=int,
+        metavar="STEPS",
+        help="train codes and scales on it afterwards, towards the original's outputs",
+    )
     data.add_argument("--evaluate", metavar="TEXT", help="measure before and after with this text")
     data.add_argument("--windows", type=windows, metavar="NxLENGTH", help="how much of it; 12x1024")
     parser.add_argument(
@@ -162,7 +168,10 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
         settings["group_size"] = None
     if options.act_order:
         settings["act_order"] = True
-    given = ("samples", "length", "batch", "again", "windows", "evaluate", "calibration")
+    given = (
+        *("samples", "length", "batch", "again", "distill"),
+        *("windows", "evaluate", "calibration"),
+    )
     wishes = Wishes(
         str(options.source),
         str(options.destination),
@@ -180,7 +189,8 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
     if not _is_decoder(options, progress):
         text = compose(dataclasses.replace(wishes, is_decoder=False))
     recipe = parse_recipe(text, name=_NAME)
-    if options.calibration is not None and not recipe.transform.reads_statistics:
+    reads = recipe.transform.reads_statistics or recipe.distill is not None
+    if options.calibration is not None and not reads:
         raise ValueError(
             f"{recipe.steps[0].method} reads no data. Leave --calibration out, or choose a method "
             "that does, such as gptq."
@@ -200,7 +210,7 @@ def _refuse_missing(options: argparse.Namespace) -> None:
             f"'{options.destination}' is a file's name. OUT is a folder, which gets model.gguf, a "
             "report and the recipe."
         )
-    for name in ("samples", "length", "batch", "again"):
+    for name in ("samples", "length", "batch", "again", "distill"):
         if getattr(options, name) is not None and options.calibration is None:
             raise ValueError(f"--{name} belongs to --calibration, which says what is read.")
     if options.windows is not None and options.evaluate is None:

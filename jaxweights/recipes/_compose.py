@@ -47,6 +47,7 @@ class Wishes:
       length: Tokens of each.
       batch: Sequences at a time.
       again: As in `Calibrate`; None says `each_step` for several methods, else `never`.
+      distill: Steps of training towards the original afterwards; None for none.
       skip: Patterns of leaves that stay as they are.
       evaluate: A text file or a named text to measure with.
       windows: Windows and tokens of each, to measure a language model's perplexity.
@@ -65,6 +66,7 @@ class Wishes:
     length: int = 512
     batch: int = 8
     again: str | None = None
+    distill: int | None = None
     skip: tuple[str, ...] = ()
     evaluate: str | None = None
     windows: tuple[int, int] | None = None
@@ -112,6 +114,8 @@ def compose(wishes: Wishes) -> str:
     sections.append(
         "transforms:\n" + "\n".join(_lines(step, "    ", first="  - ") for step in steps)
     )
+    if wishes.distill is not None:
+        sections.append(_section("distill", {"steps": wishes.distill}))
     if wishes.evaluate is not None:
         sections.append(_section("evaluate", {_measure(wishes): _measured(wishes, problems)}))
     output = {"directory": wishes.destination, "formats": _Word(f"[{wishes.format}]"), "flat": True}

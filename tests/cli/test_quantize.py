@@ -168,6 +168,14 @@ def test_the_recipe_is_printed_to_go_on_from(quantize, llama, tmp_path):
     assert (recipe.output.directory, recipe.output.flat) == (str(out), True)
 
 
+def test_distilling_is_asked_for_by_its_steps_after_any_method(quantize, llama, tmp_path):
+    arguments = ("--method", "rtn", "--distill", 24, *DATA, "--print-config")
+    code, text, err = quantize(llama, tmp_path / "out", *arguments)
+    assert code == 0, err
+    recipe = parse_recipe(text)
+    assert recipe.distill is not None and recipe.distill.steps == 24
+
+
 def test_explaining_shows_the_plan_and_writes_nothing(quantize, llama, tmp_path):
     arguments = ("--method", "rtn", "--group-size", 32, "--explain")
     code, text, _ = quantize(llama, tmp_path / "out", *arguments)
@@ -277,6 +285,8 @@ def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
             ["neither a file nor a text 'nowhere.txt'", "brown, moby-dick, pydoc-topics"],
         ),
         (("--method", "gptq", "--samples", 3), ["--samples belongs to --calibration"]),
+        (("--method", "rtn", "--distill", 8), ["--distill belongs to --calibration"]),
+        (("--method", "rtn", "--distill", 0, *DATA), ["distill: steps is 0"]),
         (("--method", "rtn", "--windows", "2x32"), ["--windows belongs to --evaluate"]),
         (("--method", "refine"), ["works around another method", "refine:gptq"]),
         (("--method", "rtn:gptq"), ["no method around another", "rtn+gptq"]),
