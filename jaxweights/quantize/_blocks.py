@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxweights.core._stored import stored_as
-from jaxweights.quantize._grid import largest_magnitude
+from jaxweights.quantize._extremes import largest_magnitude
 from jaxweights.quantize._settings import is_whole, is_word
 from jaxweights.weights._divide import divide
 from jaxweights.weights._scaled import combine

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.quantize._blocks import stored_scale
+from jaxweights.quantize._extremes import largest_magnitude
 from jaxweights.quantize._grid import (
     Codes,
     Grid,
@@ -21,7 +22,6 @@ from jaxweights.quantize._grid import (
     decode,
     encode,
     find_scale,
-    largest_magnitude,
     make_grid,
     matrix_scales,
     split_groups,

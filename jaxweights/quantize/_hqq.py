@@ -15,7 +15,8 @@ from jaxweights.core._compiled import compiled
 from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import add_up, refuse_unfit
-from jaxweights.quantize._grid import GroupSize, extremes, make_grid
+from jaxweights.quantize._extremes import extremes
+from jaxweights.quantize._grid import GroupSize, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._settings import check_count, check_numbers
 from jaxweights.quantize.training._ordered_sum import ordered_sum

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,8 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
-from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs, union_needs
-from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
@@ -26,7 +23,7 @@ from jaxweights.quantize._around import (
     quantize_alone,
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
-from jaxweights.quantize._low_rank_of import low_rank_of
+from jaxweights.quantize._joint_fit import Settings, fit_leaf
 from jaxweights.quantize._settings import (
     check_count,
     check_float_dtype,
@@ -34,35 +31,7 @@ from jaxweights.quantize._settings import (
     check_positive,
 )
 from jaxweights.weights._axes import View
-from jaxweights.weights._low_rank import LowRank
-from jaxweights.weights._outliers import Outliers
-from jaxweights.weights._weight import is_weight, materialize
-
-
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What is fitted, static under `jit`."""
-
-    rank: int
-    outliers: float
-    sweeps: int
-    weighted: bool
-    scaling: float
-    dtype: Any
-
-    def count(self, view: View) -> int:
-        """Outliers of one matrix."""
-        return round(self.outliers * view.in_dim * view.out_dim)
-
-
-class _Parts(NamedTuple):
-    """The parts of a leaf; arrays have the stack axes in front."""
-
-    base: Any
-    values: jax.Array
-    index: jax.Array
-    down: jax.Array
-    up: jax.Array
+from jaxweights.weights._weight import is_weight
 
 
 def joint(
@@ -219,7 +188,7 @@ def _check(
     dtype: DTypeLike,
     *,
     least_rank: int = 0,
-) -> _Settings:
+) -> Settings:
     check_quantizer(name, quantizer)
     check_count(name, "rank", rank, least=least_rank)
     check_numbers(name, outliers=outliers)
@@ -232,10 +201,10 @@ def _check(
             "of them, or apply the quantizer alone."
         )
     check_float_dtype(name, dtype=dtype)
-    return _Settings(rank, float(outliers), sweeps, True, 1.0, np.dtype(dtype))
+    return Settings(rank, float(outliers), sweeps, True, 1.0, np.dtype(dtype))
 
 
-def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transform:
+def _transform(name: str, quantizer: Transform, settings: Settings) -> Transform:
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
         if settings.weighted and any(is_float(x) and len(x.shape) > 1 for x in flat.values()):
@@ -245,7 +214,7 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
         new = dict(flat)
         for done, (path, view) in enumerate(views.items(), start=1):
             quantize = functools.partial(quantize_alone, quantizer, flat, context, path)
-            new[path] = _fit_leaf(
+            new[path] = fit_leaf(
                 flat[path], quantize, _gram(context, path, settings), view, settings
             )
             if context.progress is not None:
@@ -270,7 +239,7 @@ def _transform(name: str, quantizer: Transform, settings: _Settings) -> Transfor
 
 
 def _views(
-    name: str, changed: list[Path], flat: Flat, context: Context, settings: _Settings
+    name: str, changed: list[Path], flat: Flat, context: Context, settings: Settings
 ) -> dict[Path, View]:
     """Views of the leaves to fit; every leaf that cannot be is one error."""
     views: dict[Path, View] = {}
@@ -302,121 +271,5 @@ def _views(
     return views
 
 
-def _gram(context: Context, path: Path, settings: _Settings) -> jax.Array | None:
+def _gram(context: Context, path: Path, settings: Settings) -> jax.Array | None:
     return context.stats.get(path, "gram") if settings.weighted and context.stats else None
-
-
-def _fit_leaf(
-    leaf: jax.Array, quantize: Any, gram: jax.Array | None, view: View, settings: _Settings
-) -> Any:
-    def turn(parts: _Parts) -> tuple[_Parts, jax.Array]:
-        parts, target = _split_off(leaf, parts, gram, view=view, settings=settings)
-        parts = parts._replace(base=_cast(quantize(target), np.dtype(jnp.float32)))
-        return _correct(leaf, parts, gram, view=view, settings=settings)
-
-    parts, error = best, least = turn(_empty(leaf, view, settings))
-    for _ in range(settings.sweeps - 1):
-        parts, error = turn(parts)
-        best, least = _better(parts, error, best, least)
-    weight = _cast(best.base, leaf.dtype)
-    if settings.count(view):
-        weight = Outliers.over(weight, best.values, best.index, view=view)
-    if settings.rank:
-        up = (best.up.astype(jnp.float32) / settings.scaling).astype(settings.dtype)
-        weight = LowRank.over(weight, best.down, up, scaling=settings.scaling, view=view)
-    return weight
-
-
-def _empty(leaf: jax.Array, view: View, settings: _Settings) -> _Parts:
-    stack = tuple(leaf.shape[a] for a in view.stack_axes(leaf.ndim))
-    count, rank, dtype = settings.count(view), settings.rank, settings.dtype
-    return _Parts(
-        base=None,
-        values=jnp.zeros((*stack, count), dtype),
-        index=jnp.full((*stack, count), view.in_dim * view.out_dim, jnp.int32),
-        down=jnp.zeros((*stack, view.in_dim, rank), dtype),
-        up=jnp.zeros((*stack, rank, view.out_dim), dtype),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("view", "settings"))
-def _split_off(
-    leaf: jax.Array, parts: _Parts, gram: jax.Array | None, *, view: View, settings: _Settings
-) -> tuple[_Parts, jax.Array]:
-    """Chooses the outliers, and gives what is left for the quantizer, of the leaf's shape."""
-    rest = view.to_matrix(leaf).astype(jnp.float32) - _product(parts)
-    count = settings.count(view)
-    if not count:
-        return parts, view.from_matrix(rest)
-    importance = None if gram is None else jnp.diagonal(_reached(gram), axis1=-2, axis2=-1)
-    score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
-
-    def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rest, score = (x.reshape(-1) for x in one)
-        index = jnp.sort(jax.lax.top_k(score, count)[1]).astype(jnp.int32)
-        return stored_as(rest[index], settings.dtype), index
-
-    values, index = map_over_stack(pick, (rest, score), rest.shape[:-2])
-    parts = parts._replace(values=values, index=index)
-    return parts, view.from_matrix(rest - _sparse(parts, view))
-
-
-@functools.partial(jax.jit, static_argnames=("view", "settings"))
-def _correct(
-    leaf: jax.Array, parts: _Parts, gram: jax.Array | None, *, view: View, settings: _Settings
-) -> tuple[_Parts, jax.Array]:
-    """Finds the low-rank part for the residual, and each matrix's error, of the stack's shape."""
-    base = view.to_matrix(materialize(parts.base)).astype(jnp.float32)
-    residual = view.to_matrix(leaf).astype(jnp.float32) - base - _sparse(parts, view)
-
-    def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
-        residual, gram = given
-        gram = None if gram is None else _reached(gram)
-        down, up = low_rank_of(residual, gram, rank=settings.rank)
-        down, up = stored_as(down, settings.dtype), stored_as(up, settings.dtype)
-        left = residual - jnp.matmul(
-            down.astype(jnp.float32), up.astype(jnp.float32), precision="highest"
-        )
-        weighted = left if gram is None else jnp.matmul(gram, left, precision="highest")
-        return down, up, jnp.sum(left * weighted)
-
-    down, up, error = map_over_stack(one, (residual, gram), residual.shape[:-2])
-    return parts._replace(down=down, up=up), error
-
-
-def _reached(gram: jax.Array) -> jax.Array:
-    """Gram matrices `(*stack, in, in)`; the identity in place of those that no token reached."""
-    total = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-    return jnp.where(total == 0, identity, gram)
-
-
-def _product(parts: _Parts) -> jax.Array:
-    down, up = parts.down.astype(jnp.float32), parts.up.astype(jnp.float32)
-    return jnp.matmul(down, up, precision="highest")
-
-
-def _sparse(parts: _Parts, view: View) -> jax.Array:
-    """The outliers, `(*stack, in, out)`."""
-    plain = View.of((view.in_dim, view.out_dim))
-    shape = (*parts.values.shape[:-1], view.in_dim, view.out_dim)
-    if not math.prod(parts.values.shape):
-        return jnp.zeros(shape)
-    return Outliers(jnp.zeros(shape), parts.values, parts.index, plain).sparse_part()
-
-
-def _better(
-    parts: _Parts, error: jax.Array, best: _Parts, least: jax.Array
-) -> tuple[_Parts, jax.Array]:
-    """Of each matrix the parts that err less."""
-    better = error < least
-    pick = lambda new, old: jnp.where(  # noqa: E731
-        better.reshape(better.shape + (1,) * (new.ndim - better.ndim)), new, old
-    )
-    return jax.tree.map(pick, parts, best), jnp.where(better, error, least)
-
-
-def _cast(base: Any, dtype: Any) -> Any:
-    """The same parts, materialising to another dtype."""
-    cast = base.astype(dtype)
-    return base if cast is None else cast

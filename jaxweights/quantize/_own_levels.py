@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core._stored import stored_as
-from jaxweights.quantize._grid import in_order
+from jaxweights.quantize._extremes import in_order
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.weights._codebook import look_up
 from jaxweights.weights._divide import divide

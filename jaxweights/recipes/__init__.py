@@ -20,11 +20,11 @@ if _typing.TYPE_CHECKING:
     from jaxweights.recipes._packages import MODELS as MODELS
     from jaxweights.recipes._packages import TEXTS as TEXTS
     from jaxweights.recipes._packages import Package as Package
+    from jaxweights.recipes._plan_recipe import plan_recipe as plan_recipe
     from jaxweights.recipes._recipe import Recipe as Recipe
     from jaxweights.recipes._recipe import load_recipe as load_recipe
     from jaxweights.recipes._recipe import parse_recipe as parse_recipe
     from jaxweights.recipes._run import RunResult as RunResult
-    from jaxweights.recipes._run import plan_recipe as plan_recipe
     from jaxweights.recipes._run import run_recipe as run_recipe
     from jaxweights.recipes._texts import Text as Text
     from jaxweights.recipes._texts import load_text as load_text
@@ -51,7 +51,8 @@ _LAZY = {
     "_methods": ("methods",),
     "_packages": ("MODELS", "TEXTS", "Package"),
     "_recipe": ("Recipe", "load_recipe", "parse_recipe"),
-    "_run": ("RunResult", "plan_recipe", "run_recipe"),
+    "_plan_recipe": ("plan_recipe",),
+    "_run": ("RunResult", "run_recipe"),
     "_texts": ("Text", "load_text", "read_text_file", "reflow_paragraphs"),
     "_yaml": ("RecipeError",),
 }
