@@ -189,8 +189,8 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
     if not _is_decoder(options, progress):
         text = compose(dataclasses.replace(wishes, is_decoder=False))
     recipe = parse_recipe(text, name=_NAME)
-    reads = recipe.transform.reads_statistics or recipe.distill is not None
-    if options.calibration is not None and not reads:
+    reads = any(step.transform.reads_statistics for step in recipe.steps)
+    if options.calibration is not None and not reads and recipe.distill is None:
         raise ValueError(
             f"{recipe.steps[0].method} reads no data. Leave --calibration out, or choose a method "
             "that does, such as gptq."

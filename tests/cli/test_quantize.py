@@ -133,6 +133,17 @@ def test_native_and_gguf_are_folders_that_load_too(quantize, llama, tmp_path):
     assert (tmp_path / "gguf" / "model.gguf").is_file()
 
 
+def test_methods_run_one_after_another_and_calibrate_in_between(quantize, llama, tmp_path):
+    arguments = ("--method", "smooth+gptq", "--group-size", 32, "--no-report", *DATA)
+    code, _, err = quantize(llama, tmp_path / "out", *arguments)
+    assert code == 0, err
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [step["method"] for step in found["steps"]] == ["quantize.smooth", "quantize.gptq"]
+    written, dense = (load_pretrained(p).params["layers"] for p in (tmp_path / "out", llama))
+    assert not np.array_equal(written["mlp_norm"]["scale"], dense["mlp_norm"]["scale"])
+    assert is_weight(written["mlp"]["up"]["kernel"])
+
+
 def test_what_is_skipped_stays_float(quantize, llama, tmp_path):
     base = ("--method", "rtn", "--group-size", 32, "--no-report")
     code, _, err = quantize(llama, tmp_path / "out", *base, "--skip", "layers/mlp/.*")
@@ -285,6 +296,10 @@ def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
             ["neither a file nor a text 'nowhere.txt'", "brown, moby-dick, pydoc-topics"],
         ),
         (("--method", "gptq", "--samples", 3), ["--samples belongs to --calibration"]),
+        (
+            ("--method", "smooth+gptq", "--again", "never", *DATA),
+            ["quantize.gptq reads statistics, but quantize.smooth before it", "--again each_step"],
+        ),
         (("--method", "rtn", "--distill", 8), ["--distill belongs to --calibration"]),
         (("--method", "rtn", "--distill", 0, *DATA), ["distill: steps is 0"]),
         (("--method", "rtn", "--windows", "2x32"), ["--windows belongs to --evaluate"]),
