@@ -45,8 +45,6 @@ class World(NamedTuple):
     base: Params
     tuned: list[Params]  # one per view
     joint: Params  # tuned on all views together
-    soup: list[Params]  # fine-tunes of one task
-    soup_settings: list[str]
 
 
 def splits(seed: int) -> tuple[Split, Split, Split]:
@@ -78,8 +76,8 @@ def loss_fn(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
 
 
-def init(key: jax.Array) -> Params:
-    pairs = list(itertools.pairwise(SIZES))
+def init(key: jax.Array, sizes: tuple[int, ...] = SIZES) -> Params:
+    pairs = list(itertools.pairwise(sizes))
     return {
         f"layer_{i}": {"kernel": jax.random.normal(k, (rows, columns)) * (2 / rows) ** 0.5}
         for i, (k, (rows, columns)) in enumerate(
@@ -95,22 +93,21 @@ class Recipe(NamedTuple):
     decay: Any = 1e-4
     smoothing: Any = 0.0
     noise: Any = 0.0
+    mixup: Any = 0.0  # four times the mean share of another image
     share: Any = 1.0  # of the steps that are taken
-
-    def __str__(self) -> str:
-        names = ("rate", "decay", "smoothing", "noise", "length")
-        return ", ".join(f"{n} {float(x):.2g}" for n, x in zip(names, self, strict=True))
 
 
 def train(
     params: Params, images: jax.Array, labels: jax.Array, key: jax.Array, recipe: Recipe, steps: int
 ) -> Params:
-    """One model; `images` is `(views, images, 64)`, and every example draws its view."""
+    """One model; `images` is `(views, images, inputs)`, and every example draws its view."""
     adam, length = optax.scale_by_adam(), steps * jnp.asarray(recipe.share, jnp.float32)
 
-    def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-        target = optax.smooth_labels(jax.nn.one_hot(y, SIZES[-1]), recipe.smoothing)
-        return optax.softmax_cross_entropy(logits(params, x), target).mean()
+    def loss(params: Params, x: jax.Array, y: jax.Array, other: jax.Array) -> jax.Array:
+        found = logits(params, x + other * (x[::-1] - x))
+        target = optax.smooth_labels(jax.nn.one_hot(y, found.shape[-1]), recipe.smoothing)
+        target = target + other * (target[::-1] - target)
+        return optax.softmax_cross_entropy(found, target).mean()
 
     def step(carry: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         (params, state), (key, i) = carry, at
@@ -118,7 +115,8 @@ def train(
         rows = jax.random.randint(keys[0], (BATCH,), 0, images.shape[1])
         x = images[jax.random.randint(keys[1], (BATCH,), 0, images.shape[0]), rows]
         x = x + recipe.noise * jax.random.normal(keys[2], x.shape)
-        grads = jax.grad(loss)(params, x, labels[rows])
+        other = recipe.mixup / 2 * jax.random.uniform(jax.random.fold_in(key, 3), (BATCH, 1))
+        grads = jax.grad(loss)(params, x, labels[rows], other)
         updates, state = adam.update(grads, state, params)
         rate = recipe.rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(i / length, 1)))
         move = lambda p, u: p - rate * (u + recipe.decay * p)  # noqa: E731
@@ -182,17 +180,6 @@ def worlds(options: argparse.Namespace) -> list[World]:
         options.steps,
     )
     show("fine-tunes of four views")
-    count, few = options.ingredients, slice(0, options.soup_images)
-    recipes = [ingredients(seed, count) for seed in range(seeds)]
-    soups = train_many(
-        repeated(bases, count),
-        repeated(trains.images[:, 1:2, few], count),
-        repeated(trains.labels[:, few], count),
-        jax.vmap(lambda key: jax.random.split(key, count))(keys[:, 4]).ravel(),
-        jax.tree.map(lambda *x: np.concatenate(x), *recipes),
-        options.steps,
-    )
-    show("ingredients of the soups")
     return [
         World(
             seed,
@@ -200,24 +187,9 @@ def worlds(options: argparse.Namespace) -> list[World]:
             take(bases, seed),
             [take(tuned, seed * views + i) for i in range(views)],
             take(joint, seed),
-            [take(soups, seed * count + i) for i in range(count)],
-            [str(take(recipes[seed], i)) for i in range(count)],
         )
         for seed in range(seeds)
     ]
-
-
-def ingredients(seed: int, count: int) -> Recipe:
-    """Random recipes, as a search for hyperparameters draws them."""
-    rng = np.random.default_rng(seed)
-    draw = lambda low, high: rng.uniform(low, high, count).astype(np.float32)  # noqa: E731
-    return Recipe(
-        rate=10 ** draw(-3.2, -2.5),
-        decay=10 ** draw(-4, -2),
-        smoothing=draw(0, 0.1),
-        noise=draw(0, 0.5),
-        share=draw(0.6, 1),
-    )
 
 
 def show(task: str) -> None:

