@@ -28,8 +28,8 @@ SIDE = 14
 SIZES = (SIDE * SIDE, 128, 128, 20)  # ten classes of each set
 SETS = ("clothes", "digits")
 SOURCES = {"clothes": 15_000, "digits": 5_000}  # images that the base learns
-FEW = 1000  # that fine-tunes learn, and as many to choose by
-REHEARSAL = {"clothes": 5_000, "digits": 1_000}
+FEW = 500  # that fine-tunes learn, and as many to choose by
+REHEARSAL = {"clothes": 5_000, "digits": 2_000}
 KNOWN = {"clothes": 60_000, "digits": 8_000}  # the others are the test
 STEPS_OF_BASE = 6000
 
@@ -129,12 +129,12 @@ def ingredients(seed: int, count: int) -> Recipe:
     rng = np.random.default_rng(seed)
     draw = lambda low, high: rng.uniform(low, high, count).astype(np.float32)  # noqa: E731
     return Recipe(
-        rate=10 ** draw(-3, -2.4),
-        decay=10 ** draw(-4, -1),
+        rate=10 ** draw(-3.3, -2.7),
+        decay=10 ** draw(-4, -2),
         smoothing=draw(0, 0.2),
-        noise=draw(0, 0.3),
+        noise=draw(0, 0.15),
         mixup=np.where(draw(0, 1) < 0.5, draw(0, 1), 0).astype(np.float32),
-        share=draw(0.6, 1),
+        share=draw(0.4, 1),
     )
 
 
