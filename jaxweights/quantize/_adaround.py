@@ -21,15 +21,13 @@ from jaxweights.quantize._grid import (
     split_groups,
 )
 from jaxweights.quantize._learned import (
-    Learned,
     Moments,
     adam_step,
     check_steps,
-    learned_transform,
+    learned_codes,
     output_losses,
     relative,
 )
-from jaxweights.quantize._leaves import describe_bad_scales, pack, replace_leaf, unfit_leaf
 from jaxweights.weights._divide import divide
 
 _NAME = "quantize.adaround"
@@ -107,22 +105,14 @@ def adaround(
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None
-    ) -> Learned:
+    ) -> tuple[Codes, jax.Array]:
         mean_gram = gram / jnp.maximum(tokens, 1)
         codes, losses = adaround_matrix(
             weight, mean_gram, mask, settings, steps, learning_rate, regularization
         )
-        return Learned(pack(codes, settings), relative(losses, weight, mean_gram))
+        return codes, relative(losses, weight, mean_gram)
 
-    return learned_transform(
-        learn,
-        name=_NAME,
-        put=lambda leaf, codes, view: replace_leaf(leaf, codes, view, settings),
-        check=lambda leaf, view: unfit_leaf(leaf, view, settings),
-        bad_scales=describe_bad_scales,
-        on_failure=on_failure,
-        report=report,
-    )
+    return learned_codes(learn, settings, name=_NAME, on_failure=on_failure, report=report)
 
 
 def adaround_matrix(

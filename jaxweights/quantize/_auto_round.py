@@ -21,16 +21,14 @@ from jaxweights.quantize._grid import (
     split_groups,
 )
 from jaxweights.quantize._learned import (
-    Learned,
     check_steps,
     clip_through,
-    learned_transform,
+    learned_codes,
     of_unit_mean,
     output_losses,
     relative,
     round_through,
 )
-from jaxweights.quantize._leaves import describe_bad_scales, pack, replace_leaf, unfit_leaf
 from jaxweights.weights._divide import divide
 
 _NAME = "quantize.auto_round"
@@ -117,21 +115,13 @@ def auto_round(
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None
-    ) -> Learned:
+    ) -> tuple[Codes, jax.Array]:
         del tokens
         gram = of_unit_mean(gram)
         codes, losses = auto_round_matrix(weight, gram, mask, settings, steps, float(rate))
-        return Learned(pack(codes, settings), relative(losses, weight, gram))
+        return codes, relative(losses, weight, gram)
 
-    return learned_transform(
-        learn,
-        name=_NAME,
-        put=lambda leaf, codes, view: replace_leaf(leaf, codes, view, settings),
-        check=lambda leaf, view: unfit_leaf(leaf, view, settings),
-        bad_scales=describe_bad_scales,
-        on_failure=on_failure,
-        report=report,
-    )
+    return learned_codes(learn, settings, name=_NAME, on_failure=on_failure, report=report)
 
 
 def auto_round_matrix(

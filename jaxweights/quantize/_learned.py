@@ -23,7 +23,14 @@ from jaxweights.quantize._calibrated import (
     status_of,
     warn_of_fallback,
 )
-from jaxweights.quantize._leaves import REFUSAL
+from jaxweights.quantize._grid import Codes, Grid
+from jaxweights.quantize._leaves import (
+    REFUSAL,
+    describe_bad_scales,
+    pack,
+    replace_leaf,
+    unfit_leaf,
+)
 from jaxweights.quantize._settings import check_count, check_positive
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
@@ -189,6 +196,43 @@ def learned_transform(
         check=check_path,
         verify=verify,
         checks_finite=False,
+    )
+
+
+def learned_codes(
+    learn: Callable[..., tuple[Codes, jax.Array]],
+    grid: Grid,
+    *,
+    name: str,
+    on_failure: OnFailure,
+    report: ReportLeaf | None,
+) -> Transform:
+    """A `learned_transform` of matrices to codes of an integer grid.
+
+    Args:
+      learn: `learn(weight, gram, tokens, mask)` of one matrix gives its codes and what they lose of
+        the outputs, as a share of these.
+      grid: The grid.
+      name: As in `learned_transform`, as are the others.
+      on_failure: What becomes of a matrix whose statistics are of no use.
+      report: Called with what was found of each leaf.
+
+    Returns:
+      The transform, to `Quantized` weights.
+    """
+
+    def packed(*operands: Any) -> Learned:
+        codes, error = learn(*operands)
+        return Learned(pack(codes, grid), error)
+
+    return learned_transform(
+        packed,
+        name=name,
+        put=lambda leaf, codes, view: replace_leaf(leaf, codes, view, grid),
+        check=lambda leaf, view: unfit_leaf(leaf, view, grid),
+        bad_scales=describe_bad_scales,
+        on_failure=on_failure,
+        report=report,
     )
 
 

@@ -22,18 +22,16 @@ from jaxweights.quantize._grid import (
     split_groups,
 )
 from jaxweights.quantize._learned import (
-    Learned,
     Moments,
     adam_step,
     check_steps,
     clip_through,
-    learned_transform,
+    learned_codes,
     of_unit_mean,
     output_losses,
     relative,
     round_through,
 )
-from jaxweights.quantize._leaves import describe_bad_scales, pack, replace_leaf, unfit_leaf
 
 _NAME = "quantize.learned_clip"
 _START = 4.0  # of the authors: sigmoid(4) = 0.982 of the range
@@ -111,23 +109,15 @@ def learned_clip(
 
     def learn(
         weight: jax.Array, gram: jax.Array, tokens: jax.Array, mask: jax.Array | None
-    ) -> Learned:
+    ) -> tuple[Codes, jax.Array]:
         del tokens
         gram = of_unit_mean(gram)
         codes, losses = learned_clip_matrix(
             weight, gram, mask, settings, steps, float(learning_rate)
         )
-        return Learned(pack(codes, settings), relative(losses, weight, gram))
+        return codes, relative(losses, weight, gram)
 
-    return learned_transform(
-        learn,
-        name=_NAME,
-        put=lambda leaf, codes, view: replace_leaf(leaf, codes, view, settings),
-        check=lambda leaf, view: unfit_leaf(leaf, view, settings),
-        bad_scales=describe_bad_scales,
-        on_failure=on_failure,
-        report=report,
-    )
+    return learned_codes(learn, settings, name=_NAME, on_failure=on_failure, report=report)
 
 
 def learned_clip_matrix(
