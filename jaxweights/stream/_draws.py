@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
 
 import numpy as np
 
 _BLOCK = 1 << 20  # entries that one generator serves
-_LEVELS = 8  # random bits that are drawn for every entry, at most
+_LEVELS = 1 << 8  # of the bits that are drawn at once
+_FIRST, _NEXT = 0, 1  # what generators serve
 
 
 def drawn_bits(
@@ -19,11 +19,10 @@ def drawn_bits(
 
     They depend on the density, the seed, the path, the model's name and the entry's index alone.
 
-    Every entry has a uniform number whose binary digits are drawn from the first on, and is kept
-    where that is below the density. No digits are drawn behind the density's last: 0.5 asks for one
-    bit an entry, 0.75 for two. Eight digits leave one entry in 256 undecided between a number and
-    a density that has more; 53 further ones of these entries alone decide, so that the chance is
-    the density to within 2^-60.
+    Every entry has a uniform number, and is kept where that is below the density. The first binary
+    digit of the number decides about all entries where the density is a half, and about every
+    second elsewhere. Where it does not, the next eight decide; one in 256 of these is decided by 53
+    more, so that the chance is the density to within 2^-60.
 
     Args:
       density: Chance of each entry, in [0, 1].
@@ -39,27 +38,15 @@ def drawn_bits(
     """
     first = start - start % 8
     nbytes = -(-(start + count - first) // 8)
-    edge = math.floor(density * (1 << _LEVELS))
-    rest = density * (1 << _LEVELS) - edge
-    if edge >> _LEVELS:
+    if density >= 1:
         return np.full(nbytes, 0xFF, np.uint8)
-    # Whether each number is below the density, and whether it is equal to it, by the digits so far.
-    below, equal = np.zeros(nbytes, np.uint8), np.full(nbytes, 0xFF, np.uint8)
-    for digit, one in enumerate(_digits(edge, all_of_them=bool(rest))):
-        drawn = _bits(seed, path, model, digit, first // 8, nbytes)
-        if one:
-            below |= equal & ~drawn
-            equal &= drawn
-        else:
-            equal &= ~drawn
-    if rest:
-        undecided = np.flatnonzero(equal != 0)
-        row, column = np.nonzero(np.unpackbits(equal[undecided, None], axis=1, bitorder="little"))
-        places = first + 8 * undecided[row] + column
-        decided = np.zeros((undecided.size, 8), bool)
-        decided[row, column] = _uniform(seed, path, model, places) < rest
-        below[undecided] |= np.packbits(decided, axis=1, bitorder="little")[:, 0]
-    return below
+    low = ~_bytes(seed, path, model, _FIRST, first // 8, nbytes)  # whether it is below a half
+    above_half = density >= 0.5
+    share = 2 * density - above_half  # of the half in which the density lies
+    if not share:
+        return low if above_half else np.zeros_like(low)
+    within = np.packbits(_below(share, seed, path, model, first, 8 * nbytes), bitorder="little")
+    return low | within if above_half else low & within
 
 
 def spread(bits: np.ndarray, start: int, count: int) -> np.ndarray:
@@ -84,27 +71,30 @@ def true_places(mask: np.ndarray) -> np.ndarray:
     return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
-def _digits(edge: int, *, all_of_them: bool) -> Iterator[bool]:
-    """Binary digits of a density from the first on, without the zeros at their end."""
-    left = edge
-    for place in reversed(range(_LEVELS)):
-        if not (left or all_of_them):
-            return
-        yield bool(edge >> place & 1)
-        left &= (1 << place) - 1
+def _below(share: float, seed: int, path: str, model: str, start: int, count: int) -> np.ndarray:
+    """Whether what follows the first digit of each number is below a share, `(count,)` bool."""
+    edge = math.floor(share * _LEVELS)
+    rest = share * _LEVELS - edge
+    drawn = _bytes(seed, path, model, _NEXT, start, count)
+    mask = drawn < np.uint8(edge)
+    if rest:
+        places = true_places(drawn == np.uint8(edge))
+        mask[places] = _uniform(seed, path, model, start + places) < rest
+    return mask
 
 
-def _bits(seed: int, path: str, model: str, digit: int, start: int, count: int) -> np.ndarray:
-    """A random bit for each entry of a tensor, by eight: the bytes `start` to `start + count`.
+def _bytes(seed: int, path: str, model: str, kind: int, start: int, count: int) -> np.ndarray:
+    """Random bytes `start` to `start + count` of a tensor, `(count,)` uint8.
 
     NumPy promises that its bit generators never change, and they are faster than counter-based
-    ones on a CPU.
+    ones on a CPU. The first digits of eight entries are one byte, the next eight of each another.
     """
-    parts, done, block_bytes = [], 0, _BLOCK // 8
+    block_bytes = _BLOCK // 8 if kind == _FIRST else _BLOCK
+    parts, done = [], 0
     while done < count:
         block, skip = divmod(start + done, block_bytes)
         n = min(block_bytes - skip, count - done)
-        bits = np.random.SFC64(_seeds(seed, path, model, block, digit))
+        bits = np.random.SFC64(_seeds(seed, path, model, block, kind))
         words = bits.random_raw(-(-(skip + n) // 8)).astype("<u8", copy=False)
         parts.append(words.view(np.uint8)[skip : skip + n])
         done += n

@@ -209,7 +209,7 @@ def test_masks_keep_each_entry_with_its_chance_to_the_last_bit(density):
     assert _mask(density, 3, "w", "a", 5, 0).size == 0
 
 
-def test_masks_are_those_of_uniform_numbers_that_are_read_digit_by_digit():
+def test_masks_are_those_of_uniform_numbers_that_are_read_from_their_first_digits():
     n = 40_000
     steps = [_mask(k / 256, 3, "w", "a", 0, n) for k in range(257)]
     number = 256 - np.sum(steps, axis=0)  # the largest of k / 256 that is not above the number
