@@ -61,6 +61,7 @@ def calibrate(
       The statistics, as raw sums in float32 (counts in int32), with the layout that was seen.
 
     Raises:
+      TypeError: If the first argument is no function.
       ValueError: If there is no batch, a need is unknown, gradients are needed without a loss, or
         what was summed is not finite.
 
@@ -72,6 +73,11 @@ def calibrate(
       >>> float(stats.get("kernel", "gram").trace()), int(stats.get("kernel", "count"))
       (6.0, 6)
     """
+    if not callable(fn):
+        raise TypeError(
+            f"calibrate: the first argument is a {type(fn).__name__}, not a function. Write "
+            "calibrate(fn, params, batches, needs=...), with a model fn(params, batch)."
+        )
     _check_needs(needs, loss)
     batches, total_batches = iter(batches), _length(batches)
     try:

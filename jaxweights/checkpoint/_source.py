@@ -49,7 +49,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"open_checkpoint: '{path}' does not exist.")
+        raise FileNotFoundError(f"open_checkpoint: '{path}' does not exist. Check the path.")
     refuse_pickle("open_checkpoint", path)
     if path.is_file():
         with path.open("rb") as file:

@@ -160,6 +160,7 @@ def plan(
       The plan.
 
     Raises:
+      TypeError: If the first argument is no transform.
       ValueError: If `apply` would raise for these shapes.
 
     Example:
@@ -169,6 +170,11 @@ def plan(
       >>> p.bytes_before, p.leaves[0].changed
       (8192, True)
     """
+    if not isinstance(tx, Transform):
+        raise TypeError(
+            f"plan: the first argument is a {type(tx).__name__}, not a transform. Write "
+            "plan(tx, params), with a transform such as quantize.round_to_nearest(bits=4)."
+        )
     return plan_and_leaves(tx, params, layout=layout, stats=stats, models=models)[0]
 
 

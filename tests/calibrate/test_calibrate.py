@@ -512,3 +512,10 @@ def test_inputs_that_are_not_finite_are_refused_where_they_arise():
     calibrate(model, params, [good], needs=needs)
     with pytest.raises(ValueError, match=r"^calibrate: 'up': what the model .* ids out of range"):
         calibrate(model, params, [good, bad], needs=needs)
+
+
+def test_a_tree_in_the_models_place_is_told_apart():
+    params = {"kernel": jnp.ones((4, 4))}
+    fn = lambda params, x: x @ params["kernel"]  # noqa: E731
+    with pytest.raises(TypeError, match=r"^calibrate: the first argument is a dict, not a func"):
+        calibrate(params, fn, [jnp.ones((2, 4))], needs={"kernel": frozenset({"gram"})})

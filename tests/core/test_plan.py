@@ -206,3 +206,8 @@ def test_json_holds_what_the_table_shows():
     kernel = next(leaf for leaf in content["leaves"] if leaf["path"] == "layers/up/kernel")
     assert kernel["shape"] == [3, 16, 24] and kernel["after"] == "Quantized(bits=8)"
     assert content["leaves_changed"] == 2
+
+
+def test_a_tree_in_the_transforms_place_is_told_apart():
+    with pytest.raises(TypeError, match=r"^plan: the first argument is a dict, not a transform"):
+        plan({"kernel": jnp.ones((4, 4))}, identity())  # type: ignore[arg-type]
