@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.calibrate import calibrate, pipeline
-from jaxweights.checkpoint import Provenance, atomic_directory
+from jaxweights.checkpoint import atomic_directory
 from jaxweights.checkpoint._check_destination import check_destination
 from jaxweights.core import Context, Transform, apply, chain, flatten
 from jaxweights.core._leafwise import describe_nonfinite
@@ -25,7 +24,6 @@ from jaxweights.recipes._download import Progress
 from jaxweights.recipes._leaves import (
     LeafResult,
     compare_leaves,
-    provenance_errors,
     spectra,
     tree_bytes,
 )
@@ -41,6 +39,7 @@ from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
 from jaxweights.recipes._sections import Distill
 from jaxweights.recipes._stream import Streaming, outline_model, streams
+from jaxweights.recipes._summary import provenance_of, summarize
 from jaxweights.recipes._write import (
     check_formats,
     write_checkpoint,
@@ -163,9 +162,9 @@ def run_recipe(
         panels = spectra(before, after, layout, leaves) if recipe.output.report else {}
         report("Comparing", 1, 1)
 
-    provenance = _provenance(recipe, model, leaves)
+    provenance = provenance_of(recipe, model, leaves)
     sizes = {"before": tree_bytes(before), "after": tree_bytes(after)}
-    summary = _summarize(recipe, model, sizes, scores, data, leaves, provenance)
+    summary = summarize(recipe, model, sizes, scores, data, leaves, provenance)
     if curves is not None:
         summary["curves"] = curves
     if losses:
@@ -195,13 +194,13 @@ def _run_stream(
             said = {"name": Path(recipe.name).name, "yaml": recipe.text}
             streaming.write(folder / "safetensors", recipe=said, progress=report)
         leaves = streaming.leaves()
-        provenance = _provenance(recipe, model, leaves, sampled=True)
+        provenance = provenance_of(recipe, model, leaves, sampled=True)
         sizes = {
             "before": sum(leaf.bytes_before for leaf in leaves),
             "after": sum(leaf.bytes_after for leaf in leaves),
             "on_disk": _flatten_folder(folder, recipe),
         }
-        summary = _summarize(recipe, model, sizes, {}, None, leaves, provenance)
+        summary = summarize(recipe, model, sizes, {}, None, leaves, provenance)
         summary["seconds"] = clock.seconds
         panels = streaming.spectra() if recipe.output.report else {}
         _write_report(folder, recipe, summary, leaves, panels, report)
@@ -322,52 +321,6 @@ def _watched(recipe: Recipe, report: Progress) -> list[Transform]:
         return dataclasses.replace(step.transform, update=update)
 
     return [watch(number, step) for number, step in enumerate(recipe.steps, start=1)]
-
-
-def _provenance(
-    recipe: Recipe, model: Model, leaves: tuple[LeafResult, ...], *, sampled: bool = False
-) -> Any:
-    return Provenance.collect(
-        recipe={"name": Path(recipe.name).name, "yaml": recipe.text},
-        source=model.pretrained.source.fingerprint(sampled=sampled),
-        errors=provenance_errors(leaves),
-        timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-
-
-def _summarize(
-    recipe: Recipe,
-    model: Model,
-    sizes: dict[str, Any],
-    scores: dict[str, Any],
-    data: CalibrationData | None,
-    leaves: tuple[LeafResult, ...],
-    provenance: Any,
-) -> dict[str, Any]:
-    return {
-        "model": {
-            "name": model.name,
-            "source": model.source,
-            "fingerprint": provenance.source,
-            "parameters": sum(leaf.parameters for leaf in leaves),
-        },
-        "steps": [
-            {
-                "method": step.method,
-                "settings": step.settings,
-                "match": list(step.match),
-                "except": list(step.exempt),
-            }
-            for step in recipe.steps
-        ],
-        "calibration": None if data is None else {"definition": data.definition},
-        "size": sizes,
-        "evaluation": scores,
-        "leaves": [dataclasses.asdict(leaf) | {"error": leaf.error} for leaf in leaves],
-        "versions": provenance.versions,
-        "timestamp": provenance.timestamp,
-        "recipe": recipe.text,
-    }
 
 
 def _write_weights(

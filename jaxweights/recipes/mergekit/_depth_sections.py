@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.recipes._report import (
-    _figure,
-)
+from jaxweights.recipes._report import _figure
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._figures import MOST_LINES, by_depth
 from jaxweights.recipes.mergekit._found import Found, pair_cosines
