@@ -18,6 +18,7 @@ from jaxweights.adapt._lora import _placed_like_base
 from jaxweights.adapt._merge import _widest
 from jaxweights.core import Context, Flat, Layout, Params, Path, flatten, unflatten
 from jaxweights.core._apply import LayoutLike, resolve_layout
+from jaxweights.core._lapack import singular_values
 from jaxweights.core._layout import is_default_target, is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import check_pattern, fail, matching, nearest
@@ -236,8 +237,7 @@ def _rank(path: Path, delta: jax.Array, rank: int | None, energy: float | None) 
 
 @jax.jit
 def _singular_values(delta: jax.Array) -> jax.Array:
-    values = functools.partial(jnp.linalg.svd, compute_uv=False)
-    return map_over_stack(values, delta, delta.shape[:-2])
+    return map_over_stack(singular_values, delta, delta.shape[:-2])
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._lapack import qr, svd
 from jaxweights.core._map_over_stack import map_over_stack
 
 
@@ -44,7 +45,7 @@ def truncated(down: jax.Array, up: jax.Array, rank: int) -> tuple[jax.Array, jax
       the roots of the singular values as norms; and all singular values, descending.
     """
     left, right, core = _cored(down, up)
-    u, values, vt = jnp.linalg.svd(core, full_matrices=False)
+    u, values, vt = svd(core)
     down, up = balanced(u, values, vt, rank)
     product = lambda x, y: jnp.matmul(x, y, precision="highest")  # noqa: E731
     return product(left, down), product(up, jnp.swapaxes(right, -1, -2)), values
@@ -62,7 +63,7 @@ def truncated_dense(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array,
     """
 
     def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        u, values, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        u, values, vt = svd(matrix)
         return *balanced(u, values, vt, rank), values
 
     return map_over_stack(one, matrix, matrix.shape[:-2])
@@ -91,7 +92,7 @@ def relative_tail(values: jax.Array, rank: int) -> jax.Array:
 
 
 def _cored(down: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    left, r_left = jnp.linalg.qr(down)
-    right, r_right = jnp.linalg.qr(jnp.swapaxes(up, -1, -2))
+    left, r_left = qr(down)
+    right, r_right = qr(jnp.swapaxes(up, -1, -2))
     core = jnp.matmul(r_left, jnp.swapaxes(r_right, -1, -2), precision="highest")
     return left, right, core

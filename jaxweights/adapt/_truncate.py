@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from jaxweights.adapt._adapters import check_factor_dtype, check_rank
 from jaxweights.adapt._factors import balanced
 from jaxweights.core import Transform, leafwise
+from jaxweights.core._lapack import svd
 from jaxweights.weights import Factored, View
 
 Form = Literal["factors", "dense"]
@@ -115,7 +116,7 @@ def _cut(
     wide = weight.astype(np.promote_types(weight.dtype, np.float32))
     most = min(weight.shape)
     width = most if rank is None else min(rank, most)
-    u, values, vt = jnp.linalg.svd(wide, full_matrices=False)
+    u, values, vt = svd(wide)
     kept = jnp.int32(width)
     if energy is not None:
         kept = jnp.minimum(width, _rank_of(values, energy, max(weight.shape)))

@@ -16,6 +16,7 @@ from jaxweights.align._weight_matching import check_pair
 from jaxweights.analyze._matrices import power_of_two
 from jaxweights.analyze._report import Report, Select, selected, why_no_matrix
 from jaxweights.core._apply import LayoutLike, resolve_layout
+from jaxweights.core._lapack import svd
 from jaxweights.core._layout import Layout, is_float
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten
@@ -209,7 +210,7 @@ def _align_leaf(
 
 def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     unit = power_of_two(matrix)
-    left, values, right = jnp.linalg.svd(matrix / unit, full_matrices=False)
+    left, values, right = svd(matrix / unit)
     return left, values * unit[..., 0], right
 
 

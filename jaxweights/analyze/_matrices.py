@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core import _lapack
 from jaxweights.weights._axes import Axes, View
 
 Method = Literal["svd", "gram"]
@@ -63,9 +64,9 @@ def singular_values(matrix: jax.Array, method: Method = "svd") -> jax.Array:
       The values, in the dtype of `matrix`.
     """
     if method == "svd":
-        return jnp.linalg.svd(matrix, compute_uv=False)
+        return _lapack.singular_values(matrix)
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else jnp.swapaxes(matrix, -1, -2)
     gram = jnp.matmul(wide, jnp.swapaxes(wide, -1, -2), precision="highest")
-    squares = jnp.linalg.eigvalsh(gram)[..., ::-1]
+    squares = _lapack.eigenvalues(gram)[..., ::-1]
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)

@@ -8,13 +8,13 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._lapack import svd
 from jaxweights.core._transform import Transform
 from jaxweights.merge._spectral import (
     SpectralSettings,
     above,
     nearest_isometry,
     spectral_merge,
-    svd,
 )
 
 _POWER_STEPS = 4  # a norm to compare rounding with, wanted to a factor of two

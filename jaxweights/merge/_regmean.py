@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
+from jaxweights.core._lapack import cholesky, solve_factored
 from jaxweights.core._layout import Layout, is_default_target, is_float, is_vector
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
@@ -289,7 +290,7 @@ def _fit(
     # Without any data the system is the identity, and the shift zero.
     ridge = jnp.where(mean_diagonal > 0, damping * mean_diagonal, 1)
     with jax.default_matmul_precision("highest"):
-        factor = jnp.linalg.cholesky(total + ridge * identity)
-        moved = jax.scipy.linalg.cho_solve((factor, True), pull)
+        factor = cholesky(total + ridge * identity)
+        moved = solve_factored(factor, pull)
     # A sum, because maxima may lose NaN; a failed factorization is NaN throughout.
     return moved, jnp.isfinite(jnp.sum(factor * 0))

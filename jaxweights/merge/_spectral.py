@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
+from jaxweights.core._lapack import svd
 from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, Path, flatten, path_key, unflatten
@@ -167,12 +168,6 @@ def _merge_leaf(
             merged = view.from_matrix(map_over_stack(run, matrices, matrices[0].shape[:-2]))
     stored = output.store(start + scale * merged, dtype, key)
     return stored, all_finite(stored)
-
-
-def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Thin singular value decomposition, largest first."""
-    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
 
 
 def above(values: jax.Array, tolerance: jax.Array, largest: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.core._lapack import cholesky
 from jaxweights.weights._divide import divide
 
 _HIGHEST = "highest"
@@ -84,7 +85,7 @@ def damped_factor(gram: Float[Array, "n n"], damping: float) -> Factor:
     def attempt(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         _, d, _, _ = state
         with jax.default_matmul_precision(_HIGHEST):
-            lower = jnp.linalg.cholesky((gram + d * identity)[::-1, ::-1])
+            lower = cholesky((gram + d * identity)[::-1, ::-1])
         # A sum, because maxima may lose NaN; a failed factorization is NaN throughout.
         works = jnp.isfinite(jnp.sum(jnp.diagonal(lower) * 0))
         following = jnp.clip(10 * d, _LEAST, _MOST)

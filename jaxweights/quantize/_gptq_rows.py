@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._lapack import solve_unit_lower
 from jaxweights.quantize._damped_factor import Factor
 from jaxweights.quantize._gptq_levels import Levels
 
@@ -254,9 +255,7 @@ def _looking_ahead(spread: jax.Array, size: int) -> jax.Array:
     blocks = spread.reshape(count, size, count, size)[at, :, at]
     identity = jnp.broadcast_to(jnp.eye(size), blocks.shape)
     with jax.default_matmul_precision("highest"):
-        return jax.lax.linalg.triangular_solve(
-            blocks, identity, left_side=True, lower=True, unit_diagonal=True
-        )
+        return solve_unit_lower(blocks, identity)
 
 
 def _widen(field: jax.Array, out_dim: int) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._lapack import solve
 from jaxweights.core._paths import Flat, Params, flatten, nearest, path_key, unflatten
 from jaxweights.quantize._rotate import gains_of
 from jaxweights.quantize._rotation import (
@@ -158,4 +159,4 @@ def cayley_step(q: jax.Array, gradient: jax.Array, rate: jax.Array) -> jax.Array
         skew = gradient @ q.T - q @ gradient.T
         size = jnp.max(jnp.sum(jnp.abs(skew), axis=0))
         half = jnp.minimum(rate, 1 / jnp.maximum(size, jnp.finfo(q.dtype).tiny)) / 2
-        return jnp.linalg.solve(identity + half * skew, q - half * (skew @ q))
+        return solve(identity + half * skew, q - half * (skew @ q))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.core._lapack import eigh, qr
 from jaxweights.quantize._settings import check_count
 
 _matmul = functools.partial(jnp.matmul, precision="highest")
@@ -61,7 +62,7 @@ def low_rank_of(
         seen = residual if gram is None else _matmul(_root(gram), residual)  # C R
         left = _first_eigenvectors(_matmul(seen, seen.T), rank)
         # Orthonormal also where singular values are zero or close to each other.
-        directions, _ = jnp.linalg.qr(_matmul(seen.T, left))
+        directions, _ = qr(_matmul(seen.T, left))
     down = _matmul(residual, directions)
     norm = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(down), axis=0)))  # root of each column's norm
     return down / jnp.where(norm > 0, norm, 1)[None], norm[:, None] * directions.T
@@ -70,11 +71,11 @@ def low_rank_of(
 def _first_eigenvectors(matrix: jax.Array, rank: int) -> jax.Array:
     """Eigenvectors of the largest eigenvalues, the largest first, `(n, rank)`."""
     scale = jnp.max(jnp.abs(matrix))
-    _, vectors = jnp.linalg.eigh(matrix / jnp.where(scale > 0, scale, 1))
+    _, vectors = eigh(matrix / jnp.where(scale > 0, scale, 1))
     return vectors[:, ::-1][:, :rank]
 
 
 def _root(gram: jax.Array) -> jax.Array:
     """C with `gram = C.T @ C`, also where it is singular."""
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     return jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core._context import Context
+from jaxweights.core._lapack import solve
 from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
@@ -291,5 +292,5 @@ def _fit_scales(
     # The ridge pulls to the old scales, which a group without codes then keeps.
     system = system + ridge[:, None, None] * jnp.eye(rows)[None]
     target = target.T + ridge[:, None] * scale.astype(jnp.float32).T
-    found = jnp.linalg.solve(system, target[..., None])[..., 0].T.reshape(rows, out_dim)
+    found = solve(system, target[..., None])[..., 0].T.reshape(rows, out_dim)
     return stored_as(found, scale.dtype)

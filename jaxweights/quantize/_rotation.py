@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._lapack import qr
 from jaxweights.core._paths import Flat
 from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._hadamard import hadamard_transform
@@ -136,7 +137,7 @@ def check_kind(asker: str, kind: Any) -> None:
 
 
 def _uniform(key: jax.Array, size: int) -> jax.Array:
-    q, r = jnp.linalg.qr(jax.random.normal(key, (size, size)))
+    q, r = qr(jax.random.normal(key, (size, size)))
     return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)[None]
 
 
