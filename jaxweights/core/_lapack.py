@@ -115,7 +115,10 @@ def _in_place(decompose: Callable[..., Any]) -> Callable[..., Any]:
         results = call(*whole)
         return results, jax.tree.map(lambda _: True, results)
 
-    return call
+    # What `vmap` is told of a function, reverse differentiation cannot read.
+    differentiable = jax.custom_jvp(call)
+    differentiable.defjvp(functools.partial(jax.jvp, decompose))
+    return differentiable
 
 
 def _by_pieces(decompose: Callable[..., Any], *stacks: jax.Array) -> Any:

@@ -70,6 +70,19 @@ def test_results_are_those_of_each_matrix(name):
             jax.tree.map(same, way, one)
 
 
+@functions
+def test_gradients_are_those_of_each_matrix(name):
+    fn, operands = getattr(_lapack, name), CALLS[name]
+    leaf_sum = lambda *x: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(fn(*x)))  # noqa: E731
+    slopes = (
+        jax.grad(leaf_sum)(*operands),
+        jax.grad(lambda *x: jax.vmap(leaf_sum)(*x).sum())(*operands),
+    )
+    one = jax.grad(leaf_sum)(*(x[2, 1] for x in operands))
+    for slope in slopes:
+        np.testing.assert_allclose(slope[2, 1], one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
+
+
 def test_equations_are_solved():
     product = lambda a, b: np.einsum("...ij,...jk->...ik", a, b)  # noqa: E731
     for name, matrix in {"solve": SQUARE, "solve_unit_lower": LOWER}.items():
