@@ -1,4 +1,4 @@
-"""The command line: jaxweights quantize, run, plan, inspect, compare, convert."""
+"""The command line: jaxweights quantize, run, merge, plan, inspect, compare, convert."""
 
 from jaxweights.cli._main import main as main
 
