@@ -107,6 +107,12 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         ),
         "adaround": Row(lambda b: b.apply(q.adaround(**at))),
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
+        "learned_clip": Row(lambda b: b.apply(q.learned_clip(**at))),
+        "nupes": Row(
+            lambda b: b.apply(q.nupes(bits=bits, group_size=group, scale_dtype="float16"))
+        ),
+        "adadim": Row(lambda b: b.apply(q.adadim(**at))),
+        "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **at))),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),
         "rotated, gptq, refined": Row(lambda b: _rotated(b).apply(best)),
         "gptq, refined": Row(Bench.refined),
