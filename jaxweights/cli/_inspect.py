@@ -47,7 +47,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _text(result: dict[str, Any]) -> str:
-    from jaxweights.recipes._report import megabytes
+    from jaxweights.recipes._html import megabytes
 
     rows = [
         (

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return USAGE
-    # Only the command that is run imports JAX and the rest.
+    # Modules of commands import the library only when executed, so that help comes at once.
     command = importlib.import_module(f"jaxweights.cli._{options.command}")
     try:
         result, text = command.execute(options)

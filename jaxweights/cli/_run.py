@@ -54,7 +54,8 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _text(summary: dict[str, Any], has_report: bool) -> str:
-    from jaxweights.recipes._report import measured, megabytes
+    from jaxweights.recipes._html import megabytes
+    from jaxweights.recipes._report import measured
 
     size = summary["size"]
     rows = [("Size of the weights", megabytes(size["before"]), megabytes(size["after"]))]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from jaxweights.recipes._figures import bars, heatmap, spectra
+from jaxweights.recipes._html import megabytes
 from jaxweights.recipes._leaves import LeafResult
-from jaxweights.recipes._report import megabytes, render_report
+from jaxweights.recipes._report import render_report
 
 
 def leaf(path, **changes):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.recipes._report import _figure
+from jaxweights.recipes import _html as html
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._figures import MOST_LINES, by_depth
 from jaxweights.recipes.mergekit._found import Found, pair_cosines
@@ -60,7 +60,7 @@ def _kinds_by_depth(
         for kind, line in values.items()
         if kind in largest
     }
-    return _figure(by_depth(name, lines, label, percent=percent), caption)
+    return html.figure(by_depth(name, lines, label, percent=percent), caption)
 
 
 def sizes_by_depth(found: Found) -> str:
@@ -119,4 +119,4 @@ def _models_by_depth(
     if len(shown) > MOST_LINES:
         caption += f" The first {MOST_LINES} of {len(shown)} models."
         shown = dict(list(shown.items())[:MOST_LINES])
-    return _figure(by_depth(name, shown, label, percent=True), caption)
+    return html.figure(by_depth(name, shown, label, percent=True), caption)

@@ -10,15 +10,9 @@ import numpy as np
 
 from jaxweights.checkpoint._atomic import atomic
 from jaxweights.checkpoint._check_destination import check_destination
+from jaxweights.recipes import _html as html
 from jaxweights.recipes._figures import MOST_CURVES, loss_curves
-from jaxweights.recipes._report import (
-    _STYLE,
-    _figure,
-    _section,
-    _table,
-    _text,
-    barrier_sentence,
-)
+from jaxweights.recipes._report import barrier_sentence
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._depth_sections import (
     conflicts_by_depth,
@@ -125,12 +119,12 @@ def render_report(
         content = [
             f'<p class="lead">{_lead(config, found, done)}</p>',
             _cards(found),
-            _section("Cosines between the deltas", _cosines(found)),
-            _section("Cosines by depth", cosines_by_depth(found)),
-            _section("Sign conflicts by depth", conflicts_by_depth(found)),
-            _section("Size of the deltas by depth", sizes_by_depth(found)),
-            _section("What the largest entries hold, by depth", kept_by_depth(config, found)),
-            _section("Every tensor", _tensors(found)),
+            html.section("Cosines between the deltas", _cosines(found)),
+            html.section("Cosines by depth", cosines_by_depth(found)),
+            html.section("Sign conflicts by depth", conflicts_by_depth(found)),
+            html.section("Size of the deltas by depth", sizes_by_depth(found)),
+            html.section("What the largest entries hold, by depth", kept_by_depth(config, found)),
+            html.section("Every tensor", _tensors(found)),
         ]
     else:
         content = [
@@ -138,19 +132,13 @@ def render_report(
             "model's, so there are no deltas to compare.</p>"
         ]
     body = [
-        f"<h1>{_text(title)}</h1>",
+        f"<h1>{html.text(title)}</h1>",
         *content,
-        _section("Perplexity", _scores(scores)),
-        _section("The configuration", f"<pre>{_text(text)}</pre>"),
+        html.section("Perplexity", _scores(scores)),
+        html.section("The configuration", f"<pre>{html.text(text)}</pre>"),
         '<footer class="note">Written by jaxweights.</footer>',
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}{_WIDER}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return html.page(title, body, style=_WIDER)
 
 
 def _lead(config: MergeConfig, found: Found, done: Streamed) -> str:
@@ -162,7 +150,7 @@ def _lead(config: MergeConfig, found: Found, done: Streamed) -> str:
         text += f"{why}, so deltas are differences from the first model, {origin}."
     else:
         text += f"Deltas are differences from the base, {origin}."
-    return _text(text)
+    return html.text(text)
 
 
 def _cards(found: Found) -> str:
@@ -186,19 +174,14 @@ def _cards(found: Found) -> str:
     if len(names) > 1:
         least = int(np.argmin(norms))
         cards.append(("Smallest delta", _percent(norms[least]), f"of the origin, {names[least]}"))
-    items = (
-        f'<li><div class="label">{_text(label)}</div><div class="value">{_text(value)}</div>'
-        f'<div class="was">{_text(note)}</div></li>'
-        for label, value, note in cards
-    )
-    return f'<ul class="cards">{"".join(items)}</ul>'
+    return html.cards(html.card(label, value, html.text(note)) for label, value, note in cards)
 
 
 def _scores(scores: Scores | None) -> str:
     if scores is None:
         return ""
-    rows = [[_text(label), f"{value:.2f}"] for label, value in scores.perplexity.items()]
-    table = f'<p class="note">{_text(scores.definition)}</p>' + _table(
+    rows = [[html.text(label), f"{value:.2f}"] for label, value in scores.perplexity.items()]
+    table = f'<p class="note">{html.text(scores.definition)}</p>' + html.table(
         ["Model", "#Perplexity"], rows
     )
     if not scores.curves:
@@ -209,7 +192,7 @@ def _scores(scores: Scores | None) -> str:
     drawn = loss_curves(scores.alphas, shown, "perplexity")
     first = next(iter(scores.perplexity))
     rises = " ".join(barrier_sentence(name, line, scores.alphas) for name, line in named.items())
-    return table + _figure(drawn, f"On the straight lines from {first} to the others. {rises}")
+    return table + html.figure(drawn, f"On the straight lines from {first} to the others. {rises}")
 
 
 def _cosines(found: Found) -> str:
@@ -229,7 +212,7 @@ def _cosines(found: Found) -> str:
         "Towards 1: they learned the same, and a sum counts it twice. Below 0: they undo each "
         "other."
     )
-    return _figure(cosine_heatmaps(panels, list(found.models.values())), caption)
+    return html.figure(cosine_heatmaps(panels, list(found.models.values())), caption)
 
 
 def _tensors(found: Found) -> str:
@@ -246,8 +229,8 @@ def _tensors(found: Found) -> str:
     for one in found.stats:
         norms = dict(zip(one.models, one.relative_norm, strict=True))
         row = [
-            f"<code>{_text(one.name)}</code>",
-            _text("×".join(map(str, one.shape)) or "scalar"),
+            f"<code>{html.text(one.name)}</code>",
+            html.text("×".join(map(str, one.shape)) or "scalar"),
         ]
         if few:
             row += [_percent(norms[label]) if label in norms else "" for label in labels]
@@ -267,7 +250,7 @@ def _tensors(found: Found) -> str:
         note += " Cosines are the mean over pairs of models" + (" and the lowest." if many else ".")
     if keeps:
         note += " Held is the share of energy in the largest entries, the mean over models."
-    return f'<p class="note">{_text(note)}</p>' + _table(header, rows)
+    return f'<p class="note">{html.text(note)}</p>' + html.table(header, rows)
 
 
 def _apart(grid: np.ndarray) -> np.ndarray:
