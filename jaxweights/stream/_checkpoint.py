@@ -16,7 +16,7 @@ from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.core._transform import Transform
 from jaxweights.stream._delta import DeltaRanks, can_slice, delta_job, delta_settings
 from jaxweights.stream._jobs import Job, Operand
-from jaxweights.stream._pipeline import Progress
+from jaxweights.stream._meter import Progress
 from jaxweights.stream._run import Format, Streamed, stream_jobs
 from jaxweights.stream._transform import transform_job
 from jaxweights.weights._axes import Axes

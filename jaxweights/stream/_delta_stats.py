@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxweights.core._rank_search import magnitude_bits
 from jaxweights.merge._models import compute_dtype
+from jaxweights.stream._flow import Flow, look_at, take_in
 from jaxweights.stream._jobs import Job, Operand, Piece, cut
 from jaxweights.stream._memory import Budget
-from jaxweights.stream._pipeline import Progress, _add, _Flow, _look, _Meter
+from jaxweights.stream._meter import Meter, Progress
 from jaxweights.stream._ranks import RankSurvey, Target
 from jaxweights.stream._store import refuse_nonfinite
 from jaxweights.stream._sums import partial_sums
@@ -133,12 +134,12 @@ def delta_stats(
             once += pieces
     jobs = [survey.job for survey in surveys]
     report = None if progress is None else lambda _, done, total: progress(_TASK, done, total)
-    with _Flow(budget, _Meter(jobs, jobs, report)) as flow:
+    with Flow(budget, Meter(jobs, jobs, report)) as flow:
         flow.run_pieces(once, _look_once, _add_once)
         for survey, pieces in again:
             is_open = True
             while is_open:
-                flow.run_pieces(pieces, _look, _add)
+                flow.run_pieces(pieces, look_at, take_in)
                 is_open = survey.decide()
     return [survey.found() for survey in surveys]
 
@@ -146,19 +147,19 @@ def delta_stats(
 def _look_once(piece: Piece, arrays: list[Any]) -> Any:
     """Looks at a slice; at a whole tensor as often as it takes."""
     if piece.start or not piece.is_last:
-        return _look(piece, arrays)
+        return look_at(piece, arrays)
     survey = piece.job.survey
     assert survey is not None
     is_open = True
     while is_open:
-        _add(piece, _look(piece, arrays))
+        take_in(piece, look_at(piece, arrays))
         is_open = survey.decide()
     return None
 
 
 def _add_once(piece: Piece, seen: Any) -> None:
     if seen is not None:
-        _add(piece, seen)
+        take_in(piece, seen)
 
 
 def _never(arrays: Sequence[Any], start: int) -> Any:

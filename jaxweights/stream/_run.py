@@ -15,8 +15,9 @@ from jaxweights.checkpoint._provenance import library_versions
 from jaxweights.checkpoint._write_safetensors import plan_tensors
 from jaxweights.stream._destination import Destination, Files, open_destination
 from jaxweights.stream._jobs import Job
+from jaxweights.stream._meter import Progress
 from jaxweights.stream._orbax_files import OrbaxFiles, refuse_taken
-from jaxweights.stream._pipeline import Progress, run_jobs
+from jaxweights.stream._pipeline import run_jobs
 from jaxweights.stream._safetensors_files import SafetensorsFiles
 
 Format = Literal["safetensors", "orbax"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxweights.checkpoint._tensor_table import fill_from
+from jaxweights.stream._flow import make_entries
 from jaxweights.stream._jobs import Job, cut
-from jaxweights.stream._pipeline import _make
 
 _BUDGET = 1 << 28
 
@@ -60,7 +60,7 @@ class Made:
                 job.survey.add(job, p.start, seen)
             again = job.survey.decide()
         for p in pieces:
-            made = _make(p, arrays(p.start, p.count, p.padded))
+            made = make_entries(p, arrays(p.start, p.count, p.padded))
             whole[p.start : p.start + p.count] = made.view(job.dtype)
         return whole.reshape(job.shape)
 

@@ -16,7 +16,7 @@ from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._model_ref import ModelRef
 from jaxweights.recipes.mergekit._models import Model
-from jaxweights.stream._pipeline import Progress
+from jaxweights.stream._meter import Progress
 
 _NAME = "jaxweights merge"
 MERGED = "the merged model"

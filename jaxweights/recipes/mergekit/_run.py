@@ -24,7 +24,7 @@ from jaxweights.recipes.mergekit._plan import PlannedTensor, adds_base
 from jaxweights.recipes.mergekit._plan_document import plan_document
 from jaxweights.recipes.mergekit._vocabulary import Vocabulary, align_vocabularies
 from jaxweights.stream._memory import resident_bytes
-from jaxweights.stream._pipeline import Progress
+from jaxweights.stream._meter import Progress
 from jaxweights.stream._run import Format, Streamed, stream_jobs
 
 _NAME = "jaxweights merge"
