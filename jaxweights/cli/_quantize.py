@@ -33,7 +33,8 @@ of 512 tokens to calibrate on, compressed-tensors. Codes of compressed-tensors a
 points, as most readers expect; --set grid=affine gives them.
 
 --method takes every method of the library that makes a model smaller, and the names rtn,
-smoothquant, autoround. `smooth+gptq` is one after the other, `refine:gptq` one around another.
+smoothquant, autoround. `smooth+gptq` is one after the other, `refine:gptq` one around another;
+smoothquant, or smooth alone, goes on to 8-bit weights and inputs (`int8_dynamic`).
 --list shows all with their settings; --bits, --group-size and --act-order are settings that most
 of them have, --set gives any other.
 
@@ -44,6 +45,7 @@ EXAMPLES = """\
 examples:
   jaxweights quantize SmolLM2-135M out --method gptq --group-size 64 --calibration prose.txt
   jaxweights quantize Llama-3.2-1B out --method awq --format awq --calibration prose.txt
+  jaxweights quantize Llama-3.2-1B out --method smoothquant --set alpha=0.8 --calibration prose.txt
   jaxweights quantize model out --method rtn --bits 8 --format gguf --evaluate moby-dick
   jaxweights quantize model out --method refine:gptq --calibration prose.txt --print-config
   jaxweights quantize --list"""

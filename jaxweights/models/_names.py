@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxweights.weights._axes import EMBEDDING, View
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._quantized_product import QuantizedProduct
 from jaxweights.weights._scaled import Scaled
 from jaxweights.weights._weight import is_weight
 
@@ -57,7 +58,7 @@ class TensorRule:
 
     def to_checkpoint(self, leaf: Any) -> Any:
         """The inverse of `from_checkpoint`, contiguous."""
-        if isinstance(leaf, Scaled):
+        if isinstance(leaf, Scaled | QuantizedProduct):
             return self._to_quantized(leaf)
         if is_weight(leaf):  # whoever writes it says what it cannot hold
             return leaf

@@ -35,7 +35,9 @@ def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = 
     run on the integer units of the machine, which on CPUs is the one quantized product that is
     faster than the float one. Weights are rounded to the nearest level; those that are `Quantized`
     already (by `gptq`, or trained) keep their integers, pruned ones their zeros. Needs no data.
-    Inside `fake_quant` the forward pass is the integer product itself.
+    Inside `fake_quant` the forward pass is the integer product itself. Written as
+    compressed-tensors, vLLM multiplies the same integers; transformers rounds inputs as well, to
+    levels of its own, of which 127.5 reach the largest magnitude.
 
     Args:
       bits: Bits of the weights, 2 to 8. Each takes a byte all the same.

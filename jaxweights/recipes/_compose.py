@@ -19,9 +19,11 @@ from jaxweights.recipes._write import Format
 # What other programs call them, with the settings that go without saying there.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("round_to_nearest", {}),
-    "smoothquant": ("smooth+round_to_nearest", {"bits": 8}),
+    "smoothquant": ("smooth+int8_dynamic", {}),
     "autoround": ("auto_round", {}),
 }
+# What goes without saying where a format holds only what is quantized.
+_COMPLETED = {"compressed-tensors": {"smooth": "smooth+int8_dynamic"}}
 _FAMILIES = ("quantize", "sparsify")
 _BITS, _GROUP_SIZE = 4, 128
 # Formats whose checkpoints have no zero points unless they are asked for: not all readers of
@@ -172,6 +174,7 @@ def _tried(name: str, annotations: Mapping[str, Any], required: Collection[str])
 
 def _steps(wishes: Wishes, problems: list[str]) -> list[dict[str, Any]]:
     method, usual = ALIASES.get(wishes.method, (wishes.method, {}))
+    method = _COMPLETED.get(wishes.format, {}).get(method, method)
     given = {**usual, **wishes.settings}
     taken: set[str] = set()
     steps = []

@@ -12,7 +12,7 @@ from jaxweights.cli import main
 from jaxweights.models import load_pretrained
 from jaxweights.recipes import methods, parse_recipe, run_recipe
 from jaxweights.recipes._compose import ALIASES, Wishes, compose, nameable
-from jaxweights.weights import Codebook, Quantized, is_weight
+from jaxweights.weights import Codebook, Quantized, QuantizedProduct, is_weight
 from tests._tiny_models import BERT, LLAMA, write_tiny
 
 # Two outputs of 32 and more everywhere: GPTQ's packing needs them.
@@ -144,6 +144,31 @@ def test_methods_run_one_after_another_and_calibrate_in_between(quantize, llama,
     assert is_weight(written["mlp"]["up"]["kernel"])
 
 
+@pytest.mark.parametrize("method", ["smooth", "smoothquant", "int8_dynamic"])
+def test_rounded_inputs_are_written_so_that_other_programs_round_them(
+    quantize, llama, tmp_path, method
+):
+    data = () if method == "int8_dynamic" else DATA
+    for form in ("compressed-tensors", "native"):
+        words = "smooth+int8_dynamic" if (method, form) == ("smooth", "native") else method
+        arguments = ("--method", words, "--format", form, "--no-report", *data)
+        code, _, err = quantize(llama, tmp_path / form, *arguments)
+        assert code == 0, err
+    products = load_pretrained(tmp_path / "native").params
+    assert {type(w) for w in kernels(products)} == {QuantizedProduct}
+    with pytest.warns(UserWarning, match="Apply quantize.int8_dynamic"):
+        written = load_pretrained(tmp_path / "compressed-tensors")
+    [group] = written.source.quantization["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (8, "channel")
+    rounded = group["input_activations"]
+    assert (rounded["num_bits"], rounded["strategy"], rounded["dynamic"]) == (8, "token", True)
+    for one, other in zip(kernels(written.params), kernels(products), strict=True):
+        np.testing.assert_array_equal(one.codes, other.weight_only().codes)
+    dense = load_pretrained(llama).params["layers"]["mlp_norm"]["scale"]
+    moved = not np.array_equal(written.params["layers"]["mlp_norm"]["scale"], dense)
+    assert moved == (method != "int8_dynamic")
+
+
 def test_what_is_skipped_stays_float(quantize, llama, tmp_path):
     base = ("--method", "rtn", "--group-size", 32, "--no-report")
     code, _, err = quantize(llama, tmp_path / "out", *base, "--skip", "layers/mlp/.*")
@@ -213,8 +238,8 @@ def test_every_listed_method_makes_a_recipe(llama, name):
     given = {key: value for key, value in usual.items() if key in settings}
     text = "pydoc-topics" if reads_data or ":" in name else None
     method = name.replace("METHOD", "gptq")
-    recipe = parse_recipe(compose(Wishes(str(llama), "out", method, given, calibration=text)))
-    assert len(recipe.steps) == 1
+    wishes = Wishes(str(llama), "out", method, given, "safetensors", calibration=text)
+    assert len(parse_recipe(compose(wishes)).steps) == 1
 
 
 def test_defaults_are_those_of_the_peers():
@@ -233,7 +258,10 @@ def test_defaults_are_those_of_the_peers():
         assert settings("gptq", form)[0]["grid"] == "half"
         assert settings("gptq", form, grid="affine")[0]["grid"] == "affine"
     smooth, rounded = settings("smoothquant")
-    assert smooth == {"folds": "model", "unfolded": "leave"} and rounded == {"bits": 8}
+    assert smooth == {"folds": "model", "unfolded": "leave"} and rounded == {}
+    # A format of quantized weights says what the smoothed ones are for.
+    for form, count in (("compressed-tensors", 2), ("safetensors", 1), ("orbax", 1)):
+        assert len(settings("smooth", form)) == count
     assert settings("awq", group_size=64) == [{"folds": "model", "group_size": 64}]
 
 
@@ -285,6 +313,14 @@ def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
         (
             ("--method", "gptq", "--group-size", 32, "--act-order", "--format", "awq", *DATA),
             ["Quantize without act-order, or write GPTQ"],
+        ),
+        (
+            ("--method", "int8_dynamic", "--format", "gptq"),
+            ["is a QuantizedProduct, whose inputs are rounded too, which gptq cannot say"],
+        ),
+        (
+            ("--method", "int8_dynamic", "--format", "gguf"),
+            ["is a QuantizedProduct, which GGUF cannot hold"],
         ),
         (
             ("--method", "hqq", "--format", "compressed-tensors"),

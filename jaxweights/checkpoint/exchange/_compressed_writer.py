@@ -57,24 +57,32 @@ def compressed_settings(weights: Weights, dense: list[str]) -> dict[str, Any]:
     }
 
 
-def kept_activations(
+def with_activations(
     described: Mapping[str, Any],
     given: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
     modules: list[str],
     names: Collection[str],
 ) -> dict[str, Any]:
-    """Entries of a description that say of activations and of the cache what a given one does.
+    """Entries of a description that say how activations and the cache are rounded.
 
     A group whose modules' inputs are rounded in several ways, or some not at all, is split.
+
+    Args:
+      described: What there is to say of the weights.
+      given: A description that stays true of the modules that say nothing themselves.
+      own: `input_activations` of the modules that do.
+      modules: All quantized ones.
+      names: Tensors that are written.
     """
-    if not given:
+    if not given and not own:
         return {}
     groups: dict[str, Any] = {}
     for group in described["config_groups"].values():
         stems = modules if group["targets"] == ["Linear"] else group["targets"]
         ways: dict[str, list[str]] = {}
         for stem in stems:
-            way = _runnable(activations_of(given, stem), stem, names)
+            way = own.get(stem) or _runnable(activations_of(given, stem), stem, names)
             ways.setdefault(dump_json(way), []).append(stem)
         for way, members in ways.items():
             targets = group["targets"] if len(ways) == 1 else members

@@ -5,13 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from jaxweights.checkpoint.exchange._gptq import group_setting
+from jaxweights.checkpoint.exchange._inputs import RoundedInputs
 from jaxweights.checkpoint.exchange._module import Represented, Weights
 from jaxweights.checkpoint.exchange._writers import Writer, common_group
 from jaxweights.weights._quantized import Quantized
 
 
-def misfits(name: str, weight: Any, writer: Writer, form: str, target: str | None) -> list[str]:
-    """Why a represented weight cannot be written."""
+def misfits(
+    name: str,
+    given: Any,
+    weight: Any,
+    inputs: RoundedInputs | None,
+    writer: Writer,
+    form: str,
+    target: str | None,
+) -> list[str]:
+    """Why a represented weight cannot be written.
+
+    Args:
+      name: Its tensor's name.
+      given: The weight.
+      weight: Its narrow numbers.
+      inputs: How it rounds its inputs, if it does.
+      writer: Of the format.
+      form: The format.
+      target: As in `write_quantized`.
+    """
+    if inputs is not None and not writer.says_inputs:
+        return [
+            f"is a {type(given).__name__}, whose inputs are rounded too, which {form} cannot say. "
+            "Write compressed-tensors, or `weight_only()` of it to leave them as they are"
+        ]
     if not isinstance(weight, Represented):
         return [
             f"is a {type(weight).__name__}, and {form} holds only narrow numbers with scales. "
@@ -29,7 +53,9 @@ def misfits(name: str, weight: Any, writer: Writer, form: str, target: str | Non
             f"is an {weight.view.axes.kind}, and readers of {form} know only linear modules. "
             "Leave it out with `partition`, or dequantize it with `materialize`"
         )
-    if target == "vllm" and is_integer:
+    if target == "vllm" and inputs is not None:
+        faults += _unfit_product(weight, inputs)
+    elif target == "vllm" and is_integer:
         faults += _unfit_marlin(weight)
     return faults
 
@@ -49,6 +75,19 @@ def unlike_grids(weights: Weights, form: str) -> list[str]:
         f"{form} has one grid for all modules, but these differ ({listed}). Quantize all alike, "
         "or write compressed-tensors, which has a grid a module."
     ]
+
+
+def _unfit_product(weight: Any, inputs: RoundedInputs) -> list[str]:
+    """What vLLM's products of 8-bit numbers refuse.
+
+    Source: vLLM at 004dadb, `compressed_tensors/compressed_tensors.py` (`_is_dynamic_token_w8a8`,
+    `_is_static_tensor_w8a8`, `_is_fp8_w8a8`).
+    """
+    narrow = {inputs.description["num_bits"], getattr(weight, "bits", 8)} - {8}
+    faults = [f"has {narrow.pop()} bits, but products of 8-bit numbers take 8"] if narrow else []
+    if weight.scale.shape[-2] > 1:
+        faults.append("has scales of groups of inputs, but products take one for each output")
+    return faults
 
 
 def _unfit_marlin(weight: Quantized) -> list[str]:

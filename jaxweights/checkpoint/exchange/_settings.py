@@ -21,6 +21,7 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
     unpack_pack_quantized,
 )
 from jaxweights.checkpoint.exchange._gptq import BITS, unpack_gptq
+from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS
 from jaxweights.checkpoint.exchange._module import Parts, Represented
 from jaxweights.checkpoint.exchange._narrow_floats import (
     unpack_float_quantized,
@@ -30,8 +31,6 @@ from jaxweights.checkpoint.exchange._narrow_floats import (
 
 METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
-# Of static scales of activations, which belong to a module and say nothing of its weight.
-_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
 # Of scales of the cache, which belong to an attention module.
 _CACHE = (".q_scale", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
 
@@ -88,7 +87,7 @@ def activation_tensors(
     """Names of the tensors by which a runtime rounds activations and its cache."""
     if config.get("quant_method") != "compressed-tensors":
         return ()
-    found = [t for m in modules.values() for part, t in m.tensors.items() if part in _ACTIVATIONS]
+    found = [t for m in modules.values() for part, t in m.tensors.items() if part in INPUT_TENSORS]
     return (*found, *(name for name in names if name.endswith(_CACHE)))
 
 
@@ -190,7 +189,7 @@ def _compressed_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict
             continue
         group = _group_of(stem, groups)
         unpack, suffixes, shape = _compressed_scheme(group, config)
-        owned = (*suffixes, *_ACTIVATIONS)
+        owned = (*suffixes, *INPUT_TENSORS)
         tensors = {s: f"{stem}.{s}" for s in owned if f"{stem}.{s}" in known}
         found[f"{stem}.weight"] = Module(tensors, unpack, shape)
     return found

@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
-from jaxweights.checkpoint.exchange._compressed_writer import kept_activations
+from jaxweights.checkpoint.exchange._compressed_writer import with_activations
 from jaxweights.checkpoint.exchange._fit import misfits, unlike_grids
+from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS, RoundedInputs, without_inputs
 from jaxweights.checkpoint.exchange._module import LazyWeight, Represented, Weights, without_values
 from jaxweights.checkpoint.exchange._writers import WRITERS, Writer
 from jaxweights.core._paths import fail
@@ -50,7 +51,8 @@ def write_quantized(
       form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM), `bitsandbytes` (NF4 and FP4) or
         `compressed-tensors`, whose format is chosen for each weight: int-quantized for 8 bits
         without moved groups, pack-quantized for other integers, float-quantized for FP8,
-        mxfp4-pack-quantized, and nvfp4-pack-quantized.
+        mxfp4-pack-quantized, and nvfp4-pack-quantized. It alone takes weights that round their
+        inputs, such as `QuantizedProduct`, and says of them how.
       config: The model's `config.json`; `quantization_config` is put into it.
       target: "vllm" also demands what its Marlin kernels need of integers.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had. What
@@ -81,12 +83,15 @@ def write_quantized(
     """
     seen = _survey(tensors, form=form, target=target)
     quantized = {name: one.weight for name, one in seen.items() if one.parts is not None}
+    inputs = {name.removesuffix(".weight"): one.inputs for name, one in seen.items() if one.inputs}
+    replaced = {f"{stem}.{part}" for stem in inputs for part in INPUT_TENSORS}
     writer = WRITERS[form]
     packed = _Packed(tensors, writer)
     written: dict[str, Any] = {}
     for name, one in seen.items():
         if one.parts is None:
-            written[name] = one.weight
+            if name not in replaced:
+                written[name] = one.weight
             continue
         stem = name.removesuffix(".weight")
         for suffix, (shape, dtype) in one.parts.items():
@@ -98,7 +103,8 @@ def write_quantized(
         dense.append("lm_head")  # a module without a tensor of its own
     described = {**(settings or {}), **writer.settings(weights, dense)}
     if form == "compressed-tensors":
-        described |= kept_activations(described, settings or {}, [*weights], seen)
+        own = {stem: one.description for stem, one in inputs.items()}
+        described |= with_activations(described, settings or {}, own, [*weights], seen)
     content = {**config, "quantization_config": described}
     write_safetensors(
         destination,
@@ -125,10 +131,12 @@ class _Seen:
     Args:
       weight: The weight, without values if it is lazy; or the tensor that is written as it is.
       parts: Shapes and dtypes of the tensors that a weight becomes; None if it stays as it is.
+      inputs: How the weight rounds its inputs; None if it does not.
     """
 
     weight: Any
     parts: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
+    inputs: RoundedInputs | None = None
 
 
 class _Packed:
@@ -144,7 +152,7 @@ class _Packed:
         if self._newest[0] != name:
             tensor = self._tensors[name]
             weight = tensor.read() if isinstance(tensor, LazyWeight) else tensor
-            self._newest = name, self._writer.pack(weight)
+            self._newest = name, _parts(self._writer, *without_inputs(weight))
         return self._newest[1][suffix]()
 
 
@@ -166,14 +174,16 @@ def _survey(
             plain = LazyTensor(weight.shape, weight.dtype, tensor.read) if is_lazy else tensor
             seen[name] = _Seen(plain)
             continue
-        faults = misfits(name, weight, writer, form, target)
+        plain, inputs = without_inputs(weight)
+        faults = misfits(name, weight, plain, inputs, writer, form, target)
         problems += [f"{name!r} {fault}." for fault in faults]
-        known = without_values(weight) if is_lazy else weight
-        if isinstance(weight, Quantized):
+        known = without_values(plain) if is_lazy or inputs else plain
+        if isinstance(plain, Quantized):
             integers[name] = known
         if not faults:
-            parts = {s: (part.shape, part.dtype) for s, part in writer.pack(weight).items()}
-            seen[name] = _Seen(known, parts)
+            made = _parts(writer, plain, inputs)
+            parts = {suffix: (part.shape, part.dtype) for suffix, part in made.items()}
+            seen[name] = _Seen(known, parts, inputs)
     quantized = {name: one.weight for name, one in seen.items() if one.parts is not None}
     if not quantized and not problems:
         problems.append(
@@ -182,6 +192,11 @@ def _survey(
         )
     fail(_ASKER, problems + (unlike_grids(integers, form) if writer.uniform else []))
     return seen
+
+
+def _parts(writer: Writer, weight: Any, inputs: RoundedInputs | None) -> Mapping[str, LazyTensor]:
+    """The tensors of a module."""
+    return {**writer.pack(weight), **(inputs.parts if inputs else {})}
 
 
 def _dense_linears(tensors: Mapping[str, Any], quantized: Weights) -> list[str]:

@@ -31,12 +31,14 @@ class Writer:
       pack: The tensors of a weight.
       settings: `quantization_config` of all weights and the names of the modules left dense.
       uniform: Whether bits and group size must be the same for all.
+      says_inputs: Whether the format can say how inputs are rounded.
     """
 
     unfit: Callable[[Any], list[str]]
     pack: Callable[[Any], Mapping[str, LazyTensor]]
     settings: Callable[[Weights, list[str]], dict[str, Any]]
     uniform: bool
+    says_inputs: bool = False
 
 
 def common_group(weights: Weights) -> int | None:
@@ -102,7 +104,7 @@ WRITERS: dict[str, Writer] = {
     "gptq_v2": _gptq_writer(2),
     "awq": Writer(unfit_awq, pack_awq, _awq_settings, uniform=True),
     "compressed-tensors": Writer(
-        unfit_compressed, pack_compressed, compressed_settings, uniform=False
+        unfit_compressed, pack_compressed, compressed_settings, uniform=False, says_inputs=True
     ),
     "bitsandbytes": Writer(
         unfit_bitsandbytes, pack_bitsandbytes, bitsandbytes_settings, uniform=False
