@@ -10,6 +10,8 @@ copies as many bytes as the merge writes, and "move s", in which a program does 
 with as many threads as cores it reads every operand, takes its checksum, and writes as many bytes
 as the result has; both are without the start of the program.
 
+Each program's modules are compiled to bytecode before it is measured, as installing a package does.
+
 `--memory` merges with that budget besides, and prints the peak of the process's resident memory.
 That counts pages of the operands' files as long as they are mapped, so it is no less than what the
 merge holds. `--repeats 0` runs nothing else. A model six times as large is merged within 1 GB by
@@ -136,11 +138,18 @@ class Run:
     text: str
 
 
+def environment() -> dict[str, str]:
+    """This process's environment, in which Python keeps the bytecode that it compiles."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
 def run(command: list[str]) -> Run:
     """Runs a command to its end."""
     start = time.perf_counter()
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.PIPE, env=environment()
+        )
         error = process.stderr.read() if process.stderr else b""
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
@@ -235,10 +244,19 @@ def main() -> None:
             if options.methods and method not in options.methods:
                 continue
             (folder / f"{method}.yml").write_text(text)
+            compile_modules(folder, method, options)
             show(folder, method, options)
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
+
+
+def compile_modules(folder: Path, method: str, options: argparse.Namespace) -> None:
+    """Imports what a merge imports, so that its bytecode is there when it is measured."""
+    config = str(folder / f"{method}.yml")
+    run([sys.executable, "-m", "jaxweights.cli", "merge", config, "--explain"])
+    if options.mergekit:
+        run([options.mergekit, "-c", "import mergekit.scripts.run_yaml"])
 
 
 def show(folder: Path, method: str, options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import importlib
 import json
 import os
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     # Modules of commands import the library only when executed, so that help comes at once.
     command = importlib.import_module(f"jaxweights.cli._{options.command}")
+    gc.freeze()  # hundreds of thousands of imported objects stay, and need no looking through
     try:
         result, text = command.execute(options)
     except KeyboardInterrupt:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import DTypeLike
@@ -97,7 +96,7 @@ def slerp(
         found = yield from arcs(vectors)
         return slerp_factors(
             found,
-            jnp.asarray(t, vectors.dtype),
+            t,
             interpolate_norm=norm == "interpolate",
             lerp_cosine=_MERGEKIT_COSINE if compat == "mergekit" else None,
         )

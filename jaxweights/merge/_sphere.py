@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxweights.merge._models import Output, all_finite, compute_dtype
@@ -46,13 +47,14 @@ class Length(NamedTuple):
     """One question about them: the squared lengths `(vectors,)` of a sum of some models."""
 
     models: tuple[int, ...]
-    factors: jax.Array  # (these models, vectors)
+    factors: jax.Array | np.ndarray  # (these models, vectors)
 
 
 Found = TypeVar("Found")
 # Asks in rounds, and gets the answers in the order of the questions. Who answers decides how: from
-# a whole leaf, or from slices of one that is never held.
-Measuring = Generator[list[Length], list[jax.Array], Found]
+# a whole leaf, or from slices of one that is never held. Answers are arrays of NumPy or JAX, and
+# what is made of them stays so: on few numbers, a compiled program takes far longer than NumPy.
+Measuring = Generator[list[Length], list[Any], Found]
 
 
 def measured(
@@ -104,18 +106,19 @@ def vectors_of(base: Any, models: list[Any], *, deltas: bool) -> list[jax.Array]
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root whose gradient at zero is zero."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    positive, xp = x > 0, x.__array_namespace__()
+    return xp.where(positive, xp.sqrt(xp.where(positive, x, 1)), 0)
 
 
 def safe_inverse(x: jax.Array) -> jax.Array:
     """One over x, and zero where x is zero."""
-    return jnp.where(x != 0, 1 / jnp.where(x != 0, x, 1), 0)
+    xp = x.__array_namespace__()
+    return xp.where(x != 0, 1 / xp.where(x != 0, x, 1), 0)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "deltas"))
 def squared_length(
-    base: Any, models: list[Any], factors: jax.Array, *, axes: tuple[int, ...], deltas: bool
+    base: Any, models: list[Any], factors: Any, *, axes: tuple[int, ...], deltas: bool
 ) -> jax.Array:
     """Squared lengths `(vectors,)` of the models' sum, with factors `(models, vectors)`.
 
@@ -134,7 +137,7 @@ def _sum(vectors: list[jax.Array], factors: jax.Array, axes: tuple[int, ...]) ->
 
 def norms_of(vectors: Vectors) -> Measuring[list[jax.Array]]:
     """Norms `(vectors,)` of each model's vectors."""
-    one = jnp.ones((1, vectors.count), vectors.dtype)
+    one = np.ones((1, vectors.count), vectors.dtype)
     plain = yield [Length((i,), one) for i in range(vectors.models)]
     norms = [safe_sqrt(square) for square in plain]
     tiny = [square < LEAST_SQUARE for square in plain]
@@ -142,7 +145,8 @@ def norms_of(vectors: Vectors) -> Measuring[list[jax.Array]]:
     if lifting:
         lifted = yield [Length((i,), _LIFT * one) for i in lifting]
         for i, square in zip(lifting, lifted, strict=True):
-            norms[i] = jnp.where(tiny[i], safe_sqrt(square) / _LIFT, norms[i])
+            xp = square.__array_namespace__()
+            norms[i] = xp.where(tiny[i], safe_sqrt(square) / _LIFT, norms[i])
     return norms
 
 
@@ -155,19 +159,21 @@ def arcs(vectors: Vectors) -> Measuring[Arcs]:
     """Lengths and distances of two models' vectors."""
     norms = yield from norms_of(vectors)
     a, b = (safe_inverse(n) for n in norms)
-    [apart] = yield [Length((0, 1), jnp.stack([a, -b]))]
+    xp = a.__array_namespace__()
+    [apart] = yield [Length((0, 1), xp.stack([a, -b]))]
     # The two squares sum to 4. Only near π, where the second nearly vanishes, is it summed itself.
-    together = jnp.maximum(4 - apart, 0)
+    together = xp.maximum(4 - apart, 0)
     near = apart > 3
     if _may_hold(near):
-        [summed] = yield [Length((0, 1), jnp.stack([a, b]))]
-        together = jnp.where(near, summed, together)
+        [summed] = yield [Length((0, 1), xp.stack([a, b]))]
+        together = xp.where(near, summed, together)
     return Arcs(norms[0], norms[1], apart, together)
 
 
 def mean_direction(vectors: Vectors, shares: jax.Array) -> Measuring[tuple[jax.Array, jax.Array]]:
     """Norms of the models' vectors `(models, vectors)`, and of the weighted sum of directions."""
-    norms = jnp.stack((yield from norms_of(vectors)))
+    found = yield from norms_of(vectors)
+    norms = found[0].__array_namespace__().stack(found)
     factors = shares[:, None] * safe_inverse(norms)
     [square] = yield [Length(tuple(range(vectors.models)), factors)]
     return norms, safe_sqrt(square)
@@ -216,7 +222,7 @@ def slerp_factors(
 
     Args:
       found: Of their vectors.
-      t: Scalar; 0 is the first model.
+      t: Number; 0 is the first model.
       interpolate_norm: Whether directions are interpolated, and scaled to the interpolated norm;
         otherwise the factors that directions would have are used for the vectors as they are.
       lerp_cosine: Interpolates linearly where |cos Ω| is larger.
@@ -225,6 +231,7 @@ def slerp_factors(
       Factors `(2, vectors)`, and whether any two vectors are antipodal. Antipodal and zero vectors
       are interpolated linearly.
     """
+    t = jnp.asarray(t, found.first.dtype)
     omega = angle(found.apart, found.together)
     zero = (found.first == 0) | (found.second == 0)
     antipodal = (omega > _ANTIPODAL) & ~zero

@@ -248,6 +248,10 @@ class _Lengths(Survey):
             np.add.at(total, blocks[real], runs[real])
 
     def decide(self) -> bool:
+        with np.errstate(all="ignore"):  # what is not finite is told by what is made of it
+            return self._decide()
+
+    def _decide(self) -> bool:
         if self._measuring is None:
             self._known = dict(zip((models for models, _ in self._asked), self._sums, strict=True))
             self._measuring = self._merge.factors(self._vectors)
@@ -258,7 +262,7 @@ class _Lengths(Survey):
             self._answers = [next(found) if x is None else x for x in self._answers]
         while not (open := self._unanswered()):
             answers = [
-                jnp.asarray(answer.reshape(-1), self._vectors.dtype)
+                answer.reshape(-1).astype(self._vectors.dtype)
                 for answer in self._answers
                 if answer is not None  # none is, as no question is open
             ]
@@ -284,16 +288,13 @@ class _Lengths(Survey):
         pairs = [(a, b) for a in range(len(models)) for b in range(a)]
         if any((models[a], models[b]) not in self._known for a, b in pairs):
             return None
-        with np.errstate(all="ignore"):  # what is not finite is told by what is made of it
-            whole = factors.sum(axis=0)
-            terms = [f * whole * square for f, square in zip(factors, squares, strict=True)]
-            terms += [
-                -factors[a] * factors[b] * self._known[models[a], models[b]] for a, b in pairs
-            ]
-            total, size = sum(terms), sum(map(np.abs, terms))
-            exact = total >= _LEFT * size
-            for factor, square in zip(factors, squares, strict=True):
-                exact &= (factor == 0) | (square >= LEAST_SQUARE)
+        whole = factors.sum(axis=0)
+        terms = [f * whole * square for f, square in zip(factors, squares, strict=True)]
+        terms += [-factors[a] * factors[b] * self._known[models[a], models[b]] for a, b in pairs]
+        total, size = sum(terms), sum(map(np.abs, terms))
+        exact = total >= _LEFT * size
+        for factor, square in zip(factors, squares, strict=True):
+            exact &= (factor == 0) | (square >= LEAST_SQUARE)
         return np.asarray(total) if np.all(exact) else None
 
     def _settle(self, factors: jax.Array, odd: jax.Array | None) -> None:
