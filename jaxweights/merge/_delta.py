@@ -48,11 +48,13 @@ class DeltaMerge(NamedTuple):
     row: Row
     density: PerModel
     outliers: PerModel
+    epsilon: PerModel
     trim: PerModel
     weights: Any
     scale: Any
     names: Sequence[str] | None
     output: Output
+    name: str
 
 
 class DeltaSettings(TypedDict, total=False):
@@ -225,7 +227,9 @@ def delta_merge(
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
         return unflatten(treedef, everything | new)
 
-    settings = DeltaMerge(row, density, outliers, trim, weights, scale, names, output)
+    settings = DeltaMerge(
+        row, density, outliers, epsilon, trim, weights, scale, names, output, name
+    )
     return stateless(update, name=name, scope=_scope(row, trim, output), settings=settings)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core._apply import LayoutLike, resolve_layout, transform_tree
+from jaxweights.core._apply import LayoutLike, transform_tree
+from jaxweights.core._layout import is_float
 from jaxweights.core._transform import Transform
-from jaxweights.merge._per_leaf import group_axes
+from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._spherical import SphereMerge
-from jaxweights.merge._stacks import stack_axes
+from jaxweights.stream._chance import chance_job
 from jaxweights.stream._jobs import Job, Operand
-from jaxweights.stream._sphere import Grouping, sphere_job
+from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._sphere import sphere_job
 from jaxweights.weights._weight import materialize
 
 # float32 copies of operands and results, which most methods make.
@@ -46,11 +48,10 @@ def transform_job(
       The job.
     """
     assert tx.scope != "tree", "checked by who builds the jobs"
-    if isinstance(tx.settings, SphereMerge):
-        models = operands if leaf_is_model and not tx.settings.tree_is_model else operands[1:]
-        grouping = _grouping(name, operands[0], tx.settings, layout)
-        if grouping is not None:
-            return sphere_job(name, dtype, (operands[0], *models), tx.settings, grouping)
+    own = (*operands[:1], *operands) if leaf_is_model and not _takes_tree(tx) else operands
+    made = _sliced_job(Leaf(name, dtype, tuple(own), layout, seed), tx.settings)
+    if made is not None:
+        return made
 
     def compute(arrays: Sequence[Any], start: int) -> Any:
         del start
@@ -75,11 +76,19 @@ def transform_job(
     )
 
 
-def _grouping(name: str, leaf: Operand, merge: SphereMerge, layout: LayoutLike) -> Grouping | None:
-    """What the vectors of a leaf are; None where only the whole of it can be merged."""
-    if merge.output.rounding != "nearest":
+def _takes_tree(tx: Transform) -> bool:
+    """Whether a merge takes the tree as the first of the models by itself."""
+    return isinstance(tx.settings, SphereMerge) and tx.settings.tree_is_model
+
+
+def _sliced_job(leaf: Leaf, settings: Any) -> Job | None:
+    """The job of a merge whose leaves are cut after a survey; None where they cannot be."""
+    if not is_float(leaf.operands[0]):
         return None
-    flat = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
-    found = resolve_layout(flat, layout)
-    stacks = stack_axes(merge.name, flat, found)
-    return Grouping.of(leaf.shape, group_axes(flat, found, stacks, merge.group)[name])
+    if isinstance(settings, SphereMerge) and settings.output.rounding == "nearest":
+        grouping = leaf.grouping(settings.name, settings.group)
+        if grouping is not None:
+            return sphere_job(leaf.name, leaf.dtype, leaf.operands, settings, grouping)
+    if isinstance(settings, DeltaMerge) and settings.row.draws:
+        return chance_job(leaf, settings)
+    return None

@@ -11,9 +11,9 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
-from jaxweights.stream import _jobs, _sphere, transform_checkpoint
+from jaxweights.stream import _grouping, _jobs, transform_checkpoint
+from jaxweights.stream._grouping import Grouping
 from jaxweights.stream._jobs import Operand, cut
-from jaxweights.stream._sphere import Grouping
 from jaxweights.stream._transform import transform_job
 
 METHODS = {
@@ -71,7 +71,7 @@ def _in_memory(tx, trees):
 @pytest.mark.parametrize("piece, run", [(1 << 20, 1 << 17), (1 << 10, 1 << 8)], ids=str)
 def test_a_stream_gives_what_memory_gives(tmp_path, monkeypatch, method, piece, run):
     monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
-    monkeypatch.setattr(_sphere, "RUN", run)
+    monkeypatch.setattr(_grouping, "RUN", run)
     trees = _trees(MODELS.get(method, 3))
     tx = METHODS[method]()
     got, want = _streamed(tmp_path, tx, trees), _in_memory(tx, trees)

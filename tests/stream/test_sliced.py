@@ -1,0 +1,158 @@
+"""Merges that look at more than an entry give in slices what they give in memory."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxweights as jw
+from jaxweights.stream import _chance, _jobs, _row_ranks
+from jaxweights.stream._jobs import cut
+from jaxweights.stream._row_ranks import row_ranks
+from tests.stream._merging import SHAPES, in_memory, job_of, streamed, trees
+
+_merge = jw.merge
+_CHANCE = {"density": [0.5, 0.3, 1.0], "epsilon": [0.2, 0.1, 0.0], "weights": [0.5, -0.3, 0.8]}
+# What is drawn, ranked or counted is equal to the bit; sums of float32 are not.
+EXACT = {
+    "della": functools.partial(_merge.della, **_CHANCE),
+    "della linear": functools.partial(_merge.della_linear, **_CHANCE, normalize=True),
+    "della as it is": functools.partial(_merge.della, **_CHANCE, rescale="none"),
+    "nearswap": functools.partial(_merge.nearswap, t=0.01),
+    "ram": functools.partial(_merge.ram, epsilon=0.01),
+}
+SUMMED = {
+    "dare": functools.partial(_merge.dare_linear, density=[0.5, 0.3, 1.0]),
+    "della of mergekit": functools.partial(_merge.della, **_CHANCE, compat="mergekit"),
+    "dare of mergekit": functools.partial(_merge.dare_linear, density=0.3, compat="mergekit"),
+}
+METHODS = EXACT | SUMMED
+MODELS = {"nearswap": 1}
+
+
+def _merged(folder, method, dtype=np.float32, **options):
+    given = trees(MODELS.get(method, 3), dtype)
+    tx = METHODS[method]()
+    got, want = streamed(folder, tx, given, **options), in_memory(tx, given)
+    for name in SHAPES:
+        assert got[name].dtype == dtype
+        assert (got[name] != given[0][name]).mean() > 0.02  # it does something
+    return got, want
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("piece", [1 << 20, 1 << 10], ids=["whole", "pieces"])
+def test_a_stream_gives_what_memory_gives(tmp_path, monkeypatch, method, piece):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
+    got, want = _merged(tmp_path, method)
+    for name in SHAPES:
+        # Unoptimized, as tests are compiled, products are rounded before they are added, or not.
+        # Entries are below 5, so that this and the last bits of sums are two steps.
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_results_are_those_of_memory(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    got, want = _merged(tmp_path, method, ml_dtypes.bfloat16)
+    for name in SHAPES:
+        differ = got[name].astype(np.float32) != want[name].astype(np.float32)
+        assert differ.mean() < 1e-3  # where a sum lies between two values
+
+
+_OPTIMIZED = """
+import pathlib, runpy, sys
+here = runpy.run_path(sys.argv[1])
+here["_jobs"].PIECE_ENTRIES = 1 << 10
+for i, method in enumerate(here["EXACT"]):
+    got, want = here["_merged"](pathlib.Path(sys.argv[2]) / str(i), method)
+    print(method, sum(int((got[name] != want[name]).sum()) for name in got))
+"""
+
+
+def test_programs_as_users_compile_them_give_the_bits_of_memory(tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _OPTIMIZED, __file__, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [f"{method} 0" for method in EXACT]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "shape, axes",
+    [
+        ((151_936, 8_192), jw.Axes(inputs=(-1,), outputs=(-2,))),
+        ((3, 3, 4_096, 14_336), jw.Axes(inputs=(-1,), outputs=(-2,))),
+        ((512, 1_024, 3, 3), jw.Axes(inputs=(-3, -2, -1), outputs=(-4,))),
+    ],
+    ids=str,
+)
+def test_no_slice_grows_with_the_tensor(method, shape, axes):
+    job = job_of(METHODS[method](), shape, MODELS.get(method, 3), ml_dtypes.bfloat16, axes)
+    budget = 16 << 20
+    pieces = list(cut(job, budget))
+    assert job.entrywise and len(pieces) > 2
+    assert max(piece.cost for piece in pieces) <= budget
+    assert sum(piece.count for piece in pieces) == np.prod(shape)
+
+
+@pytest.mark.parametrize("method", SUMMED)
+def test_neither_memory_nor_the_size_of_pieces_changes_a_bit(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(_chance, "_LEAST_RUN", 1 << 8)
+    results = []
+    for i, piece in enumerate((1 << 20, 1 << 11, 1 << 10)):
+        monkeypatch.setattr(_jobs, "PIECE_ENTRIES", piece)
+        results.append(_merged(tmp_path / str(i), method)[0])
+    for other in results[1:]:
+        for name in SHAPES:
+            np.testing.assert_array_equal(results[0][name], other[name], err_msg=name)
+
+
+def test_masks_that_are_kept_are_those_that_are_drawn_anew(tmp_path, monkeypatch):
+    kept, _ = _merged(tmp_path / "kept", "della of mergekit")
+    monkeypatch.setattr(_chance, "_MOST_KEPT", 0)
+    calls = []
+    ranks = _chance.row_ranks
+    monkeypatch.setattr(_chance, "row_ranks", lambda *given: calls.append(0) or ranks(*given))
+    anew, _ = _merged(tmp_path / "anew", "della of mergekit")
+    assert len(calls) == 2 * 7 * 2  # two models that drop entries, seven layers, twice
+    for name in SHAPES:
+        np.testing.assert_array_equal(kept[name], anew[name])
+
+
+def test_numbers_of_entries_go_on_beyond_the_32nd_bit():
+    key = jax.random.key_data(jax.random.key(3))
+    half = {"density": np.float32(0.5), "epsilon": np.float32(0), "along": 1}
+
+    def drawn(start, size):
+        place = np.asarray(divmod(start, 1 << 32), np.uint32)
+        return np.asarray(_chance._mask(key, place, None, size=size, **half))
+
+    whole = drawn((1 << 32) - 50, 150)
+    np.testing.assert_array_equal(drawn(1 << 32, 100), whole[50:])
+    assert (drawn(0, 100) != whole[50:]).any()
+    want = jax.random.bernoulli(jax.random.key(3), 0.5, (100,))
+    np.testing.assert_array_equal(drawn(0, 100), want)
+
+
+def test_draws_that_do_not_go_by_place_take_the_whole_leaf():
+    make = functools.partial(job_of, METHODS["della"](), (64, 32), 3, np.float32, jw.Axes())
+    assert make().entrywise
+    with jax.threefry_partitionable(False):
+        assert not make().entrywise
+
+
+@pytest.mark.parametrize("along, behind", [(7, 1), (1, 1), (6, 5), (200, 3)])
+def test_ranks_are_those_of_counting(monkeypatch, along, behind):
+    monkeypatch.setattr(_row_ranks, "_CHUNK", 256)
+    rows = np.random.default_rng(0).integers(0, 9, (11, along, behind), np.uint32)
+    got = row_ranks(rows.reshape(-1), along, behind).reshape(rows.shape)
+    smaller = (rows[:, None] < rows[:, :, None]).sum(2)
+    through = (rows[:, None] <= rows[:, :, None]).sum(2)
+    np.testing.assert_array_equal(got, smaller + through - 1)
