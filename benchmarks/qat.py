@@ -16,8 +16,8 @@ The second table trains small vision transformers (16 patches, width 48, two blo
 change back in the last third of the training, per weight and 1,000 steps; "swinging" is the share
 of weights whose moving average of such flips exceeds 0.005. Each third starts its optimizer and its
 counts anew. `figure` shows the flips of weights by their distance from a threshold, and the share
-of swinging weights over the training. The same learning rate serves all rows, though products of
-queries and keys are half as large as either: it moves them by more of a step.
+of swinging weights over the training. Products of queries and keys are trained at the spread that
+queries and keys have, so that the same learning rate moves all by as much of a step.
 """
 
 from __future__ import annotations

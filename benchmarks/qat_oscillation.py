@@ -30,6 +30,8 @@ import jaxweights as jw
 
 WIDTH, HEADS, BLOCKS, PATCHES = 48, 4, 2, 16
 HEAD_DIM = WIDTH // HEADS
+# Products of queries and keys have this much less spread than either.
+PRODUCT = (HEAD_DIM / WIDTH) ** 0.5
 
 
 def vit_init(key: jax.Array, product: bool) -> Params:
@@ -52,7 +54,7 @@ def vit_init(key: jax.Array, product: bool) -> Params:
             "down": normal((2 * WIDTH, WIDTH), 2 * WIDTH),
         }
         if product:
-            block["qk"] = Q.query_key_product(query, keys, rotary=False).product
+            block["qk"] = Q.query_key_product(query, keys, rotary=False).product / PRODUCT
         else:
             block |= {"q": query, "k": keys}
         params[f"block_{i}"] = block
@@ -71,7 +73,7 @@ def vit(params: Params, x: jax.Array) -> jax.Array:
     for i in range(BLOCKS):
         block, n = params[f"block_{i}"], normalized(h)
         if "qk" in block:
-            logits = Q.query_key_logits(n, n, block["qk"], head_dim=HEAD_DIM)
+            logits = PRODUCT * Q.query_key_logits(n, n, block["qk"], head_dim=HEAD_DIM)
         else:
             q, k = (jnp.einsum("btd,dhk->bhtk", n, block[name]) for name in "qk")
             logits = jnp.einsum("bhqk,bhtk->bhqt", q, k) / HEAD_DIM**0.5
