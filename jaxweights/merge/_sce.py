@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,26 @@ from jaxweights.merge._models import (
 from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
 from jaxweights.merge._sphere import vectors_of
 
-_MERGEKIT_ENERGY = 1e-6  # mean squares that sum to less count as equal there
-_AGREEING = 0.99  # share of entries without variance from which on selection is warned of
+MERGEKIT_ENERGY = 1e-6  # mean squares that sum to less count as equal there
+AGREEING = 0.99  # share of entries without variance from which on selection is warned of
+
+
+class SceMerge(NamedTuple):
+    """What SCE was asked to do; a stream does it slice by slice."""
+
+    name: str
+    density: Any
+    compat: Compat
+    output: Output
+
+    def warn(self, paths: list[Path]) -> None:
+        """Says of which leaves the models hardly differ."""
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        warnings.warn(
+            f"{self.name}: {paths[:5]}{more}: the models are equal in over 99 % of the entries, "
+            "and selection by variance drops what they share. Pass density=1 to keep it.",
+            stacklevel=2,
+        )
 
 
 def sce(
@@ -81,12 +99,13 @@ def sce(
         raise ValueError(f"{name}: density={density} must be one number in [0, 1].")
     selects = isinstance(density, Tracer) or density < 1
     output = Output.checked(name, out_dtype, rounding, nonfloat)
+    settings = SceMerge(name, density, compat, output)
 
     def merge_leaf(job: LeafJob) -> Merged:
         mask = agree = None
         if selects:
             n = math.prod(job.base.shape[a] for a in job.axes)
-            amount = _count(density, n) if compat == "paper" else jnp.float32(density)
+            amount = count_selected(density, n) if compat == "paper" else jnp.float32(density)
             mask, agree = _selected(job.base, job.models, amount, stack=job.stack, compat=compat)
         stored, finite = _sce_leaf(
             job.base,
@@ -106,20 +125,12 @@ def sce(
         output=output,
         names=names,
         delta=True,
-        report=functools.partial(_warn, name),
+        report=settings.warn,
+        settings=settings,
     )
 
 
-def _warn(name: str, paths: list[Path]) -> None:
-    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-    warnings.warn(
-        f"{name}: {paths[:5]}{more}: the models are equal in over 99 % of the entries, and "
-        "selection by variance drops what they share. Pass density=1 to keep it.",
-        stacklevel=2,
-    )
-
-
-def _count(density: float | jax.Array, n: int) -> Any:
+def count_selected(density: float | jax.Array, n: int) -> Any:
     """How many of n entries; at least one where the density is not zero."""
     if not isinstance(density, jax.Array):
         return np.uint32(max(round(density * n), 1) if density > 0 else 0)
@@ -140,14 +151,19 @@ def _selected(
 @jax.jit
 def _variance(base: Any, models: list[Any]) -> tuple[jax.Array, jax.Array]:
     vectors = vectors_of(base, models, deltas=True)
+    variance = variance_of(vectors)
+    changed = functools.reduce(jnp.logical_or, [jnp.any(x != 0) for x in vectors])
+    return variance, changed & (jnp.mean(variance == 0, dtype=jnp.float32) > AGREEING)
+
+
+def variance_of(vectors: list[jax.Array]) -> jax.Array:
+    """Variance over the models of every entry, float32; zero where all are equal."""
     mean = sum(vectors) / len(vectors)
     variance = jnp.asarray(sum((x - mean) * (x - mean) for x in vectors)) / len(vectors)
     # Models that are equal may differ from their rounded mean.
     same = [x == vectors[0] for x in vectors[1:]]
     equal = functools.reduce(jnp.logical_and, same, jnp.ones_like(variance, bool))
-    variance = jnp.where(equal, 0, variance).astype(jnp.float32)
-    changed = functools.reduce(jnp.logical_or, [jnp.any(x != 0) for x in vectors])
-    return variance, changed & (jnp.mean(variance == 0, dtype=jnp.float32) > _AGREEING)
+    return jnp.where(equal, 0, variance).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("stack", "compat"))
@@ -181,16 +197,20 @@ def _sce_leaf(
 ) -> tuple[jax.Array, jax.Array]:
     vectors = vectors_of(base, models, deltas=True)
     kept = vectors if mask is None else [jnp.where(mask, x, 0) for x in vectors]
-    weights = _energy_shares(kept, axes, compat)
+    merged = add_agreeing(base, kept, _energy_shares(kept, axes, compat))
+    stored = output.store(merged, dtype, key)
+    return stored, all_finite(stored, *vectors)
+
+
+def add_agreeing(base: Any, kept: list[jax.Array], weights: Sequence[Any]) -> jax.Array:
+    """The base with the weighted mean of what does not go against the sign of the plain sum."""
     sign = jnp.where(jnp.asarray(sum(kept)) >= 0, 1, -1).astype(kept[0].dtype)
     parts = [jnp.sign(x) == sign for x in kept]
     chosen = [jnp.where(part, w, 0) for part, w in zip(parts, weights, strict=True)]
     total = jnp.asarray(sum(chosen))
     merged = jnp.asarray(sum(w * x for w, x in zip(chosen, kept, strict=True)))
     merged = merged / jnp.where(total > 0, total, 1)
-    origin = jnp.asarray(base).astype(merged.dtype)
-    stored = output.store(origin + merged, dtype, key)
-    return stored, all_finite(stored, *vectors)
+    return jnp.asarray(base).astype(merged.dtype) + merged
 
 
 def _energy_shares(kept: list[jax.Array], axes: tuple[int, ...], compat: Compat) -> list[jax.Array]:
@@ -203,6 +223,6 @@ def _energy_shares(kept: list[jax.Array], axes: tuple[int, ...], compat: Compat)
     total = jnp.asarray(sum(energies))
     equal = total == 0
     if compat == "mergekit":
-        equal = equal | (total * unit * unit < _MERGEKIT_ENERGY)
+        equal = equal | (total * unit * unit < MERGEKIT_ENERGY)
     total = jnp.where(total > 0, total, 1)
     return [jnp.where(equal, 1 / len(kept), energy / total) for energy in energies]

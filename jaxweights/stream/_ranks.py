@@ -94,9 +94,8 @@ class RankSurvey:
 
     Args:
       values: `values(arrays, model)` gives the ranked float32 values of a model from a job's
-        operands, elementwise; traceable, and the same bits from NumPy's arrays. It reads the
-        first operand and the model's own, `arrays[model + 1]`, and depends on the model by them
-        alone.
+        operands, elementwise; traceable, and the same bits from NumPy's arrays. It reads what
+        `reads` says, and depends on the model by that alone.
       targets: What is wanted.
       entries: Number of entries that are ranked together.
     """
@@ -107,10 +106,14 @@ class RankSurvey:
         self._open = [target for target in targets if 0 < target.k < entries]
         self._models = sorted({target.model for target in self._open})
         self._entries = entries
-        self._operands = sorted({0, *(model + 1 for model in self._models)})
+        self._operands = sorted({i for model in self._models for i in self.reads(model)})
         self._stride = _stride(entries)
         self._samples: list[list[np.ndarray]] = []
         self._sampling = entries >= _SAMPLED_FROM
+
+    def reads(self, model: int) -> tuple[int, ...]:
+        """Which arrays a model's values depend on: the first operand, and the model's own."""
+        return (0, model + 1)
 
     @property
     def samples(self) -> bool:
@@ -129,10 +132,11 @@ class RankSurvey:
         seen = []
         for target in self._open:
             bracket = np.array([target.low, target.high], np.uint32)
-            own = (arrays[0], arrays[target.model + 1])
+            reads = self.reads(target.model)
+            own = tuple(arrays[i] for i in reads)
             above, inside = _split(self._values, own, bracket)
             found = true_places(np.asarray(inside)[:count])
-            chosen = {i: _wide(_taken(host[i], found)) for i in (0, target.model + 1)}
+            chosen = {i: _wide(_taken(host[i], found)) for i in reads}
             patterns = _patterns(self._values(chosen, target.model))
             number = int(np.count_nonzero(np.asarray(above)[:count]))
             seen.append((number, (patterns, found.astype(np.int32))))
@@ -212,7 +216,7 @@ def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _split(
-    values: Values, arrays: tuple[Any, Any], bracket: jax.Array
+    values: Values, arrays: tuple[Any, ...], bracket: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Which patterns of a model lie above a bracket, and which inside.
 

@@ -12,10 +12,12 @@ from jaxweights.core._apply import LayoutLike, transform_tree
 from jaxweights.core._layout import is_float
 from jaxweights.core._transform import Transform
 from jaxweights.merge._delta import DeltaMerge
+from jaxweights.merge._sce import SceMerge
 from jaxweights.merge._spherical import SphereMerge
 from jaxweights.stream._chance import chance_job
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._sce import sce_job
 from jaxweights.stream._sphere import sphere_job
 from jaxweights.weights._weight import materialize
 
@@ -91,4 +93,6 @@ def _sliced_job(leaf: Leaf, settings: Any) -> Job | None:
             return sphere_job(leaf.name, leaf.dtype, leaf.operands, settings, grouping)
     if isinstance(settings, DeltaMerge) and settings.row.draws:
         return chance_job(leaf, settings)
+    if isinstance(settings, SceMerge):
+        return sce_job(leaf, settings)
     return None

