@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -13,8 +12,14 @@ from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import Codes, Grid, GridKind, make_grid, round_matrix
-from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
+from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, make_grid, round_matrix
+from jaxweights.quantize._leaves import (
+    REFUSAL,
+    describe_bad_scales,
+    pack,
+    replace_leaf,
+    unfit_leaf,
+)
 from jaxweights.quantize._settings import check_between
 from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
@@ -28,20 +33,34 @@ from jaxweights.weights._quantized_product import (
 from jaxweights.weights._weight import is_weight
 
 
-def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = None) -> Transform:
+def int8_dynamic(
+    *,
+    bits: int = 8,
+    input_bits: int = 8,
+    group_size: GroupSize = None,
+    grid: GridKind | None = None,
+) -> Transform:
     """Multiplies integers by integers, with a step of its own for every token of activations.
 
-    Matrices become `QuantizedProduct`: under `lift`, products with them round the activations and
-    run on the integer units of the machine, which on CPUs is the one quantized product that is
-    faster than the float one. Weights are rounded to the nearest level; those that are `Quantized`
-    already (by `gptq`, or trained) keep their integers, pruned ones their zeros. Needs no data.
-    Inside `fake_quant` the forward pass is the integer product itself. Written as
-    compressed-tensors, vLLM multiplies the same integers; transformers rounds inputs as well, to
-    levels of its own, of which 127.5 reach the largest magnitude.
+    Matrices become `QuantizedProduct`: under `lift`, products and convolutions with them round the
+    activations and run on the integer units of the machine, which on CPUs is the one quantized
+    product that is faster than the float one. Weights are rounded to the nearest level; those that
+    are `Quantized` already (by `gptq`, or trained) keep their integers, pruned ones their zeros.
+    Needs no data. Inside `fake_quant` the forward pass is the integer product itself.
+
+    Sums of integers are exact, over all inputs or over a group of them. They are rounded to float32
+    where they exceed 2**24, and so are the scaled sums of groups as they are added. In a
+    convolution all of an example shares a step, as its windows share their inputs.
+
+    Written as compressed-tensors, vLLM multiplies the same integers; transformers rounds inputs as
+    well, to levels of its own, of which 127.5 reach the largest magnitude.
 
     Args:
       bits: Bits of the weights, 2 to 8. Each takes a byte all the same.
       input_bits: Bits of the activations, 2 to 8.
+      group_size: None gives one scale per output, "tensor" one per matrix, an integer one for so
+        many inputs, each group of which is a product by itself; not so in convolutions. Weights
+        that are `Quantized` keep theirs.
       grid: A symmetric grid, see `Grid`; None gives "narrow" at 8 bits and "signed_max" below.
 
     Returns:
@@ -49,8 +68,9 @@ def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = 
 
     Raises:
       TypeError: If a setting is of the wrong kind.
-      ValueError: If a setting is out of range; when it sees a tree, if a leaf has zero points or
-        several scales an output, its sums could overflow 32 bits, or it is represented otherwise.
+      ValueError: If a setting is out of range; when it sees a tree, if groups do not divide a leaf
+        or it has zero points of 8 bits, is a convolution's with several scales an output, its sums
+        could overflow 32 bits, or it is represented otherwise.
 
     Example:
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 8))}
@@ -63,10 +83,16 @@ def int8_dynamic(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = 
     Source: Zafrir et al. 2019, arXiv:1910.06188, section 2; Yao et al. 2022, arXiv:2206.01861,
       section 4.1, token-wise activations.
     """
-    return _transform("quantize.int8_dynamic", bits, input_bits, grid, static=False)
+    return _transform("quantize.int8_dynamic", bits, input_bits, group_size, grid, static=False)
 
 
-def int8_static(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = None) -> Transform:
+def int8_static(
+    *,
+    bits: int = 8,
+    input_bits: int = 8,
+    group_size: GroupSize = None,
+    grid: GridKind | None = None,
+) -> Transform:
     """Multiplies integers by integers, with one step for all activations of a matrix.
 
     As `int8_dynamic`, with a step that calibration fixed: the largest magnitude that was seen, over
@@ -77,6 +103,7 @@ def int8_static(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = N
     Args:
       bits: As in `int8_dynamic`.
       input_bits: As in `int8_dynamic`.
+      group_size: As in `int8_dynamic`.
       grid: As in `int8_dynamic`.
 
     Returns:
@@ -96,13 +123,19 @@ def int8_static(*, bits: int = 8, input_bits: int = 8, grid: GridKind | None = N
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
     Differs: activations are symmetric, so that no zero point enters the product.
     """
-    return _transform("quantize.int8_static", bits, input_bits, grid, static=True)
+    return _transform("quantize.int8_static", bits, input_bits, group_size, grid, static=True)
 
 
 def _transform(
-    name: str, bits: int, input_bits: int, grid: GridKind | None, *, static: bool
+    name: str,
+    bits: int,
+    input_bits: int,
+    group_size: GroupSize,
+    grid: GridKind | None,
+    *,
+    static: bool,
 ) -> Transform:
-    settings = make_grid(name, bits=bits, grid=grid)
+    settings = make_grid(name, bits=bits, group_size=group_size, grid=grid)
     if settings.unsigned:
         raise ValueError(
             f"{name}: grid={grid!r} has zero points, which products of integers leave out. Choose "
@@ -125,8 +158,7 @@ def _transform(
         product = QuantizedProduct.of(base, step, input_bits=input_bits)
         if mask is None:
             return product
-        kept = jnp.swapaxes(view.to_matrix(mask), -1, -2)
-        return dataclasses.replace(product, codes=jnp.where(kept, product.codes, jnp.int8(0)))
+        return product.masked(view.to_matrix(mask))
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         problem = _unfit(leaf, view, settings, input_bits)
@@ -169,5 +201,17 @@ def _unfit(leaf: Any, view: View, grid: Grid, input_bits: int) -> str | None:
         if is_weight(leaf) and not isinstance(leaf, Quantized):
             return f"is already a Masked {type(leaf).__name__}. {REFUSAL}"
     if isinstance(leaf, Quantized):
+        if isinstance(grid.group_size, int) and grid.group_size != leaf.group_size:
+            return (
+                f"is a Quantized with group_size={leaf.group_size}, whose integers are kept, but "
+                f"group_size={grid.group_size} is asked for. Leave group_size out, or start from "
+                "the dense weight."
+            )
         return unfit_for_product(leaf, input_bits)
-    return unfit_length(view.in_dim, grid.bits, input_bits)
+    if view.axes.kind == "conv" and isinstance(grid.group_size, int):
+        return (
+            f"group_size={grid.group_size}: the sums of a convolution's window can only be scaled "
+            "as a whole. Give convolutions group_size=None, with `partition`."
+        )
+    length = grid.group_size if isinstance(grid.group_size, int) else view.in_dim
+    return unfit_leaf(leaf, view, grid) or unfit_length(length, grid.bits, input_bits)

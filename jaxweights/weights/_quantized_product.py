@@ -13,14 +13,13 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
+from jaxweights.weights._integer_product import convolution, largest_integer, matrix_product
 from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts, take_columns
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._scaled import combine
 from jaxweights.weights._weight import static, weight_dataclass
 
 _INT32_MAX = 2**31 - 1
-# A product with fewer rows is no matrix product to XLA's CPU backend, which then takes many times
-# as long as with four (seen with jax 0.10.2).
-_FEWEST_ROWS = 4
 
 
 @weight_dataclass
@@ -29,22 +28,30 @@ class QuantizedProduct(MatrixWeight):
 
     Multiplying rounds each token to integers of `input_bits` bits and accumulates in int32:
 
-        y[t, o] = (sum_i round(x[t, i] / a[t]) * codes[o, i]) * a[t] * scale[o]
+        y[t, o] = a[t] * sum_r scale[r, o] * (sum_i round(x[t, i] / a[t]) * codes[o, i])
         a[t] = max_i |x[t, i]| / (2**(input_bits-1) - 1), or input_scale
+
+    with `i` in group `r` of the inputs. The inner sums are exact; they are rounded to float32 where
+    they exceed 2**24, which takes a thousand inputs at 8 bits, then scaled, and added in float32.
+    In a convolution the magnitude that sets a step is the largest of an example, whose windows
+    share their inputs.
 
     The gradient of `x` is that of the product with the weight that the integers stand for, as if
     nothing had been rounded; that of `latent`, where there is one, is that of the weight that the
-    rounded activations were multiplied with. Integers have none. Other uses than `x @ weight`, such
-    as a look-up, take the weight that the integers stand for and round nothing else.
+    rounded activations were multiplied with. Integers have none. Other uses than `x @ weight` and
+    convolutions, such as a look-up, take the weight that the integers stand for and round nothing
+    else.
 
     Codes are stored a byte each and output by output, which is how integer units read them.
 
     Args:
       codes: `(*stack, out, in)` int8.
-      scale: `(*stack, 1, out)` or `(*stack, 1, 1)`, floating.
+      scale: `(*stack, groups, out)` or `(*stack, groups, 1)`, floating, for groups of as many
+        inputs each; one group where it is a convolution's.
       input_scale: `(*stack, 1, 1)` float32 step of the activations; None finds one for each token.
       latent: `(*stack, in, out)` weights that the integers were rounded from and that training
         moves, or None.
+      order: Input of every code, `(*stack, in)` int32; None where groups are consecutive inputs.
       bits: Bits of the codes, 2 to 8.
       input_bits: Bits of the activations, 2 to 8.
       dtype: Dtype that it materialises to.
@@ -62,6 +69,7 @@ class QuantizedProduct(MatrixWeight):
     scale: jax.Array
     input_scale: jax.Array | None = None
     latent: jax.Array | None = None
+    order: jax.Array | None = None
     bits: int = static(default=8)
     input_bits: int = static(default=8)
     dtype: Any = static(default=np.dtype(np.float32))
@@ -74,9 +82,9 @@ class QuantizedProduct(MatrixWeight):
         """Multiplies the integers of a weight in place of its values.
 
         Args:
-          weight: Integers with one scale an output or one in all, and zero points only where there
-            are fewer than 8 bits, up to `2**bits`: codes minus zero points then fit a byte, with a
-            bit more each.
+          weight: Integers whose scales belong to groups of as many inputs each, or to all; zero
+            points only where there are fewer than 8 bits, up to `2**bits`: codes minus zero points
+            then fit a byte, with a bit more each.
           input_scale: As in the class.
           input_bits: As in the class.
 
@@ -93,10 +101,16 @@ class QuantizedProduct(MatrixWeight):
         scale = weight.scale
         if cols not in (1, weight.out_dim):
             scale = jnp.repeat(scale, weight.out_dim // cols, axis=-1)
+        codes = jnp.swapaxes(weight.units(jnp.int16).astype(jnp.int8), -1, -2)
+        order = None
+        if weight.group_index is not None:
+            order = jnp.argsort(weight.group_index, axis=-1, stable=True).astype(jnp.int32)
+            codes = jnp.take_along_axis(codes, order[..., None, :], axis=-1)
         return cls(
-            codes=jnp.swapaxes(weight.units(jnp.int16).astype(jnp.int8), -1, -2),
+            codes=codes,
             scale=scale,
             input_scale=input_scale,
+            order=order,
             bits=_centred_bits(weight),
             input_bits=input_bits,
             dtype=weight.dtype,
@@ -109,15 +123,49 @@ class QuantizedProduct(MatrixWeight):
 
     def weight_only(self) -> Quantized:
         """The same integers, multiplied as the values that they stand for."""
-        codes = jnp.swapaxes(self.codes, -1, -2)
+        codes, group_index = jnp.swapaxes(self._codes_by_input(), -1, -2), None
+        if self.order is not None:
+            places = jnp.argsort(self.order, axis=-1)  # of every input among the codes
+            group_index = (places // (codes.shape[-2] // self.scale.shape[-2])).astype(jnp.int32)
         return Quantized.from_codes(
-            codes, self.scale, bits=self.bits, dtype=self.dtype, view=self.view
+            codes,
+            self.scale,
+            None,
+            group_index,
+            bits=self.bits,
+            dtype=self.dtype,
+            view=self.view,
         )
+
+    def without_latent(self) -> QuantizedProduct:
+        """The same integers, without the weights that training moves."""
+        return dataclasses.replace(self, latent=None)
+
+    def masked(self, kept: jax.Array) -> QuantizedProduct:
+        """With code 0 where a bool matrix `(*stack, in, out)` is False."""
+        kept = jnp.swapaxes(kept, -1, -2)
+        if self.order is not None:
+            kept = jnp.take_along_axis(kept, self.order[..., None, :], axis=-1)
+        return dataclasses.replace(self, codes=jnp.where(kept, self.codes, jnp.int8(0)))
 
     def matrix(self) -> jax.Array:
         """Dense `(*stack, in, out)` matrix, in `dtype`."""
+        return self.scaled_by(self.scale).astype(self.dtype)
+
+    def scaled_by(self, scale: jax.Array) -> jax.Array:
+        """The matrix in float32, with other scales of the same shape."""
         codes = jnp.swapaxes(self.codes, -1, -2).astype(jnp.float32)
-        return (codes * self.scale.astype(jnp.float32)).astype(self.dtype)
+        values = combine(codes, scale.astype(jnp.float32), jnp.multiply)
+        if self.order is None:
+            return values
+        return jnp.take_along_axis(values, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
+
+    def _codes_by_input(self) -> jax.Array:
+        """Codes `(*stack, out, in)` in the order of the inputs."""
+        if self.order is None:
+            return self.codes
+        places = jnp.argsort(self.order, axis=-1)
+        return jnp.take_along_axis(self.codes, places[..., None, :], axis=-1)
 
     def astype(self, dtype: DTypeLike) -> QuantizedProduct | None:
         """The same integers, materialising to another dtype."""
@@ -134,17 +182,28 @@ class QuantizedProduct(MatrixWeight):
     ) -> jax.Array:
         """Rounds `x` of shape `(*stack, tokens, in)` and multiplies integers."""
         del precision  # integers are exact
-        y = _product(x, self.latent, dataclasses.replace(self, latent=None))
+        y = matrix_product(x, self.latent, self.without_latent())
         return y.astype(preferred_element_type or x.dtype)
+
+    def conv(self, x: jax.Array, **params: Any) -> jax.Array | None:
+        """Rounds the inputs, example by example, and convolves integers."""
+        if self.scale.shape[-2] > 1:
+            return None
+        y = convolution(x, self, params)
+        wanted = params["preferred_element_type"] or jnp.result_type(x.dtype, self.dtype)
+        return None if y is None else y.astype(wanted)
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """Columns of an unstacked matrix as rows, `(n, in)`; NaN for an index out of range."""
         out_dim = self.codes.shape[-2]
-        scale = jnp.broadcast_to(self.scale[0].astype(jnp.float32), (out_dim,))
+        scale = jnp.broadcast_to(self.scale, (self.scale.shape[-2], out_dim))
 
         def columns(column: jax.Array) -> jax.Array:
-            rows = jnp.take(self.codes, column, axis=0).astype(jnp.float32)
-            return (rows * scale[column][:, None]).astype(self.dtype)
+            codes = jnp.take(self.codes, column, axis=0)
+            picked = dataclasses.replace(
+                self.without_latent(), codes=codes, scale=jnp.take(scale, column, axis=1)
+            )
+            return picked.matrix().T
 
         return take_columns(indices, out_dim, columns)
 
@@ -162,6 +221,7 @@ class QuantizedProduct(MatrixWeight):
             scale=PartitionSpec(*stack, None, outputs) if self.scale.shape[-1] > 1 else shared,
             input_scale=None if self.input_scale is None else shared,
             latent=None if self.latent is None else PartitionSpec(*stack, None, outputs),
+            order=None if self.order is None else PartitionSpec(*stack, None),
         )
 
 
@@ -172,12 +232,14 @@ def unfit_for_product(weight: Quantized, input_bits: int) -> str | None:
             "the weight has offsets, or zero points of 8 bits, with which its integers do not fit "
             "a byte. Quantize it on a symmetric grid, such as 'narrow', or with fewer bits."
         )
-    if weight.scale.shape[-2] > 1 or weight.group_index is not None:
+    if weight.scale.shape[-2] > 1 and weight.view.axes.kind == "conv":
         return (
-            f"the weight has {weight.scale.shape[-2]} scales for the inputs of one output, but "
-            "sums of integers can only be scaled as a whole. Quantize it with group_size=None or "
-            "'tensor'."
+            f"the weight has {weight.scale.shape[-2]} scales for the inputs of one output, but the "
+            "sums of a convolution's window can only be scaled as a whole. Quantize it with "
+            "group_size=None or 'tensor'."
         )
+    if weight.group_index is not None and (problem := _unfit_index(weight)):
+        return problem
     zero = weight.zero_point
     if zero is not None and not isinstance(zero, Tracer | jax.ShapeDtypeStruct):
         most = int(jnp.max(zero, initial=0))
@@ -187,7 +249,27 @@ def unfit_for_product(weight: Quantized, input_bits: int) -> str | None:
                 "for their difference to fit a byte as it should: at most "
                 f"{2**weight.bits} is. Dequantize it with `materialize`, and quantize it anew."
             )
-    return unfit_length(weight.in_dim, _centred_bits(weight), input_bits)
+    longest = weight.in_dim // max(weight.scale.shape[-2], 1)
+    return unfit_length(longest, _centred_bits(weight), input_bits)
+
+
+def _unfit_index(weight: Quantized) -> str | None:
+    index, rows = weight.group_index, weight.scale.shape[-2]
+    if isinstance(index, Tracer):
+        return (
+            "the weight has inputs of groups in an order that is traced, of which nothing can be "
+            "told. Call this outside `jit`."
+        )
+    if isinstance(index, jax.ShapeDtypeStruct):
+        return None
+    counts = jax.nn.one_hot(index, rows, dtype=jnp.int32).sum(-2)
+    if (counts == weight.in_dim // rows).all():
+        return None
+    return (
+        f"the weight has groups of {int(counts.min())} to {int(counts.max())} inputs, but sums of "
+        "integers are those of groups of one size. Choose a group_size that divides the "
+        f"{weight.in_dim} inputs."
+    )
 
 
 def _centred_bits(weight: Quantized) -> int:
@@ -196,7 +278,7 @@ def _centred_bits(weight: Quantized) -> int:
 
 def unfit_length(in_dim: int, bits: int, input_bits: int) -> str | None:
     """Says so where a sum of `in_dim` products may not fit into 32 bits."""
-    longest = _INT32_MAX // (2 ** (bits - 1) * _largest(input_bits))
+    longest = _INT32_MAX // (2 ** (bits - 1) * largest_integer(input_bits))
     if in_dim <= longest:
         return None
     return (
@@ -204,72 +286,3 @@ def unfit_length(in_dim: int, bits: int, input_bits: int) -> str | None:
         f"into 32 bits. At most {longest} are safe; choose fewer bits, or leave this weight out "
         "with `partition`."
     )
-
-
-def round_inputs(
-    x: jax.Array, bits: int, scale: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Rounds activations to integers, token by token.
-
-    Args:
-      x: `(..., in)`, floating.
-      bits: Bits of the integers, 2 to 8.
-      scale: Step, broadcasting against `x`; None gives each token the one that its largest
-        magnitude asks for.
-
-    Returns:
-      int8 integers of the shape of `x`, and their steps, float32 `(..., 1)` where found. A token of
-      zeros has step 1.
-    """
-    x = x.astype(jnp.float32)
-    largest = _largest(bits)
-    if scale is None:
-        scale = _divide(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.float32(largest))
-        scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
-    steps = jnp.clip(jnp.round(_divide(x, scale)), -largest, largest)
-    return steps.astype(jnp.int8), scale
-
-
-@jax.custom_jvp
-def _product(x: jax.Array, latent: jax.Array | None, weight: QuantizedProduct) -> jax.Array:
-    del latent
-    integers, step = round_inputs(x, weight.input_bits, weight.input_scale)
-    return _integer_product(integers, weight.codes) * (step * weight.scale.astype(jnp.float32))
-
-
-@_product.defjvp
-def _product_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    x, latent, weight = primals
-    dx, dlatent, dweight = tangents
-    integers, step = round_inputs(x, weight.input_bits, weight.input_scale)
-    sums = _integer_product(integers, weight.codes) * step
-    tangent = jnp.matmul(dx.astype(jnp.float32), weight.matrix().astype(jnp.float32))
-    tangent = tangent + sums * dweight.scale.astype(jnp.float32)
-    if latent is not None:
-        rounded = integers.astype(jnp.float32) * step
-        tangent = tangent + jnp.matmul(rounded, dlatent.astype(jnp.float32))
-    return _product(x, latent, weight), tangent
-
-
-def _integer_product(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """`x @ codes.T` for int8 `(*stack, tokens, in)` and `(*stack, out, in)`, as float32."""
-    tokens, stack = x.shape[-2], codes.shape[:-2]
-    if 0 < tokens < _FEWEST_ROWS:
-        x = jnp.pad(x, [(0, 0)] * len(stack) + [(0, _FEWEST_ROWS - tokens), (0, 0)])
-    x = jnp.broadcast_to(x, (*stack, *x.shape[-2:]))
-    axes = tuple(range(len(stack)))
-    last = len(stack) + 1
-    # Weights first: faster with few tokens on a CPU.
-    sums = jax.lax.dot_general(
-        codes, x, (((last,), (last,)), (axes, axes)), preferred_element_type=jnp.int32
-    )  # (*stack, out, tokens)
-    return jnp.swapaxes(sums[..., :tokens], -1, -2).astype(jnp.float32)
-
-
-def _divide(values: jax.Array, by: jax.Array) -> jax.Array:
-    """The exact quotient in every program, as in `quantize._grid.divide`."""
-    return values / jnp.where(values == 0, jnp.float32(1), by)
-
-
-def _largest(bits: int) -> int:
-    return 2 ** (bits - 1) - 1

@@ -131,6 +131,7 @@ CASES = [
         per_slice=False,
     ),
     Case("quantize.int8_dynamic", _Q.int8_dynamic),
+    Case("quantize.int8_dynamic groups", lambda: _Q.int8_dynamic(bits=4, group_size=8)),
     Case("quantize.int8_static", lambda: _Q.int8_static(bits=4)),
     Case("quantize.statsq", lambda: _Q.statsq(bits=2)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),

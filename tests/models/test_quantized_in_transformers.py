@@ -122,7 +122,7 @@ def test_inputs_are_rounded_there_as_under_lift(tmp_path, case, monkeypatch):
 
     # Differences of one unit in the last place grow where one of them moves an input by a step,
     # so that only products of the same inputs can be equal to the last digits.
-    monkeypatch.setattr("jaxweights.weights._quantized_product.round_inputs", their_inputs)
+    monkeypatch.setattr("jaxweights.weights._integer_product.round_inputs", their_inputs)
     product = jax.jit(jw.lift(lambda weight, x: x @ weight, on_materialize="error"))
     layers = params["layers"]
     places = {f"self_attn.{n}_proj": layers["attn"][n] for n in "qkvo"}

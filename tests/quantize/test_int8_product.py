@@ -222,11 +222,6 @@ def test_refusals_name_the_path_and_the_remedy():
         ValueError, match=r"int8_dynamic: 'w': the weight has offsets, or zero points of 8 bits"
     ):
         jw.apply(int8_dynamic(), affine)
-    grouped = jw.apply(round_to_nearest(bits=8, group_size=8), params)
-    with pytest.raises(
-        ValueError, match=r"'w': the weight has 2 scales for the inputs of one output"
-    ):
-        jw.apply(int8_dynamic(), grouped)
     with pytest.raises(ValueError, match=r"quantize.int8_static: grid='affine' has zero points"):
         int8_static(grid="affine")
     with pytest.raises(ValueError, match=r"quantize.int8_dynamic: input_bits=9 must lie between 2"):
