@@ -118,7 +118,7 @@ def delta_job(
         masks: list[Any] = [None] * n
         factors, sign = np.ones(n), None
         if isinstance(survey, DeltaRanks):
-            bounds, sign = survey.bounds(job, start), survey.sign
+            bounds, sign = survey.bounds(job, start, arrays), survey.sign
         elif isinstance(survey, _DeltaNorms):
             factors = survey.factors()
         if row.sparsifier == "bernoulli":
@@ -251,7 +251,7 @@ class DeltaRanks(RankSurvey):
             np.asarray(self._settings.weights, wide),
             np.ones(len(models), wide),
             np.asarray(1, wide),
-            self.bounds(job, start),
+            self.bounds(job, start, arrays),
         )
         elected = np.asarray(_elected(base, tuple(models), numbers, row=row))
         return int(np.count_nonzero(elected > 0)) - int(np.count_nonzero(elected < 0))
@@ -277,10 +277,10 @@ class DeltaRanks(RankSurvey):
         """Sum of the elected signs of all entries, where it decides about those that tie."""
         return jnp.float32(self._sum) if self._settings.row.asks_majority else None
 
-    def bounds(self, job: Job, start: int) -> np.ndarray:
+    def bounds(self, job: Job, start: int, arrays: Sequence[Any]) -> np.ndarray:
         """What tells the kept entries of a slice from others, as `_Numbers.bounds`."""
         found = [
-            [self.bound(through, job, start), self.bound(top, job, start)]
+            [self.bound(target, job, start, arrays) for target in (through, top)]
             for through, top in zip(self._through, self._skipped, strict=True)
         ]
         return np.array(found, np.int64).astype(np.uint32)

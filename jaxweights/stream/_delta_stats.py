@@ -227,20 +227,28 @@ class _Survey(RankSurvey):
         self._counted = True
         if self._sampling or not self._open:
             return super().decide()
-        inside = {
-            target.model: np.concatenate([values for values, _ in target.inside.values()])
+        brackets = {
+            target.model: (
+                target.k - target.above,
+                np.concatenate([seen.inside for seen in target.seen.values()]),
+                *(target.at_ends()[:1]),
+                target.high,
+            )
             for target in self._open
         }
         is_open = super().decide()
-        for model, values in inside.items():
+        for model, (left, values, at_high, high) in brackets.items():
             target = self._targets[model]
             if target in self._open:  # the bracket missed, so all is counted again
                 self._energy[model] = 0
                 continue
             larger = values[values > target.threshold]
-            ties = target.k - target.above - larger.size
-            edge = np.array([target.threshold], np.uint32)
-            self._energy[model] += _square_sum(larger) + ties * _square_sum(edge)
+            topmost = at_high if high > target.threshold else 0
+            ties = left - larger.size - topmost
+            self._energy[model] += _square_sum(larger)
+            for pattern, number in ((high, topmost), (target.threshold, ties)):
+                square = _square_sum(np.array([pattern], np.uint32)) if number else 0
+                self._energy[model] += number * square
         return is_open
 
     def found(self) -> DeltaStats:

@@ -162,7 +162,7 @@ class _Selection(RankSurvey):
     def __init__(self, merge: SceMerge, agreement: _Agreement, entries: int):
         self._merge, self._agreement, self._all = merge, agreement, entries
         self._target = Target(0, 1)  # how many is known after the first pass
-        super().__init__(lambda arrays, model: arrays[0], [self._target], entries)
+        super().__init__(_itself, [self._target], entries)
         self._counting = True
         self._changed = False
         self._varying: dict[int, int] = {}  # entries with a variance, by slice
@@ -218,7 +218,7 @@ class _Selection(RankSurvey):
         varying = sum(self._varying.values())
         if self._wanted < varying or self._wanted == 0:
             threshold = self._target.threshold
-            last = self._target.last.get((name, start), -1)
+            last = self.last(self._target, (name, start), [variance])
         else:
             # All that vary, and the first of the others.
             pairs = ((self._sizes[s], self._varying[s]) for s in self._sizes if s < start)
@@ -227,6 +227,11 @@ class _Selection(RankSurvey):
             taken = min(max(left, 0), equal.size)
             threshold, last = 0, int(equal[taken - 1]) if taken else -1
         return np.array([threshold, last], np.int64).astype(np.uint32)
+
+
+def _itself(arrays: Sequence[Any], model: int) -> Any:
+    del model
+    return arrays[0]  # a function that all surveys share, so that they share its programs
 
 
 class _Energies(Survey):

@@ -33,7 +33,8 @@ def _select(values, k, piece):
     marks = []
     for start in starts:
         part = values[start : start + piece]
-        bound = np.array(survey.bound(target, JOB, start), np.int64).astype(np.uint32)
+        bound = survey.bound(target, JOB, start, [part, part])
+        bound = np.array(bound, np.int64).astype(np.uint32)
         marks.append(np.asarray(among(jnp.asarray(part), jnp.asarray(bound))))
     return np.concatenate(marks), passes
 
@@ -56,13 +57,16 @@ def _draws(kind, n):
         return np.ones(n, np.float32)
     if kind == "mostly zero":
         return np.where(draw.random(n) < 0.99, 0, draw.normal(size=n)).astype(np.float32)
+    if kind == "rare between":  # no sampled entry is one of the six between the two levels
+        others = np.repeat(np.float32([1, 3]), [n - n // 2 - 3, n // 2 - 3])
+        return np.insert(draw.permutation(others), 60 * np.arange(6) + 1, 2)
     # A sample of every 61st entry sees nothing but the smallest.
     values = draw.normal(size=n).astype(np.float32)
     values[::61] *= 1e-6
     return values
 
 
-KINDS = ["normal", "few levels", "all equal", "mostly zero", "misleading sample"]
+KINDS = ["normal", "few levels", "all equal", "mostly zero", "rare between", "misleading sample"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,6 +77,16 @@ def test_exactly_the_largest_are_marked_and_ties_in_their_order(kind, n, piece, 
     k = round(share * n) or (1 if share else 0)
     marked, _ = _select(values, k, piece)
     np.testing.assert_array_equal(marked, _largest(values, k))
+
+
+@pytest.mark.parametrize("kind", ["few levels", "all equal", "mostly zero"])
+@pytest.mark.parametrize("share", [0.004, 0.3, 0.6, 0.9])
+def test_ties_end_in_any_run_of_a_slice(kind, share):
+    values = _draws(kind, 700_000)
+    k = round(share * values.size)
+    marked, passes = _select(values, k, 1 << 19)
+    np.testing.assert_array_equal(marked, _largest(values, k))
+    assert passes == 2
 
 
 def test_a_misleading_sample_costs_another_pass_and_nothing_else():
