@@ -86,7 +86,9 @@ def merge_adapter_deltas(
     check_factor_dtype(_NAME, dtype)
     tree = read_adapters(_NAME, adapters, others=others, names=names)
     merged, report, finite = dict(tree.flat), {}, {}
-    for group in [list(tree.leaves)] if tx.scope == "tree" else [[path] for path in tree.leaves]:
+    for group in (
+        [list(tree.leaves)] if tx.scope in ("block", "tree") else [[path] for path in tree.leaves]
+    ):
         deltas = _merged_deltas(tx, tree, group, len(adapters), key)
         for path in group:
             leaf = tree.leaves[path]

@@ -1,14 +1,13 @@
-"""Layer after layer: a scanned model taken apart, one layer's statistics in memory at a time."""
+"""Layer after layer: a scanned model's statistics, one layer's in memory at a time."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 from jaxweights.calibrate._calibrate import (
     Batch,
@@ -21,33 +20,208 @@ from jaxweights.calibrate._calibrate import (
     refuse_incomplete,
 )
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
-from jaxweights.core import Context, Layout, Params, Path, Stats, Transform, flatten, unflatten
+from jaxweights.calibrate._scanned import Leaves, ScannedModel, array_leaves, find_layers
+from jaxweights.core import (
+    Context,
+    Layout,
+    Needs,
+    Params,
+    Path,
+    Statistic,
+    Stats,
+    Transform,
+    flatten,
+    unflatten,
+)
 from jaxweights.core._apply import LayoutLike
 from jaxweights.lift import _compat
 from jaxweights.lift._infer_layout import trace_model
-from jaxweights.lift._walk import Named, Walk
-from jaxweights.weights import View, is_weight
+from jaxweights.lift._walk import Walk
+from jaxweights.weights import View
+
+Arrays = Sequence[Any]
+Wanted = tuple[tuple[Path, frozenset[Statistic]], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class ScannedModel:
-    """A model, divided at the scan over its layers.
+class LayerInput(NamedTuple):
+    """What a layer reads of a batch.
 
-    Args:
-      before: `(leaves, inputs) -> operands of the scan` (constants, carried values, stacks).
-      body: Jaxpr of one layer.
-      body_consts: Its constants.
-      parts: How the operands divide.
-      length: Number of layers.
-      stacks: Path of the parameter behind each stacked operand; None where it is not one.
+    Attributes:
+      model: The model of inputs of its shapes.
+      shared: What all layers share.
+      carried: What the layer before gave.
+      keep: Which tokens count; None for all.
     """
 
-    before: Callable[[list[Any], list[Any]], list[Any]]
-    body: Any
-    body_consts: list[Any]
-    parts: _compat.ScanParts
-    length: int
-    stacks: tuple[Path | None, ...]
+    model: ScannedModel
+    shared: Arrays
+    carried: Arrays
+    keep: Any = None
+
+
+class BlockPrograms:
+    """The compiled programs of a model's layers, which serve all of them.
+
+    Args:
+      fn: The model.
+      params: Its parameters, which may be abstract.
+      batch: The first batch, or its shapes.
+      layout: As in `calibrate`.
+
+    Attributes:
+      model: The model of inputs of the first batch's shapes, in parts.
+      layout: Axes of its leaves.
+    """
+
+    def __init__(
+        self, fn: Callable[..., Any], params: Params, batch: Batch, layout: LayoutLike = None
+    ):
+        """Takes the model apart and compiles nothing yet."""
+        self._fn = fn
+        flat, self._treedef = flatten(params)
+        self._flat = {path: _compat.shape_of(leaf) for path, leaf in flat.items()}
+        trace = trace_model(fn, params, _arguments(batch))
+        self.layout = _merged_layout(trace.layout, layout, list(self._flat))
+        self._owners = dict(trace.owners)
+        self._models: dict[Any, ScannedModel] = {}
+        self.model = self.of(batch)
+        self._enter = jax.jit(_enter, static_argnames="model")
+        self._share = jax.jit(_share, static_argnames="model")
+        self._advance = jax.jit(_advance, static_argnames="model")
+        self._collect = jax.jit(
+            self._add_records, static_argnames=("wanted", "model"), donate_argnums=0
+        )
+
+    def of(self, batch: Batch) -> ScannedModel:
+        """The model of inputs of a batch's shapes; it is traced once for each."""
+        shapes = tuple((x.shape, str(x.dtype)) for x in array_leaves(batch))
+        if shapes not in self._models:
+            self._models[shapes] = find_layers(self._fn, self._flat, self._treedef, batch)
+        return self._models[shapes]
+
+    def enter(self, leaves: Leaves, batch: Batch) -> list[jax.Array]:
+        """What the first layer gets of a batch; of the leaves it needs `model.carry.reads`."""
+        return self._enter(leaves, array_leaves(batch), model=self.of(batch))
+
+    def read(self, leaves: Leaves, batch: Batch, carried: Arrays, keep: Any = None) -> LayerInput:
+        """What a layer reads of a batch; of the leaves it needs `model.shared.reads`."""
+        model = self.of(batch)
+        return LayerInput(
+            model, self._share(leaves, array_leaves(batch), model=model), carried, keep
+        )
+
+    def read_shapes(self, leaves: Leaves, batch: Batch) -> LayerInput:
+        """Shapes of what the first layer reads of a batch."""
+        model, given = self.of(batch), array_leaves(batch)
+        enter, share = (functools.partial(part, model=model) for part in (_enter, _share))
+        shared = jax.eval_shape(share, _of(leaves, model.shared.reads), given)
+        carried = jax.eval_shape(enter, _of(leaves, model.carry.reads), given)
+        return LayerInput(model, shared, carried)
+
+    def advance(self, block: Leaves, one: LayerInput, layer: int) -> list[jax.Array]:
+        """What a layer gives to the next one."""
+        index = jnp.asarray(layer, jnp.int32)
+        return self._advance(block, one.shared, one.carried, index, model=one.model)
+
+    def calibrate(
+        self, needs: Needs, block: Leaves, inputs: Iterable[LayerInput], layer: int
+    ) -> Stats:
+        """Statistics of one layer.
+
+        Args:
+          needs: Statistics by path; those of other leaves are passed over.
+          block: The layer's leaves, without the layers' axis.
+          inputs: What it reads, batch by batch.
+          layer: Its number.
+
+        Returns:
+          The statistics.
+        """
+        wanted, owners = self._assign(needs, block)
+        index, total = jnp.asarray(layer, jnp.int32), None
+        for one in inputs:
+            if total is None:
+                shapes = self._shapes(wanted, block, one)
+                total = {path: neutral_record(record) for path, record in shapes.items()}
+            total = self._collect(total, block, one[1:], index, wanted=wanted, model=one.model)
+            jax.block_until_ready(total)  # batches in flight would hold their arrays, too
+        return Stats(total or {}, tuple(owners.items()), self.layout)
+
+    def abstract(self, needs: Needs, block: Leaves, one: LayerInput) -> tuple[Stats, int]:
+        """Shapes of the statistics of one layer, and the bytes that collecting them takes.
+
+        Args:
+          needs: As in `calibrate`.
+          block: Shapes of the leaves.
+          one: Shapes of what it reads of a batch.
+
+        Returns:
+          Statistics of shapes, and the bytes of the program's temporaries.
+        """
+        wanted, owners = self._assign(needs, block)
+        total = self._shapes(wanted, block, one)
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        traced = self._collect.lower(total, block, one[1:], index, wanted=wanted, model=one.model)
+        program = traced.compile()
+        analysis = program.memory_analysis()  # None where a platform does not tell
+        temporaries = 0 if analysis is None else analysis.temp_size_in_bytes
+        return Stats(total, tuple(owners.items()), self.layout), temporaries
+
+    def _assign(self, needs: Needs, block: Leaves) -> tuple[Wanted, dict[Path, Path]]:
+        """Statistics by the leaf that holds them, and who holds those of the others."""
+        mine = {path: names for path, names in needs.items() if path in block}
+        wanted, owners = _assign(mine, block, self.layout, self._owners)
+        return tuple(wanted.items()), owners
+
+    def _shapes(self, wanted: Wanted, block: Leaves, one: LayerInput) -> dict[Path, Any]:
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        records = functools.partial(self._records, wanted=wanted, model=one.model)
+        return jax.eval_shape(records, block, one[1:], index)
+
+    def _records(
+        self, block: Leaves, one: Any, layer: Any, *, wanted: Wanted, model: ScannedModel
+    ) -> dict[Path, Any]:
+        """Statistics of a batch."""
+        shared, carried, keep = one
+        probed = dict(block)
+        for path, names in wanted:
+            view = View.of(block[path].shape, self.layout[path])
+            probed[path] = Probe(block[path], None, view, names)
+        walk = Walk(
+            observer=lambda *product: observe(*product, mask=keep),
+            combine=combine_records,
+            identity=neutral_record,
+        )
+        model.run_layer(walk, probed, shared, carried, layer)
+        refuse_incomplete(walk, dict(wanted))
+        return dict(walk.records)
+
+    def _add_records(
+        self,
+        total: dict[Path, Any],
+        block: Leaves,
+        one: Any,
+        layer: Any,
+        *,
+        wanted: Wanted,
+        model: ScannedModel,
+    ) -> dict[Path, Any]:
+        records = self._records(block, one, layer, wanted=wanted, model=model)
+        return {path: combine_records(total[path], record) for path, record in records.items()}
+
+
+def _enter(leaves: Leaves, given: Arrays, *, model: ScannedModel) -> list[jax.Array]:
+    return model.carry.run(leaves, given)
+
+
+def _share(leaves: Leaves, given: Arrays, *, model: ScannedModel) -> list[jax.Array]:
+    return model.shared.run(leaves, given)
+
+
+def _advance(
+    block: Leaves, shared: Arrays, carried: Arrays, layer: Any, *, model: ScannedModel
+) -> list[jax.Array]:
+    return model.run_layer(Walk(), block, shared, carried, layer)
 
 
 def transform_blocks(
@@ -66,80 +240,46 @@ def transform_blocks(
     Every layer is calibrated on the activations that the transformed layers before it give.
     """
     flat, treedef = flatten(params)
-    trace = trace_model(fn, params, _arguments(batches[0]))
-    axes = _merged_layout(trace.layout, layout, list(flat))
-    model = _find_layers(fn, flat, treedef, batches[0])
-    inside = {path for path in model.stacks if path is not None}
+    programs = BlockPrograms(fn, params, batches[0], layout)
+    model, axes = programs.model, programs.layout
     needs = tx.needs(params)
-    block_needs = {path: names for path, names in needs.items() if path in inside}
-    first = {path: jax.tree.map(lambda x: x[0], flat[path]) for path in inside}
-    wanted, owners = _assign(block_needs, first, axes, dict(trace.owners))
-
-    before = jax.jit(model.before)
-    states = [before(list(flat.values()), _array_leaves(batch)) for batch in batches]
+    before, aside = _of(flat, model.carry.reads), _of(flat, model.shared.reads)
     masks = [None if mask is None else jnp.asarray(mask(batch), bool) for batch in batches]
-    n_front = model.parts.consts + model.parts.carry
-
-    @jax.jit
-    def collect(block: dict[Path, Any], state: list[Any], layer: jax.Array, keep: Any) -> Any:
-        probed = {
-            path: Probe(leaf, None, View.of(leaf.shape, axes[path]), wanted[path])
-            if path in wanted
-            else leaf
-            for path, leaf in block.items()
-        }
-        walk = Walk(
-            observer=lambda *product: observe(*product, mask=keep),
-            combine=combine_records,
-            identity=neutral_record,
-        )
-        _run_layer(walk, model, probed, state, layer)
-        refuse_incomplete(walk, wanted)
-        return dict(walk.records)
-
-    @jax.jit
-    def advance(block: dict[Path, Any], state: list[Any], layer: jax.Array) -> list[Any]:
-        outs = _run_layer(Walk(), model, block, state, layer)
-        carry = outs[: model.parts.carry]
-        return [*state[: model.parts.consts], *carry, *state[n_front:]]
+    inputs = [
+        programs.read(aside, batch, programs.enter(before, batch), keep)
+        for batch, keep in zip(batches, masks, strict=True)
+    ]
 
     blocks = []
     for layer in range(model.length):
-        index = jnp.asarray(layer, jnp.int32)
-        block = {path: jax.tree.map(lambda x: x[layer], flat[path]) for path in inside}  # noqa: B023
-        total: Any = None
-        for state, keep in zip(states, masks, strict=True):
-            records = collect(block, state, index, keep)
-            if total is None:
-                total = records
-            else:
-                total = {p: combine_records(total[p], record) for p, record in records.items()}
-        stats = Stats(total or {}, tuple(owners.items()), axes)
+        block = {path: jax.tree.map(lambda x: x[layer], flat[path]) for path in model.inside}  # noqa: B023
+        stats = programs.calibrate(needs, block, inputs, layer)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
-        block = _apply_inside(tx, flat | block, inside, stats, axes, layer_key)
-        states = [advance(block, state, index) for state in states]
+        block = apply_inside(tx, flat | block, model.inside, stats, axes, layer_key)
+        inputs = [one._replace(carried=programs.advance(block, one, layer)) for one in inputs]
         blocks.append(block)
         if progress is not None:
             progress("layers", layer + 1, model.length)
 
-    flat |= {
+    done = {
         path: jax.tree.map(lambda *parts: jnp.stack(parts), *(block[path] for block in blocks))
-        for path in inside
+        for path in model.inside
     }
-    outside = set(flat) - inside
+    outside = [path for path in flat if path not in model.inside]
     rest = {path: names for path, names in needs.items() if path in outside and path in axes}
     stats = Stats({}, (), axes)
     if rest:
-        new_params = unflatten(treedef, flat)
+        new_params = unflatten(treedef, flat | done)
         stats = calibrate(fn, new_params, batches, needs=rest, layout=axes, mask=mask)
-    flat |= _apply_inside(tx, flat, outside, stats, axes, key)
-    return unflatten(treedef, flat)
+    # Rules see the layers as they were: folds could not move scales between quantized ones.
+    done |= apply_inside(tx, flat, outside, stats, axes, key)
+    return unflatten(treedef, flat | done)
 
 
-def _apply_inside(
+def apply_inside(
     tx: Transform,
     flat: dict[Path, Any],
-    inside: set[Path],
+    inside: Collection[Path],
     stats: Stats,
     layout: Layout,
     key: jax.Array | None,
@@ -150,121 +290,5 @@ def _apply_inside(
     return {path: new[path] for path in inside}
 
 
-def _run_layer(
-    walk: Walk, model: ScannedModel, block: dict[Path, Any], state: list[Any], layer: jax.Array
-) -> list[Any]:
-    n_front = model.parts.consts + model.parts.carry
-    slices = [
-        block[path]
-        if path is not None
-        else jax.lax.dynamic_index_in_dim(operand, layer, keepdims=False)
-        for operand, path in zip(state[n_front:], model.stacks, strict=True)
-    ]
-    named = [
-        Named(x, path) if path is not None and is_weight(x) else x
-        for x, path in zip(slices, model.stacks, strict=True)
-    ]
-    outs = walk.run(model.body, model.body_consts, [*state[:n_front], *named])
-    return [walk.dense(out, "scan") for out in outs]
-
-
-def _array_leaves(batch: Batch) -> list[Any]:
-    return [x for x in jax.tree.leaves(_arguments(batch)) if hasattr(x, "dtype")]
-
-
-def _find_layers(
-    fn: Callable[..., Any], flat: dict[Path, Any], treedef: Any, batch: Batch
-) -> ScannedModel:
-    """Traces the model and divides it at the scan that slices the most parameters."""
-    inputs, input_tree = jax.tree.flatten(_arguments(batch))
-    arrays = [i for i, x in enumerate(inputs) if hasattr(x, "dtype")]
-
-    def run(leaves: list[Any], given: list[Any]) -> list[Any]:
-        filled = list(inputs)
-        for i, x in zip(arrays, given, strict=True):
-            filled[i] = x
-        tree = unflatten(treedef, dict(zip(flat, leaves, strict=True)))
-        out = fn(tree, *jax.tree.unflatten(input_tree, filled))
-        return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
-
-    leaves = [_compat.shape_of(x) for x in flat.values()]
-    given = [_compat.shape_of(inputs[i]) for i in arrays]
-    closed = jax.make_jaxpr(run)(leaves, given)
-    closed = jax.make_jaxpr(lambda *xs: _inline(closed.jaxpr, closed.consts, xs))(*leaves, *given)
-    jaxpr = closed.jaxpr
-    path_of = dict(zip(jaxpr.invars, flat, strict=False))
-
-    def stacks(eqn: Any) -> tuple[Path | None, ...]:
-        parts = _compat.scan_parts(eqn.params)
-        operands = eqn.invars[parts.consts + parts.carry :]
-        return tuple(
-            None if isinstance(var, _compat.Literal) else path_of.get(var) for var in operands
-        )
-
-    scans = [
-        (sum(path is not None for path in stacks(eqn)), i)
-        for i, eqn in enumerate(jaxpr.eqns)
-        if eqn.primitive is _compat.SCAN
-    ]
-    if not scans or max(scans)[0] == 0:
-        raise ValueError(
-            "pipeline: block_by_block needs a model that scans over its stacked layers, with the "
-            "parameters as they are; this one has no such scan. Stack the layers, or use "
-            "block_by_block=False."
-        )
-    at = max(scans)[1]
-    eqn = jaxpr.eqns[at]
-    operands = [var for var in eqn.invars if not isinstance(var, _compat.Literal)]
-    head = jex.Jaxpr(
-        jaxpr.constvars,
-        jaxpr.invars,
-        operands,
-        jaxpr.eqns[:at],
-        debug_info=jaxpr.debug_info._replace(result_paths=None),
-    )
-    head_fn = jex.jaxpr_as_fun(jex.ClosedJaxpr(head, closed.consts))
-
-    def before(leaves: list[Any], given: list[Any]) -> list[Any]:
-        # The trace is of dense leaves; the stacks that the scan slices are not read here.
-        dense = [leaf.materialize() if is_weight(leaf) else leaf for leaf in leaves]
-        values = iter(head_fn(*dense, *given))
-        out = [var.val if isinstance(var, _compat.Literal) else next(values) for var in eqn.invars]
-        parts = _compat.scan_parts(eqn.params)
-        front = parts.consts + parts.carry
-        # The stacks of parameters themselves are dropped: layers are taken from the tree.
-        kept = [
-            jnp.zeros((eqn.params["length"], 0)) if path is not None else x
-            for x, path in zip(out[front:], stacks(eqn), strict=True)
-        ]
-        return [*map(jnp.asarray, out[:front]), *kept]
-
-    body, body_consts = _compat.open_jaxpr(eqn.params["jaxpr"])
-    if eqn.params["reverse"]:
-        raise ValueError("pipeline: block_by_block: the model scans its layers in reverse.")
-    return ScannedModel(
-        before,
-        body,
-        body_consts,
-        _compat.scan_parts(eqn.params),
-        eqn.params["length"],
-        stacks(eqn),
-    )
-
-
-def _inline(jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Evaluates a jaxpr with the bodies of inner `jit`s in place of their calls."""
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, values, strict=True))
-
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, _compat.Literal) else env[var]
-
-    for eqn in jaxpr.eqns:
-        operands = [read(var) for var in eqn.invars]
-        if eqn.primitive is _compat.JIT:
-            inner, inner_consts = _compat.open_jaxpr(eqn.params["jaxpr"])
-            outs = _inline(inner, inner_consts, operands)
-        else:
-            outs = _compat.evaluate(eqn, operands)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
+def _of(flat: Mapping[Path, Any], paths: Iterable[Path]) -> dict[Path, Any]:
+    return {path: flat[path] for path in paths}

@@ -40,13 +40,20 @@ of them have, --set gives any other.
 
 The command writes a recipe and runs it. --print-config shows it, for `jaxweights run` to go on
 from; --explain shows what would become of which weight. What does not fit together is refused
-before anything is computed. Nothing appears at the destination before all of it is written."""
+before anything is computed.
+
+--memory 4GB holds one block of layers at a time: for models that do not fit. Each block is
+calibrated on what the quantized blocks before it give (--again never: on what the original ones
+give). What the blocks pass on lies in files beside OUT; a killed run is gone on with by --resume.
+
+Nothing appears at the destination before all of it is written."""
 EXAMPLES = """\
 examples:
   jaxweights quantize SmolLM2-135M out --method gptq --group-size 64 --calibration prose.txt
   jaxweights quantize Llama-3.2-1B out --method awq --format awq --calibration prose.txt
   jaxweights quantize Llama-3.2-1B out --method smoothquant --set alpha=0.8 --calibration prose.txt
   jaxweights quantize model out --method rtn --bits 8 --format gguf --evaluate moby-dick
+  jaxweights quantize Mistral-7B out --method gptq --calibration prose.txt --memory 6GB
   jaxweights quantize model out --method refine:gptq --calibration prose.txt --print-config
   jaxweights quantize --list"""
 
@@ -62,6 +69,7 @@ _SAID = (
     (r"\bsequences of\b", "sequences and their length are --samples and --length"),
     (r"`partition`", "what stays as it is is --skip PATTERN"),
     (r"`again: each_step`", "it is --again each_step"),
+    (r"\bmemory\b.*(Give|Remove)|`memory`", "memory is --memory, a batch --batch"),
 )
 
 
@@ -102,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--again",
         choices=("never", "each_step", "each_block"),
-        help="calibrate anew before each step, or each block of layers; slower, less memory",
+        help="calibrate anew before each step, or each block of layers",
     )
     data.add_argument(
         "--distill",
@@ -114,6 +122,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--windows", type=windows, metavar="NxLENGTH", help="how much of it; 12x1024")
     parser.add_argument(
         "--dequantize", action="store_true", help="make a quantized source dense first"
+    )
+    parser.add_argument(
+        "--memory",
+        type=_memory,
+        metavar="BYTES",
+        help="hold no more than this, such as 4GB: block by block",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where a killed run with --memory stopped"
     )
     parser.add_argument("--print-config", action="store_true", help="show the recipe, and stop")
     parser.add_argument(
@@ -152,7 +169,9 @@ def _quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if options.explain:
             plan = plan_recipe(recipe, progress=progress)
             return json.loads(plan.to_json()), str(plan)
-        result = run_recipe(recipe, overwrite=options.overwrite, progress=progress)
+        result = run_recipe(
+            recipe, overwrite=options.overwrite, resume=options.resume, progress=progress
+        )
     summary = {"directory": str(result.directory)} | result.summary
     return summary, _text(summary, recipe.output.report)
 
@@ -172,7 +191,7 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
         settings["act_order"] = True
     given = (
         *("samples", "length", "batch", "again", "distill"),
-        *("windows", "evaluate", "calibration"),
+        *("windows", "evaluate", "calibration", "memory"),
     )
     wishes = Wishes(
         str(options.source),
@@ -215,6 +234,10 @@ def _refuse_missing(options: argparse.Namespace) -> None:
     for name in ("samples", "length", "batch", "again", "distill"):
         if getattr(options, name) is not None and options.calibration is None:
             raise ValueError(f"--{name} belongs to --calibration, which says what is read.")
+    if options.resume and options.memory is None:
+        raise ValueError(
+            "--resume belongs to --memory: only runs block by block can be gone on with."
+        )
     if options.windows is not None and options.evaluate is None:
         raise ValueError("--windows belongs to --evaluate, which says what is read.")
 
@@ -258,7 +281,7 @@ def _is_decoder(options: argparse.Namespace, progress: Any) -> bool:
 
 def _said(message: str) -> str:
     """An error of the recipe in the words of the command line."""
-    message = re.sub(rf"(?m)^{re.escape(_NAME)}(?::\d+)?: ", "", message)
+    message = re.sub(rf"(?m)^(jaxweights run: )?({re.escape(_NAME)}(?::\d+)?: )?", "", message)
     message = message.replace(
         "but the recipe has no `calibrate` section. Add one,",
         "but there is no text to run it on. Say --calibration TEXT,",
@@ -296,6 +319,13 @@ def _group_size(text: str) -> int:
     if size < 1 and size != -1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of inputs. Write 128, or -1.")
     return size
+
+
+def _memory(text: str) -> str:
+    from jaxweights.cli._bytes import byte_count
+
+    byte_count(text)
+    return text
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as those in configs/")
     parser.add_argument("--output", metavar="FOLDER", help="write here, not where the recipe says")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a killed run of a recipe with `memory` stopped",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing folder, at the end"
     )
 
@@ -47,7 +52,11 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     recipe = load_recipe(options.recipe)
     with show_progress(options.quiet) as progress:
         result = run_recipe(
-            recipe, output=options.output, overwrite=options.overwrite, progress=progress
+            recipe,
+            output=options.output,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=progress,
         )
     summary = {"directory": str(result.directory)} | result.summary
     return summary, _text(summary, recipe.output.report)

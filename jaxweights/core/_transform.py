@@ -11,8 +11,8 @@ from jaxweights.core._paths import Params, Path
 from jaxweights.core._stats import Needs
 
 State = Any
-Scope = Literal["entry", "matrix", "leaf", "tree"]
-SCOPES: tuple[Scope, ...] = ("entry", "matrix", "leaf", "tree")  # from narrow to wide
+Scope = Literal["entry", "matrix", "leaf", "block", "tree"]
+SCOPES: tuple[Scope, ...] = ("entry", "matrix", "leaf", "block", "tree")  # from narrow to wide
 
 
 class NeedsFn(Protocol):
@@ -51,7 +51,8 @@ class Transform:
       scope: What a result depends on, besides the settings: `"entry"`, on the same entry of the
         tree and of the models, so that any slice of a leaf may be transformed alone; `"matrix"`,
         on the same matrix of a stack (or vector, where there is none); `"leaf"`, on the same leaf;
-        `"tree"`, on anything. Streams use it.
+        `"block"`, on leaves that read and write each other's activations, such as a norm and the
+        matrices behind it, in the same layer; `"tree"`, on anything. Streams use it.
       settings: What was asked for, where a stream carries it out in another way; else None.
       rule_of: In words, which of its rules takes a path. Tied leaves, which stay one array, must
         have one.

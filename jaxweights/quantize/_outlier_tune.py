@@ -152,7 +152,14 @@ def outlier_tune(
     def needs(params: Params, *, named: bool = False) -> Needs:
         return group_needs(params, wanted, named=named)
 
-    return stateless(update, name=_NAME, needs=needs, reads_statistics=True, moves_inputs=True)
+    return stateless(
+        update,
+        name=_NAME,
+        needs=needs,
+        reads_statistics=True,
+        moves_inputs=True,
+        scope="block",
+    )
 
 
 def _check(asker: str, bits: Any, alpha: Any, symmetrize: Any) -> None:

@@ -125,7 +125,14 @@ def smooth(
     def needs(params: Params, *, named: bool = False) -> Needs:
         return group_needs(params, wanted, named=named)
 
-    return stateless(update, name=_NAME, needs=needs, reads_statistics=True, moves_inputs=True)
+    return stateless(
+        update,
+        name=_NAME,
+        needs=needs,
+        reads_statistics=True,
+        moves_inputs=True,
+        scope="block",
+    )
 
 
 def _scale_of(

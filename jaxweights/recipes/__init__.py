@@ -31,6 +31,7 @@ if _typing.TYPE_CHECKING:
     from jaxweights.recipes._texts import read_text_file as read_text_file
     from jaxweights.recipes._texts import reflow_paragraphs as reflow_paragraphs
     from jaxweights.recipes._yaml import RecipeError as RecipeError
+    from jaxweights.recipes.onload import transform_in_blocks as transform_in_blocks
 
 # Loaded when first used: merging checkpoints needs none of them, and they take as long to import as
 # everything that it needs.
@@ -55,6 +56,7 @@ _LAZY = {
     "_run": ("RunResult", "run_recipe"),
     "_texts": ("Text", "load_text", "read_text_file", "reflow_paragraphs"),
     "_yaml": ("RecipeError",),
+    "onload": ("transform_in_blocks",),
 }
 _PLACES = {name: module for module, names in _LAZY.items() for name in names}
 

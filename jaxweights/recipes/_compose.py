@@ -48,7 +48,8 @@ class Wishes:
       samples: Sequences to calibrate on.
       length: Tokens of each.
       batch: Sequences at a time.
-      again: As in `Calibrate`; None says `each_step` for several methods, else `never`.
+      again: As in `Calibrate`; None says `each_block` with a limit of memory, else `each_step` for
+        several methods and `never` for one.
       distill: Steps of training towards the original afterwards; None for none.
       skip: Patterns of leaves that stay as they are.
       evaluate: A text file or a named text to measure with.
@@ -56,6 +57,7 @@ class Wishes:
       is_decoder: Whether the model is a language model, which says what is measured.
       dequantize: Whether a quantized source is made dense first.
       report: Whether a report is written.
+      memory: Most bytes that may be held, as `4GB`: the model is then changed block by block.
     """
 
     source: str
@@ -75,6 +77,7 @@ class Wishes:
     is_decoder: bool = True
     dequantize: bool = False
     report: bool = True
+    memory: str | None = None
 
 
 def compose(wishes: Wishes) -> str:
@@ -109,7 +112,8 @@ def compose(wishes: Wishes) -> str:
     steps = _steps(wishes, problems)
     sections = [_section("model", _model(wishes, problems))]
     if wishes.calibration is not None:
-        again = wishes.again or ("each_step" if len(steps) > 1 else "never")
+        usual = "each_step" if len(steps) > 1 else "never"
+        again = wishes.again or ("each_block" if wishes.memory is not None else usual)
         text = _text("calibration", wishes.calibration, problems)
         numbers = {"sequences": wishes.samples, "length": wishes.length, "batch": wishes.batch}
         sections.append(_section("calibrate", text | numbers | {"again": again}))
@@ -124,6 +128,8 @@ def compose(wishes: Wishes) -> str:
     sections.append(_section("output", output | ({} if wishes.report else {"report": False})))
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+    if wishes.memory is not None:
+        sections.insert(0, f"memory: {wishes.memory}")
     return "\n\n".join(sections) + "\n"
 
 

@@ -12,22 +12,20 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.checkpoint import Checkpoint, Provenance, write_safetensors
-from jaxweights.checkpoint._write_safetensors import LazyTensor
+from jaxweights.checkpoint import Checkpoint, Provenance
 from jaxweights.checkpoint.exchange._module import LazyWeight
 from jaxweights.core import Layout, apply
 from jaxweights.core._layout import is_default_target, is_vector
 from jaxweights.lift import infer_layout
 from jaxweights.models._arrange import nest
 from jaxweights.models._convert import param_shapes
-from jaxweights.models._export import export_tensors
-from jaxweights.models._gguf_export import as_ggml_reads, refuse_other_family, rope_divisors
+from jaxweights.models._gguf_export import refuse_other_family
 from jaxweights.models._lazy import carried_names, lazy_tensors
 from jaxweights.models._load import Pretrained, read_config, tokenizer_path_of
 from jaxweights.models._registry import ModelConfig, build
 from jaxweights.quantize import round_to_nearest
 from jaxweights.recipes._download import Progress
-from jaxweights.recipes._write import Format, companion_files, kept_activations, kept_settings
+from jaxweights.recipes._write import Format, kept_activations, write_lazily
 from jaxweights.stream._memory import resident_bytes
 from jaxweights.weights._weight import is_weight
 
@@ -100,30 +98,14 @@ def convert_checkpoint(
     model = Pretrained(build(config), None, config, tokenizer_path_of(source), source, {})
     carried = {} if form == "gguf" else {n: source.read(n) for n in carried_names(source, config)}
     carried |= kept_activations(form, source)
-    metadata: Any = {} if provenance is None else {"jaxweights": provenance.to_json()}
-    if form == "safetensors":
-        dense = {name: _declared(tensor) for name, tensor in tensors.items()}
-        write_safetensors(
-            destination,
-            dense | carried,
-            metadata=metadata,
-            files=companion_files(model),
-            overwrite=overwrite,
-        )
-        return
-    if form == "gguf":
-        metadata = source.metadata if source.format == "gguf" else None
-        tensors = {name: _vectors_wide(tensor) for name, tensor in tensors.items()}
-        tensors |= rope_divisors(config)  # type: ignore[arg-type]
-    export_tensors(
+    write_lazily(
         destination,
-        tensors | carried,
-        config,
-        form=form,  # type: ignore[arg-type]
+        form,
+        tensors,
+        model,
+        carried=carried,
+        provenance=provenance,
         target=target,
-        settings=kept_settings(form, source),
-        files=companion_files(model),
-        metadata=metadata,
         overwrite=overwrite,
     )
 
@@ -165,16 +147,6 @@ class _Filling:
             return value
 
         return LazyWeight(read)
-
-
-def _declared(tensor: LazyWeight) -> LazyTensor:
-    """A dense tensor with its shape and dtype, which reading it once tells."""
-    array = tensor.read()
-    return LazyTensor(array.shape, array.dtype, tensor.read)
-
-
-def _vectors_wide(tensor: LazyWeight) -> LazyWeight:
-    return LazyWeight(lambda: as_ggml_reads(tensor.read()))
 
 
 def _refuse_rounding(rounding: Rounding, form: Format) -> None:

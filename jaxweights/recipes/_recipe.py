@@ -21,6 +21,7 @@ from jaxweights.recipes._check import (
     settings_of,
 )
 from jaxweights.recipes._methods import Factory, find_method
+from jaxweights.recipes._recipe_memory import check_memory
 from jaxweights.recipes._sections import Calibrate, Distill, Evaluate, ModelSource, Output
 from jaxweights.recipes._yaml import Located, RecipeError, parse_yaml
 
@@ -93,6 +94,8 @@ class Recipe:
       seed: Seed of the methods that draw random numbers.
       stream: Whether the model is changed tensor by tensor instead of in memory: `auto` does it
         for models that would fill much of the memory, where the recipe allows it.
+      memory: Most bytes that the process may hold: the model is changed block by block of its
+        layers, statistics included; None holds all of it. `4GB` in the file.
       lines: Line of each section.
     """
 
@@ -107,6 +110,7 @@ class Recipe:
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     seed: int = 0
     stream: Stream = "auto"
+    memory: int | None = None
     lines: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -133,6 +137,7 @@ _SECTIONS = {
     "output": Output,
     "seed": int,
     "stream": Stream,
+    "memory": str | int,
 }
 
 
@@ -237,6 +242,7 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
     calibrate = sections.get("calibrate")
     if calibrate is None or calibrate.again == "never":
         _check_chain(steps, problems)
+    check_memory(root, sections, steps, problems)
     problems.check()
     values = {key: value for key, value in sections.items() if value is not None}
     lines = {"": root.line, **_lines(root)}

@@ -69,6 +69,7 @@ def run_recipe(
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
     """Runs a recipe from its model to its report.
@@ -77,13 +78,14 @@ def run_recipe(
     pattern that matches nothing, a text that is too short. The destination appears whole at the
     end, or not at all.
 
-    A model that is changed tensor by tensor (`stream` in the recipe) is written and reported on in
-    the same way, but its parameters are not returned.
+    A model that is changed tensor by tensor (`stream` in the recipe) or block by block (`memory`)
+    is written and reported on in the same way, but its parameters are not returned.
 
     Args:
       recipe: A checked recipe.
       output: Where to write, in place of the recipe's own directory.
       overwrite: Whether an existing directory may be replaced, in one step, at the end.
+      resume: Whether to go on where a killed run of a recipe with `memory` stopped.
       progress: Called with (task, done, total).
 
     Returns:
@@ -118,10 +120,19 @@ def run_recipe(
       ['recipe.yaml', 'result.json', 'safetensors']
     """
     report = progress or (lambda task, done, total: None)
-    clock = _Clock()
+    clock = Clock()
     directory = Path(output or recipe.output.directory)
     check_destination("jaxweights run", directory, overwrite=overwrite, directory=True)
     _refuse_unrelated(directory)
+    if recipe.memory is not None:
+        from jaxweights.recipes._run_blocks import run_blocks
+
+        return run_blocks(recipe, directory, clock, report, overwrite=overwrite, resume=resume)
+    if resume:
+        raise ValueError(
+            "jaxweights run: only runs block by block can be gone on with. Give the recipe a "
+            "`memory`, such as memory: 4GB, or start anew, without resuming."
+        )
     if streams(recipe, progress=report):
         return _run_stream(recipe, directory, clock, report, overwrite=overwrite)
 
@@ -173,13 +184,13 @@ def run_recipe(
         with clock("write"):
             _write_weights(folder, recipe, model, after, provenance, report)
         summary["seconds"] = clock.seconds
-        summary["size"]["on_disk"] = _flatten_folder(folder, recipe)
-        _write_report(folder, recipe, summary, leaves, panels, report)
+        summary["size"]["on_disk"] = flatten_folder(folder, recipe)
+        write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, after)
 
 
 def _run_stream(
-    recipe: Recipe, directory: Path, clock: _Clock, report: Progress, *, overwrite: bool
+    recipe: Recipe, directory: Path, clock: Clock, report: Progress, *, overwrite: bool
 ) -> RunResult:
     """The run of a model that is never in memory as a whole."""
     with clock("load"):
@@ -193,21 +204,21 @@ def _run_stream(
         with clock("change"):
             said = {"name": Path(recipe.name).name, "yaml": recipe.text}
             streaming.write(folder / "safetensors", recipe=said, progress=report)
-        leaves = streaming.leaves()
+        leaves = streaming.findings.leaves()
         provenance = provenance_of(recipe, model, leaves, sampled=True)
         sizes = {
             "before": sum(leaf.bytes_before for leaf in leaves),
             "after": sum(leaf.bytes_after for leaf in leaves),
-            "on_disk": _flatten_folder(folder, recipe),
+            "on_disk": flatten_folder(folder, recipe),
         }
         summary = summarize(recipe, model, sizes, {}, None, leaves, provenance)
         summary["seconds"] = clock.seconds
-        panels = streaming.spectra() if recipe.output.report else {}
-        _write_report(folder, recipe, summary, leaves, panels, report)
+        panels = streaming.findings.spectra() if recipe.output.report else {}
+        write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, None)
 
 
-class _Clock:
+class Clock:
     """Seconds that the parts of a run took."""
 
     def __init__(self) -> None:
@@ -333,7 +344,7 @@ def _write_weights(
     report("Writing weights", len(formats), len(formats))
 
 
-def _flatten_folder(folder: Path, recipe: Recipe) -> dict[str, int]:
+def flatten_folder(folder: Path, recipe: Recipe) -> dict[str, int]:
     """Bytes of each format on the disk; moves the files of a flat one into the folder itself."""
     sizes = {form: _folder_bytes(folder / form) for form in recipe.output.formats}
     if recipe.output.flat:
@@ -350,7 +361,7 @@ def _folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _write_report(
+def write_report(
     folder: Path,
     recipe: Recipe,
     summary: dict[str, Any],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxweights.core import Layout, Transform, chain
+from jaxweights.core import Layout, Transform, chain, flatten
 from jaxweights.core._apply import transform_tree
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import fail
-from jaxweights.core._plan import describe_leaf, leaf_bytes
 from jaxweights.models._outline import Outline, Place, outline
 from jaxweights.recipes._download import Progress
-from jaxweights.recipes._leaves import (
-    LeafResult,
-    difference,
-    singular_values,
-    spectra_name,
-    why_left,
-    worst_leaves,
-)
+from jaxweights.recipes._findings import Findings
 from jaxweights.recipes._model import Model, locate
 from jaxweights.recipes._recipe import Recipe
 from jaxweights.recipes._write import companion_files
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._run import stream_jobs
-from jaxweights.weights._axes import View
 from jaxweights.weights._weight import materialize
 
 _NAME = "jaxweights run"
@@ -95,7 +85,7 @@ def _reasons(recipe: Recipe) -> list[str]:
     for step in recipe.steps:
         if step.plain.reads_statistics:
             found.append(f"{step.method} (line {step.line}) reads statistics of the model's inputs")
-        elif step.plain.scope == "tree":
+        elif step.plain.scope in ("block", "tree"):
             found.append(f"{step.method} (line {step.line}) looks at all leaves together")
         elif step.plain.scope == "leaf":
             found.append(f"{step.method} (line {step.line}) looks at all layers of a leaf together")
@@ -123,20 +113,6 @@ def outline_model(source: Any, *, progress: Progress) -> tuple[Model, Outline]:
     path, name, words = locate(source, progress=progress)
     found = outline(path)
     return Model(name, words, found.pretrained, None), found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """What was seen of one tensor."""
-
-    layer: int
-    bytes_before: int
-    bytes_after: int
-    representation: str
-    changed: bool
-    zeros: float
-    errors: tuple[float, ...]
-    spectra: tuple[list[float], list[float]] | None
 
 
 class Streaming:
@@ -167,8 +143,8 @@ class Streaming:
             for other in others
         ]
         self._layout = layout
-        self._seen: dict[str, list[_Seen]] = {}
-        self._lock = threading.Lock()
+        params = places.pretrained.params
+        self._findings = Findings(recipe, layout, flatten(params)[0])
 
     def write(self, destination: Path, *, recipe: dict[str, Any], progress: Progress) -> None:
         """Makes the folder of safetensors."""
@@ -187,44 +163,10 @@ class Streaming:
             progress=progress,
         )
 
-    def leaves(self) -> tuple[LeafResult, ...]:
-        """What became of each leaf, in the order of the in-memory report."""
-        flat = {place.rule.path: place.rule for place in self._outline.places}
-        return tuple(self._leaf(path) for path in sorted(flat))
-
-    def spectra(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Singular values before and after, of the middle matrices of the worst leaves."""
-        leaves = self.leaves()
-        candidates = [leaf for leaf in leaves if leaf.changed and leaf.path in self._layout]
-        found = {}
-        for leaf in worst_leaves(candidates):
-            pair = next((s.spectra for s in self._seen[leaf.path] if s.spectra is not None), None)
-            if pair is not None:
-                found[spectra_name(leaf, View.of(leaf.shape, self._layout[leaf.path]))] = pair
-        return found
-
-    def _leaf(self, path: str) -> LeafResult:
-        seen = sorted(self._seen[path], key=lambda one: one.layer)
-        changed = any(one.changed for one in seen)
-        shaped = self._abstract(path)
-        return LeafResult(
-            path=path,
-            shape=tuple(shaped.shape),
-            parameters=int(np.prod(shaped.shape, dtype=np.int64)),
-            bytes_before=sum(one.bytes_before for one in seen),
-            bytes_after=sum(one.bytes_after for one in seen),
-            representation=seen[0].representation,
-            changed=changed,
-            why="" if changed else why_left(path, shaped, self._layout, self._recipe),
-            zeros=float(np.mean([one.zeros for one in seen])) if changed else 0.0,
-            errors=tuple(error for one in seen for error in one.errors),
-        )
-
-    def _abstract(self, path: str) -> Any:
-        tree: Any = self._outline.pretrained.params
-        for part in path.split("/"):
-            tree = tree[part]
-        return tree
+    @property
+    def findings(self) -> Findings:
+        """What became of the leaves."""
+        return self._findings
 
     def _job(self, place: Place) -> Job:
         source = self._outline.pretrained.source
@@ -266,7 +208,7 @@ class Streaming:
                 models = [{path: other} for other in others] or None
                 key = jax.random.key(self._recipe.seed)
                 new = transform_tree(tx, {path: leaf}, models=models, key=key, layout=layout)[path]
-            self._look(place, leaf, new)
+            self._findings.look(path, place.layer, leaf, new)
             dense = np.array(materialize(new))  # what was read into is used again
             return place.rule.to_checkpoint(dense if place.layer is None else dense[0])
 
@@ -276,28 +218,3 @@ class Streaming:
         """The tensor as a leaf of the model, with a stack of one layer."""
         part = place.rule.from_checkpoint(np.asarray(array))
         return jax.numpy.array(part if place.layer is None else part[None])
-
-    def _look(self, place: Place, leaf: Any, new: Any) -> None:
-        """Compares a leaf before and after, and keeps what the report says of it."""
-        path, changed = place.rule.path, new is not leaf
-        axes = self._layout.get(path)
-        errors, zeros, pair = (), 0.0, None
-        if changed:
-            view = None if axes is None else View.of(leaf.shape, axes)
-            found, zero = difference(leaf, new, view)
-            errors, zeros = tuple(np.asarray(found, float).ravel().tolist()), float(zero)
-            middle = self._abstract(path).shape[0] // 2 if place.layer is not None else None
-            if view is not None and self._recipe.output.report and place.layer == middle:
-                pair = (singular_values(leaf, view), singular_values(new, view))
-        one = _Seen(
-            place.layer or 0,
-            leaf_bytes(leaf),
-            leaf_bytes(new),
-            describe_leaf(new),
-            changed,
-            zeros,
-            errors,
-            pair,
-        )
-        with self._lock:
-            self._seen.setdefault(path, []).append(one)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from jaxweights.checkpoint.exchange._narrow_floats import E2M1
 from jaxweights.quantize._nf4 import NF4_LEVELS
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
+
+if TYPE_CHECKING:
+    from jaxweights.checkpoint.exchange._module import LazyWeight
 
 Format = Literal[
     "orbax",
@@ -90,6 +93,68 @@ def write_checkpoint(
     dense = jax.tree.map(np.asarray, materialize(params))
     tensors = checkpoint_from_params(dense, pretrained.config) | dict(pretrained.carried)
     write_safetensors(destination, tensors, metadata=metadata, files=files, overwrite=overwrite)
+
+
+def write_lazily(
+    destination: Path,
+    form: Format,
+    tensors: Mapping[str, LazyWeight],
+    pretrained: Any,
+    *,
+    carried: Mapping[str, Any],
+    provenance: Any = None,
+    target: Literal["vllm"] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """`write_checkpoint`, of tensors that are made when they are looked at, each twice.
+
+    Args:
+      destination: A folder to make; for `gguf` also a file.
+      form: Any format but `orbax`.
+      tensors: Under the names of the format, in its orientation.
+      pretrained: The model whose tensors they are.
+      carried: Further tensors, which the model does not use.
+      provenance: How they came about.
+      target: As in `write_checkpoint`.
+      overwrite: As in `write_checkpoint`.
+    """
+    from jaxweights.checkpoint import write_safetensors
+    from jaxweights.checkpoint._write_safetensors import LazyTensor
+    from jaxweights.checkpoint.exchange._module import LazyWeight
+    from jaxweights.models._export import export_tensors
+    from jaxweights.models._gguf_export import as_ggml_reads, rope_divisors
+
+    def declared(tensor: LazyWeight) -> LazyTensor:
+        array = tensor.read()  # which tells its shape and dtype
+        return LazyTensor(array.shape, array.dtype, tensor.read)
+
+    source, config = pretrained.source, pretrained.config
+    files = companion_files(pretrained)
+    metadata: Any = {} if provenance is None else {"jaxweights": provenance.to_json()}
+    if form == "safetensors":
+        dense = {name: declared(tensor) for name, tensor in tensors.items()}
+        write_safetensors(
+            destination, dense | dict(carried), metadata=metadata, files=files, overwrite=overwrite
+        )
+        return
+    made: dict[str, Any] = dict(tensors)
+    if form == "gguf":
+        metadata = source.metadata if source.format == "gguf" else None
+        made = {
+            name: LazyWeight(lambda read=tensor.read: as_ggml_reads(read()))
+            for name, tensor in tensors.items()
+        } | rope_divisors(config)
+    export_tensors(
+        destination,
+        made | dict(carried),
+        config,
+        form=form,  # type: ignore[arg-type]
+        target=target,
+        settings=kept_settings(form, source),
+        files=files,
+        metadata=metadata,
+        overwrite=overwrite,
+    )
 
 
 def kept_settings(form: Format, source: Any) -> Mapping[str, Any] | None:

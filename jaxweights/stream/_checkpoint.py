@@ -166,7 +166,7 @@ def why_unread(checkpoint: Checkpoint) -> str | None:
 
 def _why_not(tx: Transform, whole: Transform) -> str | None:
     """Why what is done to one leaf cannot be done without the others; None if it can."""
-    if tx.scope == "tree" and not (tx is whole and can_slice(tx.settings)):
+    if tx.scope in ("block", "tree") and not (tx is whole and can_slice(tx.settings)):
         return (
             f"{tx.name} looks at the whole tree, so it cannot run tensor by tensor. Rank by leaf "
             "instead, or apply it in memory."

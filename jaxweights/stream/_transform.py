@@ -49,7 +49,7 @@ def transform_job(
     Returns:
       The job.
     """
-    assert tx.scope != "tree", "checked by who builds the jobs"
+    assert tx.scope not in ("block", "tree"), "checked by who builds the jobs"
     own = (*operands[:1], *operands) if leaf_is_model and not _takes_tree(tx) else operands
     made = _sliced_job(Leaf(name, dtype, tuple(own), layout, seed), tx.settings)
     if made is not None:

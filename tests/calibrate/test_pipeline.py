@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxweights.calibrate import pipeline
-from jaxweights.core import chain, leafwise, partition
+from jaxweights.core import chain, identity, leafwise, partition
+from jaxweights.quantize import Fold, awq
+from jaxweights.weights import Quantized
 
 KEY = jax.random.key(0)
 
@@ -116,13 +118,13 @@ def test_one_layer_of_statistics_is_alive_at_a_time(params, batches, monkeypatch
     from jaxweights.calibrate import _blocks as blocks
 
     shapes = []
-    original = blocks._apply_inside
+    original = blocks.apply_inside
 
     def spy(tx, flat, inside, stats, *rest):
         shapes.append({p: r["second_moment"].shape for p, r in stats.values.items()})
         return original(tx, flat, inside, stats, *rest)
 
-    monkeypatch.setattr(blocks, "_apply_inside", spy)
+    monkeypatch.setattr(blocks, "apply_inside", spy)
     pipeline(model, params, batches, [chain(scale_by_input_rms())], block_by_block=True)
     assert shapes[:3] == [{"layers/up": (8,), "layers/down": (12,)}] * 3
 
@@ -154,3 +156,23 @@ def test_a_model_without_a_scan_over_layers_is_refused(batches):
             [scale_by_input_rms()],
             block_by_block=True,
         )
+
+
+def test_a_smaller_last_batch_is_calibrated_on_block_by_block(params, batches):
+    cut = [batches[0], batches[1][:1]]
+    rows = [batches[0][:1], batches[0][1:], batches[1][:1]]
+    new = pipeline(model, params, cut, [scale_by_input_rms()], block_by_block=True)
+    same = pipeline(model, params, rows, [scale_by_input_rms()], block_by_block=True)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_scales_are_folded_block_by_block(params, batches):
+    folds = Fold("layers/up", "layers/norm")
+    tx = awq(bits=4, group_size=4, folds=folds)
+    tx = partition(("layers/(?:up|norm)", tx), (..., identity()))
+    new = pipeline(model, params, batches, [tx], block_by_block=True)
+    assert isinstance(new["layers"]["up"], Quantized)
+    norm = new["layers"]["norm"]
+    assert norm.shape == (3, 8) and float(jnp.abs(norm - params["layers"]["norm"]).max()) > 0.01
+    np.testing.assert_array_equal(new["last"], params["last"])

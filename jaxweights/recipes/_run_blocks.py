@@ -1,0 +1,99 @@
+"""Runs a recipe block by block, for models that do not fit in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxweights.core import flatten
+from jaxweights.models import load_tokenizer
+from jaxweights.recipes._download import Progress
+from jaxweights.recipes._findings import Findings, Seen
+from jaxweights.recipes._measure import prepare_calibration
+from jaxweights.recipes._model import Model, check_fit, locate
+from jaxweights.recipes._plan_recipe import plan_steps
+from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._run import Clock, RunResult, flatten_folder, write_report
+from jaxweights.recipes._summary import provenance_of, summarize
+from jaxweights.recipes.onload._layers import Layers
+from jaxweights.recipes.onload._run import BlockRun
+from jaxweights.recipes.onload._work import refuse_outside, work_folder, write_blocks
+
+_NAME = "jaxweights run"
+
+
+def run_blocks(
+    recipe: Recipe,
+    directory: Path,
+    clock: Clock,
+    report: Progress,
+    *,
+    overwrite: bool,
+    resume: bool,
+) -> RunResult:
+    """The run of a model of which one block of layers is in memory at a time."""
+    with clock("load"):
+        path, name, words = locate(recipe.model, progress=report)
+        layers = Layers(_NAME, path, dequantize=recipe.model.dequantize)
+        tokens = layers.pretrained.tokenizer_path is not None
+        tokenizer = load_tokenizer(layers.pretrained) if tokens else None
+        model = Model(name, words, layers.pretrained, tokenizer)
+        check_fit(recipe, model)
+        recipe = recipe.for_model(layers.pretrained.config)
+        layout, plan = plan_steps(recipe, model, ())
+        refuse_outside(_NAME, layers, [leaf.path for leaf in plan.changed])
+        data = prepare_calibration(recipe, model, report)
+        run = BlockRun(
+            _NAME,
+            layers,
+            [step.transform for step in recipe.steps],
+            [] if data is None else data.batches,
+            again="never" if recipe.calibrate is None else recipe.calibrate.again,
+            key=jax.random.key(recipe.seed),
+            memory=recipe.memory,
+        )
+    findings = Findings(recipe, layout, flatten(model.params)[0])
+    source = layers.pretrained.source.fingerprint(sampled=True)
+    # The result is the same whatever may be held.
+    identity = {"source": source, "recipe": re.sub(r"(?m)^memory:.*\n", "", recipe.text)}
+    with work_folder(_NAME, directory, identity=identity, overwrite=overwrite, resume=resume) as (
+        folder,
+        kept,
+    ):
+        with clock("change"):
+            files = run.run(
+                kept,
+                look=lambda *leaf: dataclasses.asdict(findings.look(*leaf)),
+                progress=report,
+            )
+        _look_back(findings, files, layers)
+        leaves = findings.leaves()
+        provenance = provenance_of(recipe, model, leaves, sampled=True)
+        with clock("write"):
+            for form in recipe.output.formats:
+                write_blocks(
+                    folder / form, form, layers, files, provenance=provenance, progress=report
+                )
+        sizes = {
+            "before": sum(leaf.bytes_before for leaf in leaves),
+            "after": sum(leaf.bytes_after for leaf in leaves),
+            "on_disk": flatten_folder(folder, recipe),
+        }
+        summary = summarize(recipe, model, sizes, {}, data, leaves, provenance)
+        summary["seconds"] = clock.seconds
+        panels = findings.spectra() if recipe.output.report else {}
+        write_report(folder, recipe, summary, leaves, panels, report)
+    return RunResult(directory, summary, leaves, None)
+
+
+def _look_back(findings: Findings, files: Any, layers: Layers) -> None:
+    """Takes in what an earlier run saw of the blocks that it finished."""
+    for layer in range(layers.count):
+        for path, said in files.said(layer).items():
+            pair = None if said["spectra"] is None else tuple(said["spectra"])
+            one = said | {"errors": tuple(said["errors"]), "spectra": pair}
+            findings.add(path, Seen(**one))
