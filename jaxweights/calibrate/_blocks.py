@@ -17,9 +17,13 @@ from jaxweights.calibrate._calibrate import (
     _assign,
     _merged_layout,
     calibrate,
+    compared,
+    observing,
+    probed,
     refuse_incomplete,
 )
-from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
+from jaxweights.calibrate._probe import combine_records, neutral_record
+from jaxweights.calibrate._reference import Reference
 from jaxweights.calibrate._scanned import Leaves, ScannedModel, array_leaves, find_layers
 from jaxweights.core import (
     Context,
@@ -37,7 +41,6 @@ from jaxweights.core._apply import LayoutLike
 from jaxweights.lift import _compat
 from jaxweights.lift._infer_layout import trace_model
 from jaxweights.lift._walk import Walk
-from jaxweights.weights import View
 
 Arrays = Sequence[Any]
 Wanted = tuple[tuple[Path, frozenset[Statistic]], ...]
@@ -51,12 +54,15 @@ class LayerInput(NamedTuple):
       shared: What all layers share.
       carried: What the layer before gave.
       keep: Which tokens count; None for all.
+      original: What the layer before would have given, had no layer been changed; None where no
+        statistic compares the two.
     """
 
     model: ScannedModel
     shared: Arrays
     carried: Arrays
     keep: Any = None
+    original: Arrays | None = None
 
 
 class BlockPrograms:
@@ -118,10 +124,21 @@ class BlockPrograms:
         carried = jax.eval_shape(enter, _of(leaves, model.carry.reads), given)
         return LayerInput(model, shared, carried)
 
+    def compares(self, needs: Needs) -> bool:
+        """Whether a statistic of the layers asks for `LayerInput.original`."""
+        return bool(compared({path: needs[path] for path in self.model.inside if path in needs}))
+
     def advance(self, block: Leaves, one: LayerInput, layer: int) -> list[jax.Array]:
         """What a layer gives to the next one."""
         index = jnp.asarray(layer, jnp.int32)
         return self._advance(block, one.shared, one.carried, index, model=one.model)
+
+    def after(self, new: Leaves, old: Leaves, one: LayerInput, layer: int) -> LayerInput:
+        """What the next layer reads of a batch, behind a layer that was changed."""
+        carried, original = self.advance(new, one, layer), one.original
+        if original is not None:
+            original = self.advance(old, one._replace(carried=original), layer)
+        return one._replace(carried=carried, original=original)
 
     def calibrate(
         self, needs: Needs, block: Leaves, inputs: Iterable[LayerInput], layer: int
@@ -182,18 +199,15 @@ class BlockPrograms:
         self, block: Leaves, one: Any, layer: Any, *, wanted: Wanted, model: ScannedModel
     ) -> dict[Path, Any]:
         """Statistics of a batch."""
-        shared, carried, keep = one
-        probed = dict(block)
-        for path, names in wanted:
-            view = View.of(block[path].shape, self.layout[path])
-            probed[path] = Probe(block[path], None, view, names)
-        walk = Walk(
-            observer=lambda *product: observe(*product, mask=keep),
-            combine=combine_records,
-            identity=neutral_record,
-        )
-        model.run_layer(walk, probed, shared, carried, layer)
-        refuse_incomplete(walk, dict(wanted))
+        shared, carried, keep, original = one
+        names, reference = dict(wanted), None
+        if original is not None and compared(names):
+            reference = Reference()
+            leaves = probed(block, self.layout, compared(names))
+            model.run_layer(reference.walk, leaves, shared, original, layer)
+        walk = observing(keep, reference)
+        model.run_layer(walk, probed(block, self.layout, names), shared, carried, layer)
+        refuse_incomplete(walk, names)
         return dict(walk.records)
 
     def _add_records(
@@ -250,13 +264,17 @@ def transform_blocks(
         for batch, keep in zip(batches, masks, strict=True)
     ]
 
+    if programs.compares(needs):
+        inputs = [one._replace(original=one.carried) for one in inputs]
+
     blocks = []
     for layer in range(model.length):
         block = {path: jax.tree.map(lambda x: x[layer], flat[path]) for path in model.inside}  # noqa: B023
         stats = programs.calibrate(needs, block, inputs, layer)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
-        block = apply_inside(tx, flat | block, model.inside, stats, axes, layer_key)
-        inputs = [one._replace(carried=programs.advance(block, one, layer)) for one in inputs]
+        new = apply_inside(tx, flat | block, model.inside, stats, axes, layer_key)
+        inputs = [programs.after(new, block, one, layer) for one in inputs]
+        block = new
         blocks.append(block)
         if progress is not None:
             progress("layers", layer + 1, model.length)
@@ -270,7 +288,9 @@ def transform_blocks(
     stats = Stats({}, (), axes)
     if rest:
         new_params = unflatten(treedef, flat | done)
-        stats = calibrate(fn, new_params, batches, needs=rest, layout=axes, mask=mask)
+        stats = calibrate(
+            fn, new_params, batches, needs=rest, reference=params, layout=axes, mask=mask
+        )
     # Rules see the layers as they were: folds could not move scales between quantized ones.
     done |= apply_inside(tx, flat, outside, stats, axes, key)
     return unflatten(treedef, flat | done)

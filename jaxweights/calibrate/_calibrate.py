@@ -12,10 +12,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
+from jaxweights.calibrate._reference import Reference
 from jaxweights.core import Layout, Needs, Params, Path, Stats, flatten, unflatten
 from jaxweights.core._apply import LayoutLike
 from jaxweights.core._paths import check_pattern, fail, matching, nearest
-from jaxweights.core._stats import GRADIENT_STATISTICS, INPUT_STATISTICS, STATISTICS
+from jaxweights.core._stats import (
+    GRADIENT_STATISTICS,
+    INPUT_STATISTICS,
+    MATRIX_STATISTICS,
+    STATISTICS,
+)
 from jaxweights.lift._infer_layout import trace_model
 from jaxweights.lift._lift import evaluate_lifted
 from jaxweights.lift._walk import Walk
@@ -33,6 +39,7 @@ def calibrate(
     *,
     needs: Needs,
     loss: Callable[..., jax.Array] | None = None,
+    reference: Params | None = None,
     layout: LayoutLike = None,
     mask: Mask | None = None,
     progress: Progress | None = None,
@@ -52,6 +59,8 @@ def calibrate(
         of the model are left out; what needs them says so.
       loss: `loss(params, *batch)`, a scalar, for `grad_abs` and `grad_sq`: it is differentiated for
         one example at a time (batches of leading length 1).
+      reference: The model's parameters before they were quantized or pruned, for `cross_gram`: its
+        activations are what the inputs of `params` are compared with.
       layout: Axes that win over those read off the trace; a mapping from patterns to `Axes`.
       mask: Tells which tokens of a batch count: `mask(batch)` is bool, shaped like the leading axes
         of the activations, such as `(batch, tokens)`.
@@ -78,7 +87,7 @@ def calibrate(
             f"calibrate: the first argument is a {type(fn).__name__}, not a function. Write "
             "calibrate(fn, params, batches, needs=...), with a model fn(params, batch)."
         )
-    _check_needs(needs, loss)
+    _check_needs(needs, loss, reference)
     batches, total_batches = iter(batches), _length(batches)
     try:
         first = next(batches)
@@ -88,6 +97,7 @@ def calibrate(
     trace = trace_model(fn, params, _arguments(first))
     axes = _merged_layout(trace.layout, layout, list(flat))
     input_needs, owners = _assign(needs, flat, axes, dict(trace.owners))
+    before = None if reference is None else _like(flat, flatten(reference)[0])
     gradient_paths = {
         path: names & frozenset(GRADIENT_STATISTICS)
         for path, names in needs.items()
@@ -95,8 +105,10 @@ def calibrate(
     }
 
     @jax.jit
-    def collect(flat: dict[Path, Any], batch: Batch) -> dict[Path, Any]:
-        records = _input_records(fn, flat, treedef, axes, input_needs, batch, mask)
+    def collect(
+        flat: dict[Path, Any], before: dict[Path, Any] | None, batch: Batch
+    ) -> dict[Path, Any]:
+        records = _input_records(fn, flat, before, treedef, axes, input_needs, batch, mask)
         for path, record in _gradient_records(loss, flat, treedef, gradient_paths, batch).items():
             records[path] = records.get(path, {}) | record
         return records
@@ -107,7 +119,7 @@ def calibrate(
 
     total: dict[Path, Any] | None = None
     for done, batch in enumerate(itertools.chain([first], batches), start=1):
-        new = collect(flat, batch)
+        new = collect(flat, before, batch)
         total = new if total is None else add(total, new)
         if progress is not None:
             jax.block_until_ready(total)
@@ -118,7 +130,7 @@ def calibrate(
     return Stats(total, kept, axes)
 
 
-_SUMS = ("gram", "second_moment", "sum", "abs_sum", *GRADIENT_STATISTICS)
+_SUMS = (*MATRIX_STATISTICS, "second_moment", "sum", "abs_sum", *GRADIENT_STATISTICS)
 _MOST_SHOWN = 5
 
 
@@ -128,8 +140,8 @@ def _finite(total: dict[Path, dict[str, jax.Array]]) -> dict[Path, jax.Array]:
     flags = {}
     for path, record in total.items():
         sums = {name: value for name, value in record.items() if name in _SUMS}
-        if "gram" in sums:
-            sums["gram"] = jnp.diagonal(sums["gram"], axis1=-2, axis2=-1)
+        for name in set(MATRIX_STATISTICS) & set(sums):
+            sums[name] = jnp.diagonal(sums[name], axis1=-2, axis2=-1)
         flags[path] = jnp.stack(
             [jnp.asarray(True), *(jnp.isfinite(x).all() for x in sums.values())]
         ).all()
@@ -152,7 +164,7 @@ def _nonfinite(total: dict[Path, Any]) -> list[str]:
     ]
 
 
-def _check_needs(needs: Needs, loss: Any) -> None:
+def _check_needs(needs: Needs, loss: Any, reference: Any) -> None:
     problems = []
     for path, names in needs.items():
         for name in sorted(set(names) - set(STATISTICS)):
@@ -164,6 +176,12 @@ def _check_needs(needs: Needs, loss: Any) -> None:
             problems.append(
                 f"{path!r}: {sorted(set(names) & set(GRADIENT_STATISTICS))} are statistics of "
                 "gradients. Pass loss=, a function (params, *batch) -> scalar."
+            )
+        if "cross_gram" in names and reference is None:
+            problems.append(
+                f"{path!r}: 'cross_gram' compares two models. Go through the layers by "
+                "pipeline(block_by_block=True), or pass reference=, the parameters before they "
+                "were changed."
             )
     fail("calibrate", problems)
 
@@ -221,9 +239,53 @@ def _stack(leaf: Any, axes: Any) -> tuple[int, ...]:
     return (*(leaf.shape[a] for a in view.stack_axes(len(leaf.shape))), view.in_dim)
 
 
+def _like(flat: dict[Path, Any], before: dict[Path, Any]) -> dict[Path, Any]:
+    """The leaves of a reference model, in the order of the model's; refuses those of another."""
+    shape = lambda leaf: tuple(getattr(leaf, "shape", ()))  # noqa: E731
+    fail(
+        "calibrate: reference",
+        [
+            f"{path!r}: is {shape(before[path]) if path in before else 'missing'}, but params has "
+            f"{shape(flat[path]) if path in flat else 'no such leaf'}. Pass parameters of the same "
+            "model."
+            for path in {**flat, **before}
+            if path not in flat or path not in before or shape(flat[path]) != shape(before[path])
+        ],
+    )
+    return {path: before[path] for path in flat}
+
+
+def probed(
+    flat: Mapping[Path, Any], axes: Layout, wanted: Mapping[Path, frozenset[str]]
+) -> dict[Path, Any]:
+    """The leaves, with probes in place of those whose statistics are wanted."""
+    return {
+        path: Probe(leaf, None, View.of(leaf.shape, axes[path]), wanted[path])
+        if path in wanted
+        else leaf
+        for path, leaf in flat.items()
+    }
+
+
+def observing(keep: jax.Array | None, reference: Reference | None) -> Walk:
+    """A walk that records the statistics of probes."""
+    paired = None if reference is None else reference.next
+    return Walk(
+        observer=lambda *product: observe(*product, mask=keep, reference=paired),
+        combine=combine_records,
+        identity=neutral_record,
+    )
+
+
+def compared(wanted: Mapping[Path, frozenset[str]]) -> dict[Path, frozenset[str]]:
+    """What is wanted of weights whose inputs are compared with those of a reference model."""
+    return {path: names for path, names in wanted.items() if "cross_gram" in names}
+
+
 def _input_records(
     fn: Callable[..., Any],
     flat: dict[Path, Any],
+    before: dict[Path, Any] | None,
     treedef: Any,
     axes: Layout,
     wanted: dict[Path, frozenset[str]],
@@ -232,19 +294,14 @@ def _input_records(
 ) -> dict[Path, Any]:
     if not wanted:
         return {}
-    probed = {
-        path: Probe(leaf, None, View.of(leaf.shape, axes[path]), wanted[path])
-        if path in wanted
-        else leaf
-        for path, leaf in flat.items()
-    }
     keep = None if mask is None else jnp.asarray(mask(batch), bool)
-    walk = Walk(
-        observer=lambda *product: observe(*product, mask=keep),
-        combine=combine_records,
-        identity=neutral_record,
-    )
-    evaluate_lifted(fn, walk, (unflatten(treedef, probed), *_arguments(batch)), {})
+    reference, inputs = None, _arguments(batch)
+    if before is not None and compared(wanted):
+        reference = Reference()
+        leaves = probed(before, axes, compared(wanted))
+        evaluate_lifted(fn, reference.walk, (unflatten(treedef, leaves), *inputs), {})
+    walk = observing(keep, reference)
+    evaluate_lifted(fn, walk, (unflatten(treedef, probed(flat, axes, wanted)), *inputs), {})
     refuse_incomplete(walk, wanted)
     return dict(walk.records)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -155,7 +156,15 @@ class Probe(Weight):
         return dataclasses.replace(self, base=base, view=view or self.view)
 
 
-def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask: Any) -> Any:
+def observe(
+    named: Named,
+    x: jax.Array,
+    kind: str,
+    params: dict[str, Any],
+    *,
+    mask: Any,
+    reference: Callable[[str], jax.Array] | None = None,
+) -> Any:
     """Statistics of one product of activations with a probed weight.
 
     Args:
@@ -164,6 +173,7 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
       kind: `"dot"`, `"ragged_dot"` or `"conv"`.
       params: Parameters of the product.
       mask: True where a token counts, over the leading free axes of the activations; or None.
+      reference: Gives the rows of the same product in another model, by path, for `cross_gram`.
 
     Returns:
       The record, or None where the weight is no probe or this is not the product of its layout.
@@ -171,9 +181,11 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
     probe = named.weight
     if not isinstance(probe, Probe):
         return None
-    changes = input_changes(probe.base)
+    paired = None
+    if reference is not None and "cross_gram" in probe.wanted:
+        paired = functools.partial(reference, named.path)
     if kind == "ragged_dot":
-        for change in changes:
+        for change in input_changes(probe.base):
             x = change.changed_ragged(x, params["group_sizes"])
         if mask is not None:
             raise ValueError(
@@ -183,22 +195,20 @@ def observe(named: Named, x: jax.Array, kind: str, params: dict[str, Any], mask:
         return place(probe, ragged_statistics(x, params["group_sizes"], probe))
     if kind == "conv":
         rows, windows = patches_as_rows(named.path, x, probe, params)
-        for change in changes:
-            rows = change.change(rows)
+        rows = changed_rows(probe.base, rows)
         weights = token_weights(named.path, windows, mask)
-        return place(probe, statistics(rows, weights, probe.wanted))
+        return place(probe, statistics(rows, weights, probe.wanted, paired))
     found = activations_as_rows(probe.view, probe.ndim, x, params["dimension_numbers"])
     if found is None or found.transposed:
         return None
-    for change in changes:
-        found = found._replace(x=change.change(found.x))
+    found = found._replace(x=changed_rows(probe.base, found.x))
     stacked = found.x.ndim > 2
     weights = token_weights(named.path, found.free_shape, mask)
     if stacked:
         # Dispatching experts leaves empty slots at zero: a row of zeros is no token.
         filled = jnp.any(found.x != 0, axis=-1)
         weights = filled if weights is None else filled & weights
-    record = statistics(found.x, weights, probe.wanted)
+    record = statistics(found.x, weights, probe.wanted, paired)
     # Matrices of a stack that all see the same activations have the same statistics.
     own = len(found.x.shape) - 2
     stack = tuple(probe.shape[axis] for axis in probe.view.stack_axes(probe.ndim))
@@ -218,13 +228,26 @@ def input_changes(weight: Any) -> list[InputChange]:
     return found
 
 
-def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statistic]) -> Record:
+def changed_rows(weight: Any, rows: jax.Array) -> jax.Array:
+    """Rows `(*stack, tokens, in)` as the innermost base meets them."""
+    for change in input_changes(weight):
+        rows = change.change(rows)
+    return rows
+
+
+def statistics(
+    rows: jax.Array,
+    keep: jax.Array | None,
+    wanted: frozenset[Statistic],
+    paired: Callable[[], jax.Array] | None = None,
+) -> Record:
     """Statistics of activations `(*stack, tokens, in)`.
 
     Args:
       rows: Activations.
       keep: Which rows count, `(*stack, tokens)` bool, or None for all.
       wanted: Names of statistics.
+      paired: Gives the rows of the same tokens in a reference model, for `cross_gram`.
 
     Returns:
       The wanted statistics and `count`, summed in float32.
@@ -247,6 +270,10 @@ def statistics(rows: jax.Array, keep: jax.Array | None, wanted: frozenset[Statis
         record["gram"] = jnp.matmul(jnp.swapaxes(x, -1, -2), x, precision=HIGHEST)
     elif "second_moment" in wanted:
         record["second_moment"] = jnp.sum(jnp.square(x), axis=-2)
+    if paired is not None:
+        other = paired().astype(jnp.float32)
+        other = other if keep is None else jnp.where(keep[..., None], other, 0)
+        record["cross_gram"] = jnp.matmul(jnp.swapaxes(x, -1, -2), other, precision=HIGHEST)
     for name, extreme, beyond in (("min", jnp.min, jnp.inf), ("max", jnp.max, -jnp.inf)):
         if name in wanted:
             shown = x if keep is None else jnp.where(keep[..., None], x, beyond)

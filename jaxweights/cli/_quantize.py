@@ -69,6 +69,7 @@ _SAID = (
     (r"\bsequences of\b", "sequences and their length are --samples and --length"),
     (r"`partition`", "what stays as it is is --skip PATTERN"),
     (r"`again: each_step`", "it is --again each_step"),
+    (r"`again: each_block`", "it is --again each_block"),
     (r"\bmemory\b.*(Give|Remove)|`memory`", "memory is --memory, a batch --batch"),
 )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxweights.core._apply import LayoutLike, resolve_layout, transform_tree
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Flat, Params, Path, flatten, unflatten
-from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Stats
+from jaxweights.core._stats import GRADIENT_STATISTICS, MATRIX_STATISTICS, Needs, Stats
 from jaxweights.core._transform import Transform
 from jaxweights.core._untouched import why_untouched
 from jaxweights.weights._axes import View
@@ -248,7 +248,8 @@ def _abstract_stats(needs: Needs, flat: Flat, layout: Layout) -> Stats:
         stack = tuple(shape[a] for a in view.stack_axes(len(shape)))
         entry = {}
         for name in sorted(names):
-            tail = {"count": (), "gram": (view.in_dim, view.in_dim)}.get(name, (view.in_dim,))
+            lengths = {"count": 0, **dict.fromkeys(MATRIX_STATISTICS, 2)}
+            tail = (view.in_dim,) * lengths.get(name, 1)
             full = shape if name in GRADIENT_STATISTICS else (*stack, *tail)
             dtype = jnp.int32 if name == "count" else jnp.float32
             entry[name] = jax.ShapeDtypeStruct(full, dtype)

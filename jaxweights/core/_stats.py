@@ -21,9 +21,11 @@ INPUT_STATISTICS: tuple[Statistic, ...] = (
     "abs_sum",
     "second_moment",
     "gram",
+    "cross_gram",
     "min",
     "max",
 )
+MATRIX_STATISTICS: tuple[Statistic, ...] = ("gram", "cross_gram")  # of pairs of inputs
 GRADIENT_STATISTICS: tuple[Statistic, ...] = ("grad_abs", "grad_sq")
 STATISTICS = INPUT_STATISTICS + GRADIENT_STATISTICS
 
@@ -41,6 +43,8 @@ class Stats:
     - `sum`, `abs_sum`, `second_moment`, `min`, `max` `(*stack, in)`: of the inputs, of their sizes
       and their squares; sums, not means.
     - `gram` `(*stack, in, in)`: sum of the outer products of the inputs.
+    - `cross_gram` `(*stack, in, in)`: of the inputs with those of the same token in a reference
+      model, which are the columns.
     - `grad_abs`, `grad_sq`, shaped like the weight: sums over examples of |g| and g².
 
     Weights that read the same input share one entry. Of a weight that changes its inputs

@@ -9,7 +9,7 @@ from typing import Any
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_default_target, is_float, is_vector
 from jaxweights.core._paths import Flat, Path, fail
-from jaxweights.core._stats import GRADIENT_STATISTICS, Statistic
+from jaxweights.core._stats import GRADIENT_STATISTICS, MATRIX_STATISTICS, Statistic
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._weight import Weight, is_weight
@@ -136,7 +136,7 @@ def _unfit_statistics(
             return stats.why_missing(path, statistic)
         expected = {
             "count": stack,
-            "gram": (*stack, view.in_dim, view.in_dim),
+            **dict.fromkeys(MATRIX_STATISTICS, (*stack, view.in_dim, view.in_dim)),
             **dict.fromkeys(GRADIENT_STATISTICS, tuple(leaf.shape)),
         }.get(statistic, (*stack, view.in_dim))
         if tuple(value.shape) != expected:

@@ -73,6 +73,11 @@ class Walk:
         """Whether records are collected."""
         return self.observer is not None
 
+    @property
+    def inside(self) -> bool:
+        """Whether this is the body of a loop, a branch or a `shard_map`."""
+        return len(self._frames) > 1
+
     def run(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; inputs and outputs may be `Named`."""
         env: dict[Any, Any] = {}

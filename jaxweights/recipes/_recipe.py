@@ -242,6 +242,8 @@ def parse_recipe(text: str, *, name: str = "recipe") -> Recipe:
     calibrate = sections.get("calibrate")
     if calibrate is None or calibrate.again == "never":
         _check_chain(steps, problems)
+    if calibrate is not None and calibrate.again != "each_block":
+        _check_alone(steps, problems)
     check_memory(root, sections, steps, problems)
     problems.check()
     values = {key: value for key, value in sections.items() if value is not None}
@@ -260,6 +262,18 @@ def _check_chain(steps: tuple[Step, ...], problems: Problems) -> None:
                 "axes, after which they are wrong. Add `again: each_step` to `calibrate`.",
             )
         mover = step.method if step.transform.moves_inputs else mover
+
+
+def _check_alone(steps: tuple[Step, ...], problems: Problems) -> None:
+    """Refuses a step that compares blocks of layers where they are not gone through one by one."""
+    for step in steps:
+        if step.settings.get("error_propagation"):
+            problems.add(
+                step.line,
+                f"{step.method}: error_propagation compares every block of layers with the "
+                "original one, so they are gone through one by one. Add `again: each_block` to "
+                "`calibrate`.",
+            )
 
 
 def read_sections(root: Located, problems: Problems) -> dict[str, Any]:

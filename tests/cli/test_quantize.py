@@ -169,6 +169,21 @@ def test_rounded_inputs_are_written_so_that_other_programs_round_them(
     assert moved == (method != "int8_dynamic")
 
 
+@pytest.mark.filterwarnings("ignore:.*tokens were seen")
+def test_blocks_make_up_for_errors_of_those_before_them(quantize, llama, tmp_path):
+    base = ("--method", "gptq", "--bits", 2, "--group-size", 32, "--again", "each_block", *DATA)
+    given = ("--set", "error_propagation=0.5")
+    for name, more in (("with", given), ("without", ())):
+        code, _, err = quantize(llama, tmp_path / name, *base, *more, "--no-report")
+        assert code == 0, err
+    one, other = (
+        load_pretrained(tmp_path / name).params["layers"]["mlp"]["up"]["kernel"]
+        for name in ("with", "without")
+    )
+    same = [np.mean(np.asarray(one.codes[i] == other.codes[i])) for i in range(2)]
+    assert same[0] == 1 and same[1] < 1
+
+
 def test_what_is_skipped_stays_float(quantize, llama, tmp_path):
     base = ("--method", "rtn", "--group-size", 32, "--no-report")
     code, _, err = quantize(llama, tmp_path / "out", *base, "--skip", "layers/mlp/.*")
@@ -335,6 +350,10 @@ def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
         (
             ("--method", "smooth+gptq", "--again", "never", *DATA),
             ["quantize.gptq reads statistics, but quantize.smooth before it", "--again each_step"],
+        ),
+        (
+            ("--method", "gptq", "--set", "error_propagation=0.5", *DATA),
+            ["compares every block of layers with the original one", "--again each_block"],
         ),
         (("--method", "rtn", "--distill", 8), ["--distill belongs to --calibration"]),
         (("--method", "rtn", "--distill", 0, *DATA), ["distill: steps is 0"]),

@@ -52,11 +52,13 @@ def make_stats():
     """Statistics of correlated inputs, 32 wide, as `calibrate` would leave them."""
     x = jax.random.normal(KEY, (64, 8)) @ jax.random.normal(jax.random.fold_in(KEY, 1), (8, 32))
     x = x + 0.1 * jax.random.normal(jax.random.fold_in(KEY, 2), (64, 32))
+    original = x + 0.1 * jax.random.normal(jax.random.fold_in(KEY, 3), (64, 32))
     one = {
         "count": jnp.asarray(64, jnp.int32),
         "sum": x.sum(0),
         "abs_sum": jnp.abs(x).sum(0),
         "gram": x.T @ x,
+        "cross_gram": x.T @ original,
         "min": x.min(0),
         "max": x.max(0),
     }

@@ -58,6 +58,10 @@ def stages_of(name, config):
         "gptq": [gptq(**GPTQ)],
         "awq": [awq(bits=4, group_size=32, folds=folds)],
         "smooth, gptq": [smooth(folds=folds, unfolded="leave"), gptq(**GPTQ)],
+        "smooth, gptq with errors": [
+            smooth(folds=folds, unfolded="leave"),
+            gptq(**GPTQ, error_propagation=0.5),
+        ],
     }[name]
 
 
@@ -90,6 +94,7 @@ def as_in_memory(model, stages, batches, again, out, form):
         ("llama", "gptq", "each_block", "compressed-tensors"),
         ("llama", "gptq", "never", "gptq"),
         ("qwen2", "awq", "each_block", "awq"),
+        ("llama", "smooth, gptq with errors", "each_block", "compressed-tensors"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -125,6 +130,14 @@ def test_blocks_read_what_the_quantized_blocks_before_them_give(folder, tmp_path
     for outside in ("model.embed_tokens.weight", "model.norm.weight"):
         source = open_checkpoint(folder / "llama")
         np.testing.assert_array_equal(two.read(outside), source.read(outside))
+
+
+def test_errors_are_propagated_block_by_block_only(folder, tmp_path):
+    tx = gptq(**GPTQ, error_propagation=0.5)
+    words = r"again='each_step': error_propagation compares every block.*Choose 'each_block'"
+    with pytest.raises(ValueError, match=words):
+        transform_in_blocks(folder / "llama", tmp_path / "out", tx, tokens(), again="each_step")
+    assert not (tmp_path / "out").exists()
 
 
 def test_methods_without_data_need_no_batches(folder, tmp_path):

@@ -90,9 +90,11 @@ def needed_bytes(
             needs = stage.transform.needs(layers.shapes | block)
             largest = max(batches, key=_tree_bytes)
             one = programs.read_shapes(layers.shapes, largest)
+            if programs.compares(needs):
+                one = one._replace(original=one.carried)
             stats, temporaries = programs.abstract(needs, block, one)
             # Beside what comes in: what goes out, and NumPy's copy of one of them.
-            passing = _tree_bytes(one.shared) + 3 * _tree_bytes(one.carried)
+            passing = _tree_bytes((one.shared, one.original)) + 3 * _tree_bytes(one.carried)
             batch = max(batch, temporaries + passing)
         statistics = max(statistics, _tree_bytes(stats.values))
         method = max(method, _method_bytes(block, stats))

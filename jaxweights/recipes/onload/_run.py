@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -71,7 +72,20 @@ class BlockRun:
         inside = self._programs.model.inside
         fail(asker, filter(None, (why_not_in_blocks(tx, inside) for tx in transforms)))
         self._stages = plan_stages(transforms, again)
-        self._streams = sorted({s.reads for s in self._stages if s.reads is not None})
+        # Stages that compare blocks with what they were before them.
+        self._comparing = {
+            number
+            for number, stage in enumerate(self._stages)
+            if stage.reads is not None
+            and self._programs.compares(stage.transform.needs(layers.shapes))
+        }
+        if self._comparing and again != "each_block":
+            raise ValueError(
+                f"{asker}: again={again!r}: error_propagation compares every block of layers with "
+                "the original one, so they are gone through one by one. Choose 'each_block'."
+            )
+        reads = {stage.reads for stage in self._stages if stage.reads is not None}
+        self._streams = sorted(reads | self._comparing)
         if self._streams and not batches:
             raise ValueError(f"{asker}: there is no batch to calibrate on. Pass at least one.")
         self._batches = list(batches) if self._streams else []
@@ -169,7 +183,8 @@ class BlockRun:
             stats = Stats({}, (), self._programs.layout)
             if stage.reads is not None:
                 needs = stage.transform.needs(self._layers.shapes | block)
-                inputs = self._inputs(states, stage.reads, layer)
+                original = number if number in self._comparing else None
+                inputs = self._inputs(states, stage.reads, layer, original)
                 stats = self._programs.calibrate(needs, block, inputs, layer)
             block = self._apply(number, block, stats, layer)
             behind[number + 1] = block
@@ -195,7 +210,14 @@ class BlockRun:
         transform, flat = self._stages[number].transform, self._layers.shapes | block
         return apply_inside(transform, flat, [*block], stats, stats.layout, key)
 
-    def _inputs(self, states: HiddenStates, stream: int, layer: int) -> Iterator[LayerInput]:
-        for batch, carried in zip(self._batches, states.read(stream, layer), strict=True):
-            arrays = [jax.numpy.asarray(array) for array in carried]
-            yield self._programs.read(self._shared_leaves, batch, arrays)
+    def _inputs(
+        self, states: HiddenStates, stream: int, layer: int, original: int | None = None
+    ) -> Iterator[LayerInput]:
+        """What a layer reads batch by batch, and what another stream has in its place."""
+        on_device = lambda arrays: [jax.numpy.asarray(array) for array in arrays]  # noqa: E731
+        others = itertools.repeat(None) if original is None else states.read(original, layer)
+        for batch, carried, other in zip(
+            self._batches, states.read(stream, layer), others, strict=False
+        ):
+            one = self._programs.read(self._shared_leaves, batch, on_device(carried))
+            yield one if other is None else one._replace(original=on_device(other))
