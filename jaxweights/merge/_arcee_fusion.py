@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,16 @@ from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
 
 _MERGEKIT_EPSILON = 1e-8  # added to probabilities
 _QUARTILES = (0.25, 0.5, 0.75)
+
+
+class FusionMerge(NamedTuple):
+    """What was asked for; a stream does it slice by slice."""
+
+    name: str
+    whisker: Any
+    compat: Compat
+    output: Output
+    remedy: str = "Entries are copied from the one model to the tree."
 
 
 def arcee_fusion(
@@ -71,18 +81,24 @@ def arcee_fusion(
 
     Source: mergekit's method of this name; no paper.
     Differs: (1) quartiles are exact however large the leaf; mergekit draws a million entries.
-    (2) The divergence is exact for small deltas.
+    (2) The divergence is exact for small deltas. (3) It is computed in float32 for bfloat16 leaves,
+    with either `compat`. mergekit takes softmax and logarithm in the models' dtype, and steps of
+    bfloat16 in probabilities are as large as what deltas of 1 % change: its divergences are then
+    ten times the true ones and vary from row to row by a quarter. About one entry in 25 is copied
+    by one and kept by the other, and differs by all of its delta. mergekit with `dtype: float32`
+    agrees.
     """
     name = "merge.arcee_fusion"
     check_choice(name, "compat", compat, ("paper", "mergekit"))
     if not isinstance(whisker, Tracer) and not (np.ndim(whisker) == 0 and np.isfinite(whisker)):
         raise ValueError(f"{name}: whisker={whisker} must be one finite number.")
     output = Output.checked(name, out_dtype, rounding, nonfloat)
+    settings = FusionMerge(name, whisker, compat, output)
 
     def merge_leaf(job: LeafJob) -> Merged:
         dtype = compute_dtype(job.base)
-        scores = _importance(job.base, job.models[0], axes=job.axes, compat=compat)
-        cut = _cut(scores, jnp.asarray(whisker, dtype), stack=job.stack)
+        scores = importance_of(job.base, job.models[0], axes=job.axes, compat=compat)
+        cut = _cut(scores, jnp.asarray(whisker, dtype), stack=job.stack, compat=compat)
         return Merged(
             *_copy_above(
                 job.base, job.models[0], scores, cut, job.key, output=output, dtype=job.dtype
@@ -95,13 +111,14 @@ def arcee_fusion(
         output=output,
         names=names,
         most=1,
-        remedy="Entries are copied from the one model to the tree.",
+        remedy=settings.remedy,
         group="output",
+        settings=settings,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "compat"))
-def _importance(base: Any, model: Any, *, axes: tuple[int, ...], compat: Compat) -> jax.Array:
+def importance_of(base: Any, model: Any, *, axes: tuple[int, ...], compat: Compat) -> jax.Array:
     dtype = compute_dtype(base)
     old, new = (jnp.asarray(x).astype(dtype) for x in (base, model))
     if compat == "mergekit":
@@ -131,15 +148,35 @@ def _divergence(old: jax.Array, delta: jax.Array, axes: tuple[int, ...]) -> jax.
     return jnp.sum(q * jnp.where(jnp.abs(r) < 0.05, series, exact), axis=axes, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames="stack")
-def _cut(scores: jax.Array, whisker: jax.Array, *, stack: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("stack", "compat"))
+def _cut(
+    scores: jax.Array, whisker: jax.Array, *, stack: tuple[int, ...], compat: Compat
+) -> jax.Array:
     """Where copying starts, shaped to broadcast over the leaf."""
     rows = to_rows(scores, stack).astype(jnp.float32)
-    last = rows.shape[1] - 1
-    ranks = [int(q * last) + 1 for q in _QUARTILES]
-    low, median, high = (jax.vmap(lambda row, k=k: kth_smallest(row, k))(rows) for k in ranks)
-    cut = median.astype(whisker.dtype) + whisker * (high - low).astype(whisker.dtype)
+    ranks = quartile_ranks(rows.shape[1])
+    kth = _kth_signed if compat == "mergekit" else kth_smallest
+    low, median, high = (jax.vmap(lambda row, k=k: kth(row, k))(rows) for k in ranks)
+    cut = cut_above(low, median, high, whisker)
     return cut.reshape([n if a in stack else 1 for a, n in enumerate(scores.shape)])
+
+
+def _kth_signed(row: jax.Array, k: int) -> jax.Array:
+    """The k-th smallest, where rounding noise may have made divergences negative."""
+    below = jnp.sum(row < 0, dtype=jnp.int32)
+    negative = -kth_smallest(jnp.where(row < 0, row, jnp.inf), jnp.maximum(below - k + 1, 1))
+    positive = kth_smallest(jnp.where(row < 0, jnp.inf, row), jnp.maximum(k - below, 1))
+    return jnp.where(k <= below, negative, positive)
+
+
+def quartile_ranks(entries: int) -> list[int]:
+    """Which of the smallest scores are the quartiles, from 1."""
+    return [int(q * (entries - 1)) + 1 for q in _QUARTILES]
+
+
+def cut_above(low: jax.Array, median: jax.Array, high: jax.Array, whisker: jax.Array) -> jax.Array:
+    """Where copying starts, in the dtype of the whisker."""
+    return median.astype(whisker.dtype) + whisker * (high - low).astype(whisker.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("output", "dtype"))

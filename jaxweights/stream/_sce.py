@@ -22,7 +22,8 @@ from jaxweights.merge._sce import (
 from jaxweights.merge._sphere import vectors_of
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
-from jaxweights.stream._ranks import RankSurvey, Target, among
+from jaxweights.stream._ranks import Target, among
+from jaxweights.stream._score_ranks import ScoreRanks
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import PartialSums, folded
 from jaxweights.stream._surveys import InTurn, OfBlocks
@@ -77,6 +78,11 @@ def sce_job(leaf: Leaf, merge: SceMerge) -> Job | None:
 @jax.jit
 def _variance(base: Any, models: list[Any]) -> jax.Array:
     return variance_of(vectors_of(base, models, deltas=True))
+
+
+def _variances(arrays: Sequence[Any]) -> np.ndarray:
+    """What is ranked of a slice."""
+    return np.asarray(_variance(arrays[0], list(arrays[1:])))
 
 
 @jax.jit
@@ -148,90 +154,35 @@ class _Layer(InTurn):
         """Variances of a slice, and the bound of those that are selected; None where all are."""
         if self.selection is None:
             return None, None
-        variance = np.asarray(_variance(arrays[0], list(arrays[1:])))
-        return variance, self.selection.bound_in(name, start, variance)
+        scores = _variances(arrays)
+        return scores, self.selection.bound_in(self.selection.target, name, start, scores)
 
 
-class _Selection(RankSurvey):
-    """Finds the largest variances of one layer, ties to the first in flat order.
-
-    Variances are computed by one program wherever they are compared. Entries without variance are
-    counted, not ranked: there may be more of them than can be kept.
-    """
+class _Selection(ScoreRanks):
+    """Finds the largest variances of one layer, ties to the first in flat order."""
 
     def __init__(self, merge: SceMerge, agreement: _Agreement, entries: int):
         self._merge, self._agreement, self._all = merge, agreement, entries
-        self._target = Target(0, 1)  # how many is known after the first pass
-        super().__init__(_itself, [self._target], entries)
-        self._counting = True
+        self.target = Target(0, 0)  # how many is known after the first pass
+        super().__init__(_variances, [self.target], entries)
         self._changed = False
-        self._varying: dict[int, int] = {}  # entries with a variance, by slice
-        self._sizes: dict[int, int] = {}
-
-    def reads(self, model: int) -> tuple[int, ...]:
-        """The variances alone."""
-        return (0,)
-
-    @property
-    def samples(self) -> bool:
-        """Never: the pass that samples counts all entries, too."""
-        return False
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> Any:
-        base, models = arrays[0], list(arrays[1:])
-        variance = np.asarray(_variance(base, models))
-        counted = None
-        if self._counting:
-            varying = int(np.count_nonzero(variance[:count]))
-            counted = count, varying, bool(_changed(base, models))
-            if not self._sampling:
-                return counted, None
-        return counted, super().look(job, start, count, [variance])
+        return bool(_changed(arrays[0], list(arrays[1:]))), super().look(job, start, count, arrays)
 
     def add(self, job: Job, start: int, seen: Any) -> None:
-        counted, ranked = seen
-        if counted is not None:
-            self._sizes[start], self._varying[start], changed = counted
-            self._changed |= changed
-        if ranked is not None:
-            super().add(job, start, ranked)
+        changed, ranked = seen
+        self._changed |= changed
+        super().add(job, start, ranked)
 
-    def decide(self) -> bool:
-        if not self._counting:
-            return super().decide()
-        self._counting = False
-        varying = sum(self._varying.values())
-        self._agreement.add(self._all, varying, self._changed)
+    def counted(self, positive: int, negative: int) -> None:
+        del negative
+        self._agreement.add(self._all, positive, self._changed)
         share = self._merge.density
         if self._merge.compat == "mergekit":
-            self._wanted = int(np.floor(np.float32(share) * np.float32(varying)))
+            self.target.k = int(np.floor(np.float32(share) * np.float32(positive)))
         else:
-            self._wanted = int(count_selected(float(share), self._all))
-        self._target.k = self._wanted
-        if not 0 < self._wanted < varying:
-            self._open = []
-            return False
-        return super().decide() if self._sampling else True
-
-    def bound_in(self, name: str, start: int, variance: np.ndarray) -> np.ndarray:
-        """What `among` tells the selected entries of a slice by."""
-        varying = sum(self._varying.values())
-        if self._wanted < varying or self._wanted == 0:
-            threshold = self._target.threshold
-            last = self.last(self._target, (name, start), [variance])
-        else:
-            # All that vary, and the first of the others.
-            pairs = ((self._sizes[s], self._varying[s]) for s in self._sizes if s < start)
-            left = self._wanted - varying - sum(size - number for size, number in pairs)
-            equal = np.flatnonzero(variance[: self._sizes[start]] == 0)
-            taken = min(max(left, 0), equal.size)
-            threshold, last = 0, int(equal[taken - 1]) if taken else -1
-        return np.array([threshold, last], np.int64).astype(np.uint32)
-
-
-def _itself(arrays: Sequence[Any], model: int) -> Any:
-    del model
-    return arrays[0]  # a function that all surveys share, so that they share its programs
+            self.target.k = int(count_selected(float(share), self._all))
 
 
 class _Energies(Survey):

@@ -11,10 +11,12 @@ import numpy as np
 from jaxweights.core._apply import LayoutLike, transform_tree
 from jaxweights.core._layout import is_float
 from jaxweights.core._transform import Transform
+from jaxweights.merge._arcee_fusion import FusionMerge
 from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._sce import SceMerge
 from jaxweights.merge._spherical import SphereMerge
 from jaxweights.stream._chance import chance_job
+from jaxweights.stream._fusion import fusion_job
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._leaf import Leaf
 from jaxweights.stream._sce import sce_job
@@ -95,4 +97,6 @@ def _sliced_job(leaf: Leaf, settings: Any) -> Job | None:
         return chance_job(leaf, settings)
     if isinstance(settings, SceMerge):
         return sce_job(leaf, settings)
+    if isinstance(settings, FusionMerge):
+        return fusion_job(leaf, settings)
     return None

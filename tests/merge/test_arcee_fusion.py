@@ -9,7 +9,7 @@ import pytest
 
 from jaxweights.core import Layout, apply
 from jaxweights.merge import arcee_fusion
-from jaxweights.merge._arcee_fusion import _divergence
+from jaxweights.merge._arcee_fusion import _cut, _divergence
 from jaxweights.weights import Axes
 from tests.merge._public import checkpoint, results
 
@@ -98,3 +98,11 @@ def test_nan_that_is_not_copied_is_refused_all_the_same():
 def test_it_runs_under_jit():
     compiled = jax.jit(lambda a, b: apply(arcee_fusion(), {"w": a}, models=[{"w": b}])["w"])
     np.testing.assert_array_equal(compiled(BASE, MODEL), merge(arcee_fusion()))
+
+
+@pytest.mark.parametrize("shift", [-3.0, -0.6, 0.0, 0.6, 3.0])
+def test_quartiles_of_scores_that_noise_made_negative_keep_their_sign(shift):
+    scores = (RNG.normal(size=(2, 203)) + shift).astype(np.float32)
+    got = _cut(jnp.asarray(scores), jnp.float32(1.5), stack=(0,), compat="mergekit")
+    low, median, high = np.sort(scores, axis=1)[:, [50, 101, 151]].T
+    np.testing.assert_allclose(np.asarray(got)[:, 0], median + 1.5 * (high - low), rtol=1e-6)

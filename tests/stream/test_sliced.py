@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.stream import _chance, _jobs, _ranks, _row_ranks, _sce
+from jaxweights.stream import _chance, _fusion, _jobs, _ranks, _row_ranks, _sce
 from jaxweights.stream._jobs import cut
 from jaxweights.stream._row_ranks import row_ranks
 from tests.stream._merging import SHAPES, in_memory, job_of, streamed, trees
@@ -23,6 +23,7 @@ EXACT = {
     "della": functools.partial(_merge.della, **_CHANCE),
     "della linear": functools.partial(_merge.della_linear, **_CHANCE, normalize=True),
     "della as it is": functools.partial(_merge.della, **_CHANCE, rescale="none"),
+    "arcee fusion": _merge.arcee_fusion,
     "nearswap": functools.partial(_merge.nearswap, t=0.01),
     "ram": functools.partial(_merge.ram, epsilon=0.01),
 }
@@ -35,7 +36,7 @@ SUMMED = {
     "sce of all": _merge.sce,
 }
 METHODS = EXACT | SUMMED
-MODELS = {"nearswap": 1}
+MODELS = {"nearswap": 1, "arcee fusion": 1}
 
 
 def _merged(folder, method, dtype=np.float32, **options):
@@ -202,3 +203,30 @@ def test_sce_warns_of_tensors_whose_models_hardly_differ(tmp_path, monkeypatch):
     ) as told:
         streamed(tmp_path, tx, [base, first, second])
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("sampled", [1 << 15, 1 << 8], ids=["ranked", "sampled"])
+def test_divergences_that_are_rounding_noise_are_ranked_with_their_sign(
+    tmp_path, monkeypatch, sampled
+):
+    # Slices of the whole shape, so that one program computes the noise of both.
+    shape = (64, 64)
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 4096)
+    monkeypatch.setattr(_jobs, "_SMALL", 1)
+    monkeypatch.setattr(_ranks, "_SAMPLED_FROM", sampled)
+    base = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    model = base + 1e-4 * np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    given = [{"a.kernel": base}, {"a.kernel": model}]
+    tx = jw.merge.arcee_fusion(compat="mergekit", whisker=0.2)
+    axes = {"a.kernel": jw.Axes(inputs=(-1,), outputs=(-2,))}
+    got = streamed(tmp_path, tx, given, layout=axes)["a.kernel"]
+    scores = np.asarray(_fusion._scores(base, model, along=64, behind=1, compat="mergekit"))
+    low, median, high = np.sort(scores)[[1023, 2047, 3071]]
+    assert low < 0 < high  # half of the rows have a negative divergence
+    copied = scores.reshape(shape) >= median + np.float32(0.2) * (high - low)
+    np.testing.assert_array_equal(got, np.where(copied, model, base))
+
+
+def test_the_number_of_models_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"merge.arcee_fusion: 2 models were given.*exactly 1"):
+        streamed(tmp_path, jw.merge.arcee_fusion(), trees(2))

@@ -201,7 +201,11 @@ METHODS: dict[str, Method] = {
         "required",
         (1, 1),
         _arcee_fusion,
-        ("Quartiles are exact; mergekit draws a million entries of large tensors.",),
+        (
+            "Quartiles are exact; mergekit draws a million entries of large tensors.",
+            "Divergences are in float32; in bfloat16, mergekit's are mostly rounding noise, so that "
+            "about one entry in 25 is copied by one and kept by the other.",
+        ),
     ),
     "sce": Method(
         {
