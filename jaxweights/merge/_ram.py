@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,15 @@ from jaxweights.core._transform import Transform
 from jaxweights.merge._models import Nonfloat, Output, Rounding, all_finite
 from jaxweights.merge._per_leaf import LeafJob, Merged, per_leaf
 from jaxweights.merge._sphere import vectors_of
+
+
+class RamMerge(NamedTuple):
+    """What RAM+ was asked to do; a stream does it slice by slice."""
+
+    name: str
+    epsilon: float
+    enlarge: tuple[float, float]
+    output: Output
 
 
 def ram(
@@ -137,6 +146,7 @@ def _ram(
         delta=True,
         group=None if enlarge is None else "leaf",
         scope="entry" if enlarge is None else "matrix",
+        settings=None if enlarge is None else RamMerge(name, float(epsilon), enlarge, output),
     )
 
 
@@ -153,25 +163,47 @@ def _ram_leaf(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     deltas = vectors_of(base, models, deltas=True)
-    changed = [jnp.abs(delta) > epsilon for delta in deltas]
-    count = jnp.asarray(sum(mask.astype(jnp.int32) for mask in changed))
-    share = 1 / jnp.maximum(count, 1).astype(deltas[0].dtype)
-    parts = []
-    for delta, mask in zip(deltas, changed, strict=True):
-        factor = share
-        if enlarge is not None:
-            factor = jnp.where(count == 1, _enlargement(mask, count, enlarge, axes), share)
-        parts.append(jnp.where(mask, delta * factor, 0))
-    origin = jnp.asarray(base).astype(deltas[0].dtype)
-    stored = output.store(origin + jnp.asarray(sum(parts)), dtype, key)
+    factors = None
+    if enlarge is not None:
+        shared, alone = counts_of(deltas, epsilon, axes)
+        factors = enlargements(shared, alone, enlarge)
+    stored = output.store(add_changed(base, deltas, epsilon, factors), dtype, key)
     return stored, all_finite(stored, *deltas)
 
 
-def _enlargement(
-    mask: jax.Array, count: jax.Array, enlarge: tuple[float, float], axes: tuple[int, ...]
-) -> jax.Array:
-    """What a model's own deltas are multiplied by, shaped to broadcast over the leaf."""
+def _changed(deltas: list[jax.Array], epsilon: float) -> tuple[list[jax.Array], jax.Array]:
+    """Which entries each model has changed, and how many models have."""
+    changed = [jnp.abs(delta) > epsilon for delta in deltas]
+    return changed, jnp.asarray(sum(mask.astype(jnp.int32) for mask in changed))
+
+
+def counts_of(
+    deltas: list[jax.Array], epsilon: float, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """How many entries each model shares, and how many it alone has changed; `(models, ...)`."""
+    changed, count = _changed(deltas, epsilon)
+    number = functools.partial(jnp.sum, axis=axes, keepdims=True, dtype=jnp.int32)
+    shared = jnp.stack([number(mask & (count > 1)) for mask in changed])
+    return shared, jnp.stack([number(mask & (count == 1)) for mask in changed])
+
+
+def enlargements(shared: jax.Array, alone: jax.Array, enlarge: tuple[float, float]) -> jax.Array:
+    """What a model's own deltas are multiplied by, float32."""
     gain, most = enlarge
-    shared = jnp.sum(mask & (count > 1), axis=axes, keepdims=True, dtype=jnp.float32)
-    alone = jnp.sum(mask & (count == 1), axis=axes, keepdims=True, dtype=jnp.float32)
-    return 1 + gain * jnp.minimum(shared / jnp.maximum(alone, 1), most)
+    ratio = shared.astype(jnp.float32) / jnp.maximum(alone, 1).astype(jnp.float32)
+    return 1 + gain * jnp.minimum(ratio, most)
+
+
+def add_changed(
+    base: Any, deltas: list[jax.Array], epsilon: float, factors: jax.Array | None
+) -> jax.Array:
+    """The base with what one model alone has changed, by its factor, and the mean of the rest."""
+    changed, count = _changed(deltas, epsilon)
+    share = 1 / jnp.maximum(count, 1).astype(deltas[0].dtype)
+    parts = []
+    for i, (delta, mask) in enumerate(zip(deltas, changed, strict=True)):
+        factor = share
+        if factors is not None:
+            factor = jnp.where(count == 1, factors[i].astype(share.dtype), share)
+        parts.append(jnp.where(mask, delta * factor, 0))
+    return jnp.asarray(base).astype(deltas[0].dtype) + jnp.asarray(sum(parts))

@@ -13,12 +13,14 @@ from jaxweights.core._layout import is_float
 from jaxweights.core._transform import Transform
 from jaxweights.merge._arcee_fusion import FusionMerge
 from jaxweights.merge._delta import DeltaMerge
+from jaxweights.merge._ram import RamMerge
 from jaxweights.merge._sce import SceMerge
 from jaxweights.merge._spherical import SphereMerge
 from jaxweights.stream._chance import chance_job
 from jaxweights.stream._fusion import fusion_job
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._ram import ram_job
 from jaxweights.stream._sce import sce_job
 from jaxweights.stream._sphere import sphere_job
 from jaxweights.weights._weight import materialize
@@ -99,4 +101,6 @@ def _sliced_job(leaf: Leaf, settings: Any) -> Job | None:
         return sce_job(leaf, settings)
     if isinstance(settings, FusionMerge):
         return fusion_job(leaf, settings)
+    if isinstance(settings, RamMerge):
+        return ram_job(leaf, settings)
     return None

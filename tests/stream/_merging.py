@@ -42,10 +42,11 @@ def streamed(folder, tx, given, **options):
     return dict(open_checkpoint(folder / "out").items())
 
 
-def in_memory(tx, given, key=0):
+def in_memory(tx, given, key=0, layout=None):
     """What `apply` makes of them."""
     base, *models = [jax.tree.map(jnp.asarray, tree) for tree in given]
-    merged = jw.apply(tx, base, models=models, layout=LAYOUT, key=jax.random.key(key))
+    layout = LAYOUT if layout is None else layout
+    merged = jw.apply(tx, base, models=models, layout=layout, key=jax.random.key(key))
     return {name: np.asarray(x) for name, x in merged.items()}
 
 

@@ -26,6 +26,7 @@ EXACT = {
     "arcee fusion": _merge.arcee_fusion,
     "nearswap": functools.partial(_merge.nearswap, t=0.01),
     "ram": functools.partial(_merge.ram, epsilon=0.01),
+    "ram plus": functools.partial(_merge.ram_plus, epsilon=0.03, gain=0.5, most=3.0),
 }
 SUMMED = {
     "dare": functools.partial(_merge.dare_linear, density=[0.5, 0.3, 1.0]),
@@ -230,3 +231,17 @@ def test_divergences_that_are_rounding_noise_are_ranked_with_their_sign(
 def test_the_number_of_models_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"merge.arcee_fusion: 2 models were given.*exactly 1"):
         streamed(tmp_path, jw.merge.arcee_fusion(), trees(2))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_importances_of_few_values_and_many_zeros_are_ranked(tmp_path, share):
+    draw = np.random.default_rng(0)
+    base = np.repeat(draw.normal(size=(1, 1000)), 300, axis=0).astype(np.float32)
+    steps = 0.01 * draw.integers(1, 3, size=base.shape) * (draw.random(base.shape) < share)
+    steps[1::2] = steps[::2]  # rows come in pairs, so that most importances tie
+    given = [{"a.kernel": base}, {"a.kernel": (base + steps).astype(np.float32)}]
+    tx = jw.merge.arcee_fusion(whisker=0.1)
+    axes = {"a.kernel": jw.Axes(inputs=(-1,), outputs=(-2,))}
+    got = streamed(tmp_path, tx, given, layout=axes)["a.kernel"]
+    np.testing.assert_array_equal(got, in_memory(tx, given, layout=axes)["a.kernel"])
+    assert 0.05 < (got != base).mean() < share

@@ -203,8 +203,8 @@ METHODS: dict[str, Method] = {
         _arcee_fusion,
         (
             "Quartiles are exact; mergekit draws a million entries of large tensors.",
-            "Divergences are in float32; in bfloat16, mergekit's are mostly rounding noise, so that "
-            "about one entry in 25 is copied by one and kept by the other.",
+            "Divergences are in float32; those of mergekit in bfloat16 are mostly rounding noise, "
+            "and about one entry in 25 is copied by one and kept by the other.",
         ),
     ),
     "sce": Method(
