@@ -13,6 +13,7 @@ import numpy as np
 from jaxweights.align._assignment import best_assignment
 from jaxweights.align._permute import follow
 from jaxweights.align._spec import PermutationSpec
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._paths import Params, fail
 
 Activations = Mapping[str, jax.Array]
@@ -80,6 +81,7 @@ def activation_matching(
       The permutations, and the mean similarity before and after.
 
     Raises:
+      TypeError: If `batches` is a single batch.
       ValueError: If there is no data, it can be read only once, or activations have another shape
         than their permutation or are not finite.
 
@@ -103,6 +105,7 @@ def activation_matching(
         )
     spec.check(params_a, f"{name}: params_a")
     spec.check(params_b, f"{name}: params_b")
+    refuse_one_batch(name, batches)
     if isinstance(batches, Iterator):
         raise ValueError(
             f"{name}: batches is an iterator, which can be read only once. Pass a list, or an "

@@ -15,6 +15,7 @@ from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, 
 from jaxweights.calibrate._reference import Reference
 from jaxweights.core import Layout, Needs, Params, Path, Stats, flatten, unflatten
 from jaxweights.core._apply import LayoutLike
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.core._stats import (
     GRADIENT_STATISTICS,
@@ -56,7 +57,7 @@ def calibrate(
       params: Its parameters; may hold represented weights.
       batches: Batches of inputs, streamed once. Batches of another shape compile again.
       needs: Statistics per path, from `tx.needs(params)`. Paths that turn out to be no matrices
-        of the model are left out; what needs them says so.
+        of the model are left out, if any is one; what needs them says so.
       loss: `loss(params, *batch)`, a scalar, for `grad_abs` and `grad_sq`: it is differentiated for
         one example at a time (batches of leading length 1).
       reference: The model's parameters before they were quantized or pruned, for `cross_gram`: its
@@ -70,9 +71,9 @@ def calibrate(
       The statistics, as raw sums in float32 (counts in int32), with the layout that was seen.
 
     Raises:
-      TypeError: If the first argument is no function.
-      ValueError: If there is no batch, a need is unknown, gradients are needed without a loss, or
-        what was summed is not finite.
+      TypeError: If the first argument is no function, or `batches` is a single batch.
+      ValueError: If there is no batch, a need or its path is unknown, nothing that is needed is
+        ever multiplied, gradients are needed without a loss, or what was summed is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,6 +88,7 @@ def calibrate(
             f"calibrate: the first argument is a {type(fn).__name__}, not a function. Write "
             "calibrate(fn, params, batches, needs=...), with a model fn(params, batch)."
         )
+    refuse_one_batch("calibrate", batches)
     _check_needs(needs, loss, reference)
     batches, total_batches = iter(batches), _length(batches)
     try:
@@ -94,6 +96,7 @@ def calibrate(
     except StopIteration:
         raise ValueError("calibrate: there is no batch. Pass at least one.") from None
     flat, treedef = flatten(params)
+    _check_paths(needs, flat)
     trace = trace_model(fn, params, _arguments(first))
     axes = _merged_layout(trace.layout, layout, list(flat))
     input_needs, owners = _assign(needs, flat, axes, dict(trace.owners))
@@ -120,6 +123,8 @@ def calibrate(
     total: dict[Path, Any] | None = None
     for done, batch in enumerate(itertools.chain([first], batches), start=1):
         new = collect(flat, before, batch)
+        if needs and not new:
+            raise ValueError(_nothing_to_watch(needs, trace.layout))
         total = new if total is None else add(total, new)
         if progress is not None:
             jax.block_until_ready(total)
@@ -184,6 +189,29 @@ def _check_needs(needs: Needs, loss: Any, reference: Any) -> None:
                 "were changed."
             )
     fail("calibrate", problems)
+
+
+def _check_paths(needs: Needs, flat: Mapping[Path, Any]) -> None:
+    fail(
+        "calibrate",
+        [
+            f"{path!r}: needs names this path, but params has no such leaf. The nearest paths: "
+            f"{nearest(path, flat)}."
+            for path in needs
+            if path not in flat
+        ],
+    )
+
+
+def _nothing_to_watch(needs: Needs, seen: Layout) -> str:
+    paths = list(needs)
+    more = f" and {len(paths) - _MOST_SHOWN} more" if len(paths) > _MOST_SHOWN else ""
+    used = [path for path, axes in seen.entries if axes.kind != "embedding" and path not in paths]
+    return (
+        f"calibrate: {', '.join(map(repr, paths[:_MOST_SHOWN]))}{more}: the model multiplies none "
+        "of these leaves with activations, so there is nothing to sum up. Leave them out of needs; "
+        f"what it multiplies is {used[:_MOST_SHOWN] or 'nothing'}."
+    )
 
 
 def _length(batches: Any) -> int | None:

@@ -11,6 +11,7 @@ from jaxweights.calibrate._blocks import transform_blocks
 from jaxweights.calibrate._calibrate import Batch, Mask, Progress, calibrate
 from jaxweights.core import Params, Transform, apply
 from jaxweights.core._apply import LayoutLike
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.lift import lift
 from jaxweights.lift._infer_layout import trace_model
 
@@ -54,6 +55,7 @@ def pipeline(
       The transformed tree.
 
     Raises:
+      TypeError: If `batches` is a single batch.
       ValueError: If `batches` can be read only once, or the model has no scan to go through.
 
     Example:
@@ -64,6 +66,7 @@ def pipeline(
       >>> pipeline(model, params, [jnp.eye(8)], stages)["kernel"].shape
       (8, 4)
     """
+    refuse_one_batch("pipeline", batches)
     if not callable(batches) and iter(batches) is batches:
         raise ValueError(
             "pipeline: batches is an iterator, which every stage after the first would find empty. "

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, fail, flatten, unflatten
 from jaxweights.merge._models import check_choice
@@ -61,6 +62,7 @@ def diagonal_fisher(
       `jaxweights.checkpoint.save_tree`, or Orbax, so that merges need no data.
 
     Raises:
+      TypeError: If `batches` is a single batch.
       ValueError: If there is no batch, or something that the variant needs is missing.
 
     Example:
@@ -87,6 +89,7 @@ def diagonal_fisher(
     for argument, count in (("samples", samples), ("examples_at_once", examples_at_once)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{_NAME}: {argument}={count} must be a positive integer.")
+    refuse_one_batch(_NAME, batches)
     flat, treedef = flatten(params)
     dense = [path for path, leaf in flat.items() if is_weight(leaf)]
     fail(_NAME, [f"{p!r}: is a represented weight. Pass materialize(params)." for p in dense])

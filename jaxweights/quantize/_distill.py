@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._context import Progress
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
@@ -106,7 +107,7 @@ def distill(
       The parameters and the losses.
 
     Raises:
-      TypeError: If a setting is of the wrong kind.
+      TypeError: If a setting is of the wrong kind, or `batches` is a single batch.
       ValueError: If a setting is out of range, the trees differ in paths or shapes, there is
         nothing to train or no batch, or the loss ends up not finite.
 
@@ -143,6 +144,7 @@ def distill(
             f"{_NAME}: there is nothing to train: no leaf is Quantized, and train={train!r} "
             "matches no float leaf. Quantize the tree before."
         )
+    refuse_one_batch(_NAME, batches)
     stream = itertools.cycle(batches)
     if (first := next(stream, None)) is None:
         raise ValueError(f"{_NAME}: there is no batch. Pass at least one.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._lapack import solve
 from jaxweights.core._paths import Flat, Params, flatten, nearest, path_key, unflatten
 from jaxweights.quantize._rotate import gains_of
@@ -75,6 +76,7 @@ def learn_rotations(
       The rotations and the losses.
 
     Raises:
+      TypeError: If `batches` is a single batch.
       ValueError: If a width is unknown or has only a start, there is no batch, or rotations must be
         drawn and there is no key.
 
@@ -118,6 +120,7 @@ def learn_rotations(
     for name in drawn:
         assert key is not None
         given[name] = random_rotation(path_key(key, name), spec.sizes[name])
+    refuse_one_batch(_NAME, batches)
     stream = itertools.cycle(batches)
     if (first := next(stream, None)) is None:
         raise ValueError(f"{_NAME}: there is no batch. Pass at least one.")

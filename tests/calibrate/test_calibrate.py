@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxweights as jw
-from jaxweights.calibrate import STATISTICS, calibrate
+from jaxweights.calibrate import STATISTICS, calibrate, pipeline
 from jaxweights.checkpoint import load_tree, save_tree
 from jaxweights.weights import Axes
 from tests.calibrate._models import MODELS, draw
@@ -494,6 +494,44 @@ def test_memory_does_not_grow_with_layers_times_tokens():
     activations = tokens * width * 4
     # Twelve more layers add their Gram matrices, 1 KiB each, not their activations, 32 KiB each.
     assert temporary(16) - temporary(4) < activations
+
+
+def test_paths_that_the_model_has_not_are_refused_with_the_nearest():
+    params = {"mlp": {"up": jnp.ones((3, 2))}, "bias": jnp.ones(2)}
+    run = lambda p, x: x @ p["mlp"]["up"] + p["bias"][None]  # noqa: E731
+    needs = {"mlp/up": {"gram"}, "mlp/upp": {"gram"}, "other": {"max"}}
+    with pytest.raises(ValueError) as error:
+        calibrate(run, params, [jnp.ones((4, 3))], needs=needs)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    assert "calibrate: 'mlp/upp': needs names this path, but params has no such leaf" in lines[0]
+    assert "The nearest paths: ['mlp/up'" in lines[0]
+
+
+def test_needs_of_nothing_that_is_multiplied_are_refused():
+    params = {"up": jnp.ones((3, 2)), "bias": jnp.ones((1, 2)), "table": jnp.ones((5, 3))}
+    run = lambda p, i: jnp.take(p["table"], i, axis=0) @ p["up"] + p["bias"]  # noqa: E731
+    batches = [jnp.arange(3)]
+    for path in ("bias", "table"):  # added, and looked up
+        with pytest.raises(ValueError, match=rf"{path}'.*none of these leaves.*'up'"):
+            calibrate(run, params, batches, needs={path: {"gram"}})
+    # Beside one that is, they are left out: transforms name all that they might act on.
+    stats = calibrate(run, params, batches, needs={path: {"gram"} for path in params})
+    assert stats.paths == ["up"]
+    assert calibrate(run, params, batches, needs={}).paths == []
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_one_array_is_no_sequence_of_batches(kind):
+    params, x = {"w": jnp.ones((3, 2))}, kind(np.ones((4, 3), np.float32))
+    run = lambda p, x: x @ p["w"]  # noqa: E731
+    words = r"calibrate: batches is an array \(4, 3\), each row of which .* Pass \[array\], or"
+    with pytest.raises(TypeError, match=words):
+        calibrate(run, params, x, needs={"w": {"gram"}})
+    with pytest.raises(TypeError, match=r"pipeline: batches is an array \(4, 3\)"):
+        pipeline(run, params, x, [])
+    with pytest.raises(TypeError, match=r"mapping with the keys \['x'\].*Pass \[batch\]"):
+        calibrate(run, params, {"x": x}, needs={"w": {"gram"}})
 
 
 def test_every_statistic_has_a_test():

@@ -143,7 +143,7 @@ def test_embeddings_and_missing_models_are_refused():
     model = {"embed": jnp.ones((5, 2)), "head": jnp.eye(2)}
     run = lambda params, ids: params["embed"][ids] @ params["head"]  # noqa: E731
     data = [[jnp.arange(5)]] * 2
-    with pytest.raises(ValueError, match=r"'embed': is an embedding table .* Leave it out"):
+    with pytest.raises(ValueError, match=r"'embed': the model multiplies none .* Leave them out"):
         regmean_plus(run, [model] * 2, data, stages=["embed", "head"])
     with pytest.raises(ValueError, match="models is empty"):
         regmean_plus(run, [], [], stages=["head"])

@@ -15,6 +15,7 @@ import numpy as np
 from jaxweights.checkpoint import Provenance
 from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
 from jaxweights.core import Transform, chain
+from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._plan import plan_and_leaves
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._write import FORMATS, Format, check_formats_of_shapes
@@ -82,6 +83,7 @@ def transform_in_blocks(
     Raises:
       FileExistsError: If the destination exists and `overwrite` is False.
       OSError: If the disk has no room for what the layers pass on.
+      TypeError: If `batches` is a single batch.
       ValueError: If a transform looks at all layers together or changes what lies outside them, a
         leaf does not suit it or the format, or the memory does not suffice; before any work.
 
@@ -108,6 +110,7 @@ def transform_in_blocks(
     """
     steps = [transforms] if isinstance(transforms, Transform) else list(transforms)
     _check(steps, form, again)
+    refuse_one_batch(_NAME, batches)
     check_destination(_NAME, destination, overwrite=overwrite, directory=True)
     refuse_unrelated(_NAME, Path(destination))
     layers = Layers(_NAME, Path(source), dequantize=dequantize)
