@@ -18,9 +18,12 @@ from jaxweights.merge._delta_tree import Thinning
 from jaxweights.merge._models import compute_dtype, per_model
 from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Job, Operand, Survey
-from jaxweights.stream._ranks import RankSurvey, Target, among
+from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._ranked_norms import RankedNorms, kept_by_rank
+from jaxweights.stream._ranks import RankSurvey, Target
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
+from jaxweights.stream._surveys import InTurn, OfBlocks
 
 # Bits of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
 _MOST_KEPT = 1 << 27
@@ -86,6 +89,7 @@ def delta_job(
     operands: Sequence[Operand],
     settings: DeltaSettings,
     ranks: DeltaRanks | None = None,
+    layers: int = 1,
 ) -> Job:
     """The job that merges a tensor of the base, the first operand, with those of the models.
 
@@ -96,16 +100,17 @@ def delta_job(
       operands: The base's tensor and those of the models.
       settings: What is done.
       ranks: What ranks this tensor together with others; None ranks it by itself.
+      layers: Number of equal parts of it that are ranked each by itself.
 
     Returns:
       The job.
     """
-    row = settings.row
-    survey: DeltaRanks | _DeltaNorms | None = ranks
+    row, block = settings.row, math.prod(shape) // max(layers, 1)
+    survey: DeltaRanks | OfBlocks[_Layer] | _DeltaNorms | None = ranks
     thins = [density < 1 for density in settings.density]
     ranked = row.sparsifier in ("magnitude", "outliers") and any(thins)
     if survey is None and (ranked or row.asks_majority):
-        survey = DeltaRanks(settings, math.prod(shape))
+        survey = OfBlocks(functools.partial(_Layer, settings, block), layers, block)
     elif row.sparsifier == "bernoulli" and row.rescale == "l1" and any(thins):
         survey = _DeltaNorms(settings, name, math.prod(shape))
     n = len(settings.weights)
@@ -117,10 +122,13 @@ def delta_job(
         bounds = np.zeros((n, 2, 2), np.uint32)
         masks: list[Any] = [None] * n
         factors, sign = np.ones(n), None
-        if isinstance(survey, DeltaRanks):
-            bounds, sign = survey.bounds(job, start, arrays), survey.sign
-        elif isinstance(survey, _DeltaNorms):
-            factors = survey.factors()
+        layer = survey.of(start) if isinstance(survey, OfBlocks) else None
+        own = survey if isinstance(survey, DeltaRanks) else layer and layer.ranks
+        if own is not None:
+            bounds, sign = own.bounds(job, start, arrays), own.sign
+        norms = survey if isinstance(survey, _DeltaNorms) else layer and layer.norms
+        if norms is not None:
+            factors = norms.factors()
         if row.sparsifier == "bernoulli":
             drawn = survey.drawn(start) if isinstance(survey, _DeltaNorms) else None
             drawn = drawn or _drawn(settings, name, start, count)
@@ -148,8 +156,35 @@ def delta_job(
         temporaries=10 * n,
         survey=survey,
         kept=-(-n // 8) if isinstance(survey, _DeltaNorms) and survey.keeps else 0,
+        block=block if layers > 1 else None,
     )
     return job
+
+
+def layered_delta_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
+    """The job that merges a leaf whose layers are ranked each by itself.
+
+    Args:
+      leaf: The leaf.
+      merge: What is done.
+
+    Returns:
+      The job; None where only the whole leaf can be merged.
+    """
+    row, matrices = merge.row, leaf.matrices(merge.name)
+    if (
+        matrices is None
+        or row.scope != "leaf"
+        or row.sparsifier not in ("magnitude", "outliers")
+        or row.rescale not in ("none", "l1")
+        or (row.rescale == "l1" and row.asks_majority)
+        or merge.output.rounding != "nearest"
+    ):
+        return None
+    operands = leaf.operands
+    settings = delta_settings(merge, [operand.label for operand in operands[1:]], leaf.seed)
+    layers = matrices.before
+    return delta_job(leaf.name, leaf.shape, leaf.dtype, operands, settings, layers=layers)
 
 
 def _drawn(settings: DeltaSettings, name: str, start: int, count: int) -> list[np.ndarray | None]:
@@ -192,13 +227,9 @@ def _merge_slice(
 def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
     if mask is not None:
         return _masked(delta, mask) * numbers.factors[i]
-    if row.sparsifier in ("magnitude", "outliers"):
-        through, top = numbers.bounds[i]
-        keep = among(delta, through)
-        if row.sparsifier == "outliers":
-            keep &= ~among(delta, top)
-    else:
+    if row.sparsifier not in ("magnitude", "outliers"):
         return delta
+    keep = kept_by_rank(delta, numbers.bounds[i], row)
     return jnp.where(keep, delta, 0) * numbers.factors[i]
 
 
@@ -284,6 +315,16 @@ class DeltaRanks(RankSurvey):
             for through, top in zip(self._through, self._skipped, strict=True)
         ]
         return np.array(found, np.int64).astype(np.uint32)
+
+
+class _Layer(InTurn):
+    """What is known of one layer before it is made: ranks, and norms where they are restored."""
+
+    def __init__(self, settings: DeltaSettings, entries: int):
+        row = settings.row
+        self.ranks = DeltaRanks(settings, entries)
+        self.norms = RankedNorms(self.ranks.bounds, row) if row.rescale == "l1" else None
+        super().__init__(self.ranks, *([] if self.norms is None else [self.norms]))
 
 
 @functools.partial(jax.jit, static_argnames="row")

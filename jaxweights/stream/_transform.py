@@ -17,6 +17,7 @@ from jaxweights.merge._ram import RamMerge
 from jaxweights.merge._sce import SceMerge
 from jaxweights.merge._spherical import SphereMerge
 from jaxweights.stream._chance import chance_job
+from jaxweights.stream._delta import layered_delta_job
 from jaxweights.stream._fusion import fusion_job
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._leaf import Leaf
@@ -95,8 +96,9 @@ def _sliced_job(leaf: Leaf, settings: Any) -> Job | None:
         grouping = leaf.grouping(settings.name, settings.group)
         if grouping is not None:
             return sphere_job(leaf.name, leaf.dtype, leaf.operands, settings, grouping)
-    if isinstance(settings, DeltaMerge) and settings.row.draws:
-        return chance_job(leaf, settings)
+    if isinstance(settings, DeltaMerge):
+        made = chance_job if settings.row.draws else layered_delta_job
+        return made(leaf, settings)
     if isinstance(settings, SceMerge):
         return sce_job(leaf, settings)
     if isinstance(settings, FusionMerge):

@@ -14,21 +14,38 @@ import jaxweights as jw
 from jaxweights.stream import _chance, _fusion, _jobs, _ranks, _row_ranks, _sce
 from jaxweights.stream._jobs import cut
 from jaxweights.stream._row_ranks import row_ranks
-from tests.stream._merging import SHAPES, in_memory, job_of, streamed, trees
+from tests.stream._merging import LAYOUT, SHAPES, in_memory, job_of, streamed, trees
 
 _merge = jw.merge
 _CHANCE = {"density": [0.5, 0.3, 1.0], "epsilon": [0.2, 0.1, 0.0], "weights": [0.5, -0.3, 0.8]}
+_SHARES = {"density": [0.5, 0.3, 1.0], "weights": [0.5, -0.3, 0.8]}
 # What is drawn, ranked or counted is equal to the bit; sums of float32 are not.
 EXACT = {
     "della": functools.partial(_merge.della, **_CHANCE),
     "della linear": functools.partial(_merge.della_linear, **_CHANCE, normalize=True),
     "della as it is": functools.partial(_merge.della, **_CHANCE, rescale="none"),
+    "ties by layer": functools.partial(
+        _merge.delta_merge, sparsifier="magnitude", **_SHARES, consensus="sum", normalize="entries"
+    ),
+    "majority by layer": functools.partial(
+        _merge.delta_merge,
+        sparsifier="magnitude",
+        **_SHARES,
+        consensus="sum",
+        sign_ties="majority",
+    ),
     "arcee fusion": _merge.arcee_fusion,
     "nearswap": functools.partial(_merge.nearswap, t=0.01),
     "ram": functools.partial(_merge.ram, epsilon=0.01),
     "ram plus": functools.partial(_merge.ram_plus, epsilon=0.03, gain=0.5, most=3.0),
 }
 SUMMED = {
+    "ties with norms": functools.partial(
+        _merge.delta_merge, sparsifier="magnitude", **_SHARES, consensus="sum", rescale="l1"
+    ),
+    "breadcrumbs with norms": functools.partial(
+        _merge.delta_merge, sparsifier="outliers", **_SHARES, outliers=0.1, rescale="l1"
+    ),
     "dare": functools.partial(_merge.dare_linear, density=[0.5, 0.3, 1.0]),
     "della of mergekit": functools.partial(_merge.della, **_CHANCE, compat="mergekit"),
     "dare of mergekit": functools.partial(_merge.dare_linear, density=0.3, compat="mergekit"),
@@ -40,10 +57,10 @@ METHODS = EXACT | SUMMED
 MODELS = {"nearswap": 1, "arcee fusion": 1}
 
 
-def _merged(folder, method, dtype=np.float32, **options):
+def _merged(folder, method, dtype=np.float32):
     given = trees(MODELS.get(method, 3), dtype)
     tx = METHODS[method]()
-    got, want = streamed(folder, tx, given, **options), in_memory(tx, given)
+    got, want = streamed(folder, tx, given, layout=LAYOUT), in_memory(tx, given)
     for name in SHAPES:
         assert got[name].dtype == dtype
         assert (got[name] != given[0][name]).mean() > 0.02  # it does something
@@ -74,6 +91,9 @@ _OPTIMIZED = """
 import pathlib, runpy, sys
 here = runpy.run_path(sys.argv[1])
 here["_jobs"].PIECE_ENTRIES = 1 << 10
+for name in ("c.kernel", "d.bias"):  # programs for two shapes are enough
+    del here["SHAPES"][name]
+    here["LAYOUT"].pop(name, None)
 for i, method in enumerate(here["EXACT"]):
     got, want = here["_merged"](pathlib.Path(sys.argv[2]) / str(i), method)
     print(method, sum(int((got[name] != want[name]).sum()) for name in got))

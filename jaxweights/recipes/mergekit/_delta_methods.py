@@ -13,7 +13,6 @@ from jaxweights.recipes.mergekit._method import (
     Method,
     names_of,
     on_base,
-    transformed,
 )
 from jaxweights.recipes.mergekit._parameters import Parameter
 from jaxweights.stream._jobs import Job
@@ -58,7 +57,6 @@ class _Delta:
     consensus: bool
 
     def __call__(self, inputs: Inputs) -> Job:
-        from jaxweights.merge import delta_merge
         from jaxweights.merge._delta_leaf import Row
         from jaxweights.stream._delta import DeltaSettings, delta_job
 
@@ -74,21 +72,6 @@ class _Delta:
             normalize = "entries" if self.consensus else "models"
         outliers = tuple(values["gamma"]) if sparsifier == "outliers" else (0.0,) * n
         consensus = "sum" if self.consensus else "none"
-        if rescale == "l1" and sparsifier != "bernoulli":
-            tx = delta_merge(
-                sparsifier=sparsifier,
-                density=densities,
-                outliers=outliers,
-                rescale="l1",
-                weights=values["weight"],
-                consensus=consensus,
-                normalize=normalize,
-                scale=values["lambda"],
-                compat="mergekit",
-                names=names_of(inputs),
-                out_dtype=inputs.dtype,
-            )
-            return transformed(inputs, tx, (base, *inputs.models))
         row = Row(
             sparsifier=sparsifier,
             rescale=rescale,
