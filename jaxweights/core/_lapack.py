@@ -52,6 +52,16 @@ def cholesky(matrix: jax.Array) -> jax.Array:
     return _in_place(jnp.linalg.cholesky)(matrix)
 
 
+def cholesky_of_symmetric(matrix: jax.Array) -> jax.Array:
+    """As `cholesky`, of which the lower triangles alone are read.
+
+    LAPACK's matrices run along columns: on CPUs nothing is copied where the transpose of an array
+    is given, and the transpose of the result taken. The copies that `cholesky` makes, to add a
+    matrix and its transpose, take as long as the factorization of a matrix of 1024 rows.
+    """
+    return _in_place(_cholesky_of_symmetric)(matrix)
+
+
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """Solutions X of `matrix @ X = right`, `(*stack, n, n)` and `(*stack, n, k)`."""
     return _in_place(jnp.linalg.solve)(matrix, right)
@@ -84,6 +94,10 @@ def _qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh(matrix)
     return values, vectors
+
+
+def _cholesky_of_symmetric(matrix: jax.Array) -> jax.Array:
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 def _solve_factored(factor: jax.Array, right: jax.Array) -> jax.Array:

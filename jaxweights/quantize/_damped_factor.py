@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxweights.core._lapack import cholesky
+from jaxweights.core._lapack import cholesky_of_symmetric
 from jaxweights.weights._divide import divide
 
 _HIGHEST = "highest"
@@ -81,19 +81,21 @@ def damped_factor(gram: Float[Array, "n n"], damping: float) -> Factor:
       ([[1.0, 0.0], [0.5, 1.0]], 0.0)
     """
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    # Transposed in one place, out of the loop: elsewhere rows stay rows.
+    turned = ((gram + gram.T) / 2)[::-1, ::-1]
 
     def attempt(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         _, d, _, _ = state
         with jax.default_matmul_precision(_HIGHEST):
-            lower = cholesky((gram + d * identity)[::-1, ::-1])
+            upper = cholesky_of_symmetric((turned + d * identity).T).T
         # A sum, because maxima may lose NaN; a failed factorization is NaN throughout.
-        works = jnp.isfinite(jnp.sum(jnp.diagonal(lower) * 0))
+        works = jnp.isfinite(jnp.sum(jnp.diagonal(upper) * 0))
         following = jnp.clip(10 * d, _LEAST, _MOST)
         stop = works | (d >= _MOST)
-        return lower, jnp.where(stop, d, following), works, stop
+        return upper, jnp.where(stop, d, following), works, stop
 
     start = (identity, jnp.asarray(damping, gram.dtype), jnp.asarray(False), jnp.asarray(False))
-    lower, used, works, _ = jax.lax.while_loop(lambda state: ~state[3], attempt, start)
-    transposed = jnp.where(works, lower, identity)[::-1, ::-1].T
+    upper, used, works, _ = jax.lax.while_loop(lambda state: ~state[3], attempt, start)
+    transposed = jnp.where(works, upper, identity)[::-1, ::-1]
     diagonal = jnp.diagonal(transposed)
     return Factor(divide(transposed, diagonal[:, None]), diagonal, jnp.where(works, used, jnp.nan))

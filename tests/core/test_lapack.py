@@ -21,6 +21,7 @@ CALLS = {
     "eigh": (POSITIVE,),
     "eigenvalues": (POSITIVE,),
     "cholesky": (POSITIVE,),
+    "cholesky_of_symmetric": (POSITIVE,),
     "solve": (SQUARE, RIGHT),
     "solve_factored": (jnp.linalg.cholesky(POSITIVE), RIGHT),
     "solve_unit_lower": (LOWER, RIGHT),
@@ -81,6 +82,11 @@ def test_gradients_are_those_of_each_matrix(name):
     one = jax.grad(leaf_sum)(*(x[2, 1] for x in operands))
     for slope in slopes:
         np.testing.assert_allclose(slope[2, 1], one, rtol=1e-3, atol=1e-3 * np.abs(one).max())
+
+
+def test_factors_of_symmetric_matrices_are_read_off_their_lower_triangles():
+    found = _lapack.cholesky_of_symmetric(jnp.tril(POSITIVE))
+    np.testing.assert_allclose(found, _lapack.cholesky(POSITIVE), atol=1e-5)
 
 
 def test_equations_are_solved():

@@ -249,6 +249,13 @@ def test_the_factor_is_that_of_the_damped_matrix():
     np.testing.assert_allclose(upper @ upper.T, expected, atol=1e-5)
 
 
+def test_a_gram_matrix_that_is_not_quite_symmetric_counts_as_the_mean_with_its_transpose():
+    gram = jnp.array([[1.0, 0.5], [0.25, 1.0]])
+    found, mean = damped_factor(gram, 0.0), damped_factor((gram + gram.T) / 2, 0.0)
+    np.testing.assert_array_equal(found.spread, mean.spread)
+    np.testing.assert_array_equal(found.spread[1, 0], np.float32(0.375))
+
+
 @pytest.mark.parametrize(
     "shift, first, used", [(-0.05, 0.01, 0.1), (-0.5, 0.01, 1.0), (-0.05, 0.0, 0.1)]
 )
