@@ -84,7 +84,7 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
         leaf.operands,
         compute,
         entrywise=True,
-        temporaries=(10 if ranked else 6) * n + 40,
+        temporaries=(16 if ranked else 6) * n + 60,
         survey=survey,
         kept=-(-n // 8) if survey is not None and keeps else 0,
         unit=draws.run,

@@ -62,7 +62,7 @@ def fusion_job(leaf: Leaf, merge: FusionMerge) -> Job | None:
         leaf.operands,
         compute,
         entrywise=True,
-        temporaries=40,
+        temporaries=100,
         survey=survey,
         unit=along * behind,
         block=matrices.block if matrices.before > 1 else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ class Budget:
         with self._changed:
             self._taken -= cost
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def holding(self, cost: int) -> Iterator[None]:
+        """Holds so much through a block that begins when nothing else is held."""
+        with self._changed:
+            self._taken += cost
+        try:
+            yield
+        finally:
+            self.give(cost)
 
     def wake(self) -> None:
         """Lets those who wait look again."""

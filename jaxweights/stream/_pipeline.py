@@ -84,12 +84,13 @@ def run_jobs(
         flow.run(tasks)
         for survey in surveyed.values():
             about = [job for job in jobs if job.survey is survey]
-            again = True
-            while again:
-                flow.run_pieces(pieces(about), look_at, take_in)
-                again = survey.decide()
             made = [job for job in about if job.name not in destination.done]
-            flow.run_pieces(pieces(made), make_entries, append)
+            with budget.holding(sum(job.kept * job.entries for job in about)):
+                again = True
+                while again:
+                    flow.run_pieces(pieces(about), look_at, take_in)
+                    again = survey.decide()
+                flow.run_pieces(pieces(made), make_entries, append)
 
 
 def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
