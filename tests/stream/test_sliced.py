@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.stream import _chance, _fusion, _jobs, _ranks, _row_ranks, _sce
+from jaxweights.checkpoint import open_checkpoint
+from jaxweights.stream import (
+    _chance,
+    _fusion,
+    _jobs,
+    _ranks,
+    _row_ranks,
+    _sce,
+    transform_checkpoint,
+)
 from jaxweights.stream._jobs import cut
 from jaxweights.stream._row_ranks import row_ranks
 from tests.stream._merging import LAYOUT, SHAPES, in_memory, job_of, streamed, trees
@@ -265,3 +274,28 @@ def test_importances_of_few_values_and_many_zeros_are_ranked(tmp_path, share):
     got = streamed(tmp_path, tx, given, layout=axes)["a.kernel"]
     np.testing.assert_array_equal(got, in_memory(tx, given, layout=axes)["a.kernel"])
     assert 0.05 < (got != base).mean() < share
+
+
+@pytest.mark.parametrize("method", ["della of mergekit", "sce", "ram plus", "ties with norms"])
+def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    given, tx = trees(3), METHODS[method]()
+    settings = {"recipe": method, "layout": LAYOUT}
+    whole = streamed(tmp_path, tx, given, **settings)
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    def interrupt(task, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    models = [tmp_path / str(i) for i in (1, 2, 3)]
+    run = functools.partial(
+        transform_checkpoint, tx, tmp_path / "0", tmp_path / "out", models=models, **settings
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    done = run(resume=True)
+    assert 0 < done.resumed < len(SHAPES)
+    for name, want in whole.items():
+        np.testing.assert_array_equal(open_checkpoint(tmp_path / "out").read(name), want)
