@@ -267,13 +267,15 @@ def transform_blocks(
     if programs.compares(needs):
         inputs = [one._replace(original=one.carried) for one in inputs]
 
-    blocks = []
+    blocks: list[dict[Path, Any]] = []
+    changed: set[Path] = set()
     for layer in range(model.length):
         block = {path: jax.tree.map(lambda x: x[layer], flat[path]) for path in model.inside}  # noqa: B023
         stats = programs.calibrate(needs, block, inputs, layer)
         layer_key = None if key is None else jax.random.fold_in(key, layer)
         new = apply_inside(tx, flat | block, model.inside, stats, axes, layer_key)
         inputs = [programs.after(new, block, one, layer) for one in inputs]
+        changed |= {path for path, leaf in new.items() if leaf is not block[path]}
         block = new
         blocks.append(block)
         if progress is not None:
@@ -282,6 +284,7 @@ def transform_blocks(
     done = {
         path: jax.tree.map(lambda *parts: jnp.stack(parts), *(block[path] for block in blocks))
         for path in model.inside
+        if path in changed
     }
     outside = [path for path in flat if path not in model.inside]
     rest = {path: names for path, names in needs.items() if path in outside and path in axes}

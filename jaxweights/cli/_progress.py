@@ -57,7 +57,8 @@ def _bars(unit: Unit) -> Iterator[Progress]:
         TimeElapsedColumn(),
     )
     if unit == "bytes":
-        columns += (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns += (DownloadColumn(), TransferSpeedColumn())
+    columns += (TimeRemainingColumn(),)
     with Bars(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, int] = {}
 
@@ -76,6 +77,7 @@ class _Lines:
         self._unit = unit
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
+        self._first: dict[str, int] = {}  # what an earlier run had done
         self._ended: set[str] = set()
 
     def __call__(self, task: str, done: int, total: int) -> None:
@@ -83,6 +85,7 @@ class _Lines:
         if task not in self._started:
             self._started[task] = now
             self._said[task] = now
+            self._first[task] = done
             print(f"{task} ...", file=sys.stderr, flush=True)
         if total and done >= total:
             if task not in self._ended:
@@ -92,7 +95,9 @@ class _Lines:
         elif now - self._said[task] > _EVERY_SECONDS:
             self._said[task] = now
             share = f"{100 * done / total:.0f} %" if total else str(done)
-            if self._unit == "bytes" and total and done:
-                rate = done / (now - self._started[task])
-                share += f", {rate / 1e6:.0f} MB/s, {(total - done) / rate:.0f} s left"
+            rate = (done - self._first[task]) / (now - self._started[task])
+            if total and rate > 0:
+                share += f" ({done} of {total})" if self._unit == "steps" else ""
+                share += f", {rate / 1e6:.0f} MB/s" if self._unit == "bytes" else ""
+                share += f", {(total - done) / rate:.0f} s left"
             print(f"{task}: {share}", file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ from jaxweights.core import Context, Transform, apply, chain, flatten
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import fail
 from jaxweights.recipes._download import Progress
+from jaxweights.recipes._free_memory import refuse_large_model, refuse_short_memory
 from jaxweights.recipes._leaves import (
     LeafResult,
     compare_leaves,
@@ -33,7 +34,7 @@ from jaxweights.recipes._measure import (
     prepare_calibration,
     prepare_measures,
 )
-from jaxweights.recipes._model import Model, check_fit, load_model
+from jaxweights.recipes._model import Model, check_fit, load_model, locate
 from jaxweights.recipes._plan_recipe import plan_steps
 from jaxweights.recipes._recipe import Recipe, Step
 from jaxweights.recipes._report import render_report
@@ -137,6 +138,7 @@ def run_recipe(
         return _run_stream(recipe, directory, clock, report, overwrite=overwrite)
 
     with clock("load"):
+        refuse_large_model(locate(recipe.model, progress=report)[0])
         model = load_model(recipe.model, progress=report)
         others = tuple(load_model(m, progress=report).params for m in recipe.models)
         check_fit(recipe, model)
@@ -144,6 +146,7 @@ def run_recipe(
         _refuse_nonfinite(model)
         layout, _ = plan_steps(recipe, model, others)
         data = prepare_calibration(recipe, model, report)
+        refuse_short_memory(recipe, model, data)
         measures = prepare_measures(recipe, model, report)
     before = model.params
     with clock("measure before"):

@@ -17,6 +17,7 @@ from jaxweights.core._paths import fail
 from jaxweights.models._outline import Outline, Place, outline
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._findings import Findings
+from jaxweights.recipes._free_memory import bytes_of, free_memory
 from jaxweights.recipes._model import Model, locate
 from jaxweights.recipes._recipe import Recipe
 from jaxweights.recipes._write import companion_files
@@ -51,8 +52,8 @@ def streams(recipe: Recipe, *, progress: Progress) -> bool:
     if not reasons:
         sources = (recipe.model, *recipe.models)
         paths = [locate(source, progress=progress)[0] for source in sources]
-        total = sum(map(_bytes_of, paths))
-        if recipe.stream == "auto" and total <= _free_memory() / _SHARE:
+        total = sum(map(bytes_of, paths))
+        if recipe.stream == "auto" and total <= free_memory() / _SHARE:
             return False
         reasons = [reason for path in paths if (reason := _why_no_outline(path)) is not None]
     if reasons and recipe.stream == "always":
@@ -90,22 +91,6 @@ def _reasons(recipe: Recipe) -> list[str]:
         elif step.plain.scope == "leaf":
             found.append(f"{step.method} (line {step.line}) looks at all layers of a leaf together")
     return found
-
-
-def _bytes_of(path: Path) -> int:
-    files = path.rglob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _free_memory() -> float:
-    """Bytes that programs can have without swapping; endless where the system does not tell."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return float("inf")
 
 
 def outline_model(source: Any, *, progress: Progress) -> tuple[Model, Outline]:

@@ -112,7 +112,7 @@ def test_models_are_merged_tensor_by_tensor(folder, tmp_path, method):
 def test_auto_streams_what_would_fill_the_memory(folder, tmp_path, monkeypatch):
     steps = STEPS["rounding"]
     assert _run(folder / "llama0", tmp_path / "small", steps, "auto").params is not None
-    monkeypatch.setattr(_stream, "_free_memory", lambda: 1000.0)
+    monkeypatch.setattr(_stream, "free_memory", lambda: 1000.0)
     assert _run(folder / "llama0", tmp_path / "large", steps, "auto").params is None
     _same_tensors(tmp_path / "small", tmp_path / "large")
 
@@ -122,7 +122,7 @@ def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monke
     tensors = {name: tied.read(name) for name in tied.names}
     head = {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     write_safetensors(tmp_path / "headed", tensors | head, files=dict(tied.files))
-    monkeypatch.setattr(_stream, "_free_memory", lambda: 1)
+    monkeypatch.setattr(_stream, "free_memory", lambda: 1)
     run = _run(tmp_path / "headed", tmp_path / "out", STEPS["rounding"], "auto")
     assert run.params is not None
     with pytest.raises(RecipeError, match=r"r.yaml:1: stream: always, but .*'lm_head.weight'"):
@@ -135,7 +135,7 @@ def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monke
 
 def test_auto_counts_the_models_that_are_merged(folder, tmp_path, monkeypatch):
     size = _stream._bytes_of(folder / "llama0")
-    monkeypatch.setattr(_stream, "_free_memory", lambda: 3.5 * size)
+    monkeypatch.setattr(_stream, "free_memory", lambda: 3.5 * size)
     merge, models = "  - method: merge.mean\n", f'models: [{{path: "{folder}/llama1"}}]\n'
     assert _run(folder / "llama0", tmp_path / "one", STEPS["rounding"], "auto").params is not None
     assert _run(folder / "llama0", tmp_path / "two", merge, "auto", extra=models).params is None

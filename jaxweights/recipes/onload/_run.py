@@ -24,6 +24,7 @@ from jaxweights.recipes.onload._hidden_states import HiddenStates
 from jaxweights.recipes.onload._layers import Layers
 from jaxweights.recipes.onload._needs import Bytes, needed_bytes
 from jaxweights.recipes.onload._stages import Again, plan_stages, why_not_in_blocks
+from jaxweights.stream._memory import release_freed_pages
 
 TASK = "Blocks"
 # What a caller wants to keep of a leaf before and after, as JSON: `look(path, layer, old, new)`.
@@ -186,9 +187,11 @@ class BlockRun:
                 original = number if number in self._comparing else None
                 inputs = self._inputs(states, stage.reads, layer, original)
                 stats = self._programs.calibrate(needs, block, inputs, layer)
+            release_freed_pages()
             block = self._apply(number, block, stats, layer)
             behind[number + 1] = block
         del stats
+        release_freed_pages()
         changed = {path: leaf for path, leaf in block.items() if leaf is not behind[0][path]}
         said = {path: look(path, layer, behind[0][path], block[path]) for path in inside}
         files.write(layer, changed, said)
@@ -200,6 +203,7 @@ class BlockRun:
             states.write(stream, layer + 1, outs)
         for stream in self._streams:
             states.drop(stream, layer)
+        release_freed_pages()
 
     def _apply(
         self, number: int, block: dict[LeafPath, Any], stats: Stats, layer: int
