@@ -351,3 +351,75 @@ def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"mlp/up/kernel of layer 1.*\[2, 3\]"):
         transform_in_blocks(tmp_path / "bad", tmp_path / "out", **QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+MEMORY = """\
+    import json, sys
+    from pathlib import Path
+    import numpy as np
+    from jaxweights.quantize import gptq
+    from jaxweights.recipes import transform_in_blocks
+    from jaxweights.recipes.onload._run import BlockRun
+    from tests.recipes.test_onload import GPTQ
+    folder = Path(sys.argv[1])
+    told = []
+    plan = BlockRun.__init__
+    def planned(self, *given, **options):
+        plan(self, *given, **options)
+        told.append(self.needed.total)
+    BlockRun.__init__ = planned
+    peak = lambda: max(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM:")
+    )
+    batches = [np.full((4, 64), i, np.int32) + np.arange(64, dtype=np.int32) for i in range(4)]
+    peaks = {}
+    def progress(task, done, total):
+        peaks[f"{task} {done}"] = peak()
+    transform_in_blocks(
+        folder / "model", folder / "out", gptq(**GPTQ), batches, progress=progress
+    )
+    print(json.dumps({"told": told[0], "settled": peaks["Blocks 8"], "peak": peak()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
+def test_memory_stays_below_what_was_told_however_many_layers_there_are(tmp_path):
+    wide = dataclasses.replace(
+        LLAMA, hidden_size=256, num_kv_heads=4, head_dim=64, intermediate_size=1024, num_layers=24
+    )
+    write_tiny(tmp_path / "model", wide)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path)],
+        capture_output=True, check=True, text=True, cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    assert said["peak"] <= said["told"]
+    # What is compiled stays, and so do the allocator's arenas, one for each thread. Then 16 more
+    # blocks of weights and Gram matrices pass through.
+    weights = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
+    grams = 24 * 4 * (3 * 256**2 + 1024**2)
+    assert (weights + grams) * 16 / 24 > 1.3e8
+    assert said["peak"] - said["settled"] < 3e7
+
+
+SMOLLM = sorted(Path(os.environ.get("JAXWEIGHTS_MODELS", ".")).rglob("SmolLM2*.gguf"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM, reason="needs SmolLM2 in JAXWEIGHTS_MODELS")
+def test_a_real_model_becomes_what_it_becomes_in_memory(tmp_path):
+    [*_, model] = SMOLLM
+    tx = gptq(bits=4, group_size=64, grid="half")
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 49_000, (2, 128)).astype(np.int32) for _ in range(3)]
+    with pytest.warns(UserWarning, match="fewer than its 1536 inputs"):
+        out = transform_in_blocks(model, tmp_path / "out", tx, batches)
+        loaded, got = load_pretrained(model), load_pretrained(out).params["layers"]
+        done = pipeline(forward(loaded), loaded.params, batches, [tx], block_by_block=True)
+    for part, name in (("attn", "o"), ("mlp", "up"), ("mlp", "down")):
+        ours, theirs = got[part][name]["kernel"], done["layers"][part][name]["kernel"]
+        np.testing.assert_array_equal(ours.codes_matrix(), theirs.codes_matrix())
