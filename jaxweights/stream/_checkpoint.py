@@ -44,9 +44,10 @@ def transform_checkpoint(
 ) -> Streamed:
     """Transforms a checkpoint tensor by tensor, without holding it in memory.
 
-    Tensors are read, transformed and written at the same time; those that the transform treats
-    entry by entry are cut into slices. What it represents (a quantized weight) is written as the
-    dense values that it stands for, which other tools read.
+    Tensors are read, transformed and written at the same time, in slices where the transform works
+    entry by entry or is a merge: what merges must know of whole tensors, such as thresholds and
+    norms, is found in passes before, and DELLA and arcee fusion take whole rows. What it represents
+    (a quantized weight) is written as the dense values that it stands for, which other tools read.
 
     Args:
       tx: A transform that looks at one leaf at a time and reads no statistics, perhaps another one

@@ -38,7 +38,7 @@ def _mean(inputs: Inputs, weights: Sequence[float], *, normalize: bool) -> Job:
     return mean_job(inputs.name, inputs.dtype, inputs.models, weights=weights, normalize=normalize)
 
 
-# Spheres, and methods of two or more models that look at whole tensors.
+# Spheres, and methods that look at more than an entry.
 
 
 def _slerp(inputs: Inputs) -> Job:
