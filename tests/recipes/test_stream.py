@@ -134,7 +134,7 @@ def test_auto_loads_what_cannot_be_told_tensor_by_tensor(folder, tmp_path, monke
 
 
 def test_auto_counts_the_models_that_are_merged(folder, tmp_path, monkeypatch):
-    size = _stream._bytes_of(folder / "llama0")
+    size = _stream.bytes_of(folder / "llama0")
     monkeypatch.setattr(_stream, "free_memory", lambda: 3.5 * size)
     merge, models = "  - method: merge.mean\n", f'models: [{{path: "{folder}/llama1"}}]\n'
     assert _run(folder / "llama0", tmp_path / "one", STEPS["rounding"], "auto").params is not None
