@@ -298,6 +298,13 @@ def test_another_run_is_not_gone_on_with(folder, tmp_path, changes, word):
         transform_in_blocks(folder / "llama", tmp_path / "out", **given, resume=True)
 
 
+def test_other_settings_of_a_transform_are_not_gone_on_with(folder, tmp_path):
+    interrupted(folder, tmp_path / "out", 1, transforms=round_to_nearest(bits=8))
+    given = QUICK | {"transforms": round_to_nearest(bits=4)}
+    with pytest.raises(ValueError, match="differs in representations, so it cannot"):
+        transform_in_blocks(folder / "llama", tmp_path / "out", **given, resume=True)
+
+
 RTN = round_to_nearest(bits=4, group_size=32)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxweights.checkpoint import Provenance
 from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
+from jaxweights.core import Path as LeafPath
 from jaxweights.core import Transform, chain
 from jaxweights.core._batches import refuse_one_batch
 from jaxweights.core._plan import plan_and_leaves
@@ -71,7 +72,9 @@ def transform_in_blocks(
         `pipeline`. `never`: all on the original model, as `calibrate` and `apply` of a `chain`.
       key: Randomness; every block gets a key of its own.
       memory: Most bytes that the process may hold; less than a block needs is refused.
-      recipe: What is done, in words: a run is resumed only where it is the same.
+      recipe: What is done, in words. A run is resumed only where this, the transforms' names and
+        the representations that they give are the same: settings that none of them shows, such as
+        `damping`, belong in it.
       dequantize: Whether a quantized source is read as the dense weights that it stands for.
       overwrite: Whether an existing checkpoint may be replaced, at the end.
       resume: Whether to go on where a killed run stopped; the result is the same.
@@ -115,10 +118,11 @@ def transform_in_blocks(
     refuse_unrelated(_NAME, Path(destination))
     layers = Layers(_NAME, Path(source), dequantize=dequantize)
     run = BlockRun(_NAME, layers, steps, batches, again=again, key=key, memory=memory)
-    _check_plan(layers, run, steps, form)
+    becomes = _check_plan(layers, run, steps, form)
     identity = {
         "source": layers.pretrained.source.fingerprint(sampled=True),
         "transforms": [tx.name for tx in steps],
+        "representations": becomes,
         "recipe": recipe,
         "batches": _digest(batches),
         "key": None if key is None else np.asarray(jax.random.key_data(key)).tolist(),
@@ -153,14 +157,17 @@ def _check(steps: Sequence[Transform], form: Format, again: Again) -> None:
     refuse_orbax(_NAME, form)
 
 
-def _check_plan(layers: Layers, run: BlockRun, steps: Sequence[Transform], form: Format) -> None:
-    """Tries everything on shapes."""
+def _check_plan(
+    layers: Layers, run: BlockRun, steps: Sequence[Transform], form: Format
+) -> dict[LeafPath, str]:
+    """Tries everything on shapes; says what each leaf that changes will be."""
     model = layers.pretrained
     # Every step gets statistics of what reaches it: here shapes alone count.
     tx = chain(*(dataclasses.replace(step, moves_inputs=False) for step in steps))
     found, leaves = plan_and_leaves(tx, model.params, layout=run.programs.layout)
     refuse_outside(_NAME, layers, [leaf.path for leaf in found.changed])
     check_formats_of_shapes([form], model.config, leaves)
+    return {leaf.path: leaf.after for leaf in found.changed}
 
 
 def _digest(batches: Sequence[Any]) -> str:
