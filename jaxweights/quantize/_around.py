@@ -9,8 +9,8 @@ import jax
 
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_default_target, is_float
-from jaxweights.core._paths import Flat, Params, Path, flatten
-from jaxweights.core._stats import Needs
+from jaxweights.core._paths import Flat, Params, Path, fail, flatten
+from jaxweights.core._stats import Needs, union_needs
 from jaxweights.core._transform import Transform
 
 _GRAM = frozenset({"gram", "count"})
@@ -35,7 +35,28 @@ def check_quantizer(asker: str, quantizer: Any) -> None:
         )
 
 
-def gram_needs(params: Params, *, named: bool) -> Needs:
+def needs_around(
+    asker: str, quantizer: Transform, params: Params, *, named: bool, weighted: bool = True
+) -> Needs:
+    """What a quantizer needs, and the measure of its errors, where Gram matrices weight them.
+
+    Raises:
+      ValueError: If it makes up for errors of inputs, so that it approximates another weight.
+    """
+    own = quantizer.needs(params, named=named)
+    fail(
+        asker,
+        [
+            f"{path!r}: {quantizer.name} changes the weight to make up for errors of its inputs, "
+            "which approximating the weight as it was would undo. Set error_propagation=0."
+            for path, names in own.items()
+            if "cross_gram" in names
+        ],
+    )
+    return union_needs([own, _gram_needs(params, named=named) if weighted else {}])
+
+
+def _gram_needs(params: Params, *, named: bool) -> Needs:
     """Gram matrices and counts of all matrices that a transform acts on."""
     return {
         path: _GRAM

@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
-from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._stats import Needs
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
     check_quantizer,
-    gram_needs,
+    needs_around,
     quantize_alone,
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
@@ -222,8 +222,7 @@ def _transform(name: str, quantizer: Transform, settings: Settings) -> Transform
         return unflatten(treedef, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
-        own = gram_needs(params, named=named) if settings.weighted else {}
-        return union_needs([quantizer.needs(params, named=named), own])
+        return needs_around(name, quantizer, params, named=named, weighted=settings.weighted)
 
     made = stateless(
         update,

@@ -14,13 +14,13 @@ from jaxweights.core._lapack import solve
 from jaxweights.core._layout import is_float
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
-from jaxweights.core._stats import Needs, union_needs
+from jaxweights.core._stats import Needs
 from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
     check_quantizer,
-    gram_needs,
+    needs_around,
     quantize_alone,
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
@@ -101,8 +101,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
         return unflatten(treedef, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
-        own = gram_needs(params, named=named)
-        return union_needs([quantizer.needs(params, named=named), own])
+        return needs_around(_NAME, quantizer, params, named=named)
 
     made = stateless(
         update,

@@ -213,3 +213,11 @@ def test_what_cannot_be_compared_is_refused(params, batches):
         run = lambda p, x: jnp.einsum("eti,eio->eto", x, p["experts"])  # noqa: E731
         need = {"experts": frozenset({"cross_gram"})}
         jw.calibrate(run, experts, [jnp.ones((2, 5, 8))], needs=need, reference=experts)
+
+
+@pytest.mark.parametrize("around, settings", [("refine", {}), ("low_rank_residual", {"rank": 1})])
+def test_what_approximates_the_weight_as_it_was_refuses_it(params, around, settings):
+    tx = getattr(jw.quantize, around)(gptq(**BITS, error_propagation=0.5), **settings)
+    words = rf"{around}: 'layers/up': .* would undo. Set error_propagation=0"
+    with pytest.raises(ValueError, match=words):
+        tx.needs(params)
