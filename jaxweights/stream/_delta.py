@@ -171,15 +171,17 @@ def layered_delta_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
     Returns:
       The job; None where only the whole leaf can be merged.
     """
-    row, matrices = merge.row, leaf.matrices(merge.name)
+    row = merge.row
     if (
-        matrices is None
-        or row.scope != "leaf"
+        row.scope != "leaf"
         or row.sparsifier not in ("magnitude", "outliers")
         or row.rescale not in ("none", "l1")
         or (row.rescale == "l1" and row.asks_majority)
         or merge.output.rounding != "nearest"
     ):
+        return None
+    matrices = leaf.matrices(merge.name)  # which refuses what only these methods cannot merge
+    if matrices is None:
         return None
     operands = leaf.operands
     settings = delta_settings(merge, [operand.label for operand in operands[1:]], leaf.seed)

@@ -99,6 +99,7 @@ WRONG = {
     "dtype": _FLOATS,
     "duo": (None, 1, "x", 0.5, *_ODD),
     "element": (None, *_NAMES),
+    "error_propagation": _SHARES,
     "exponent_rate": (None, *_POSITIVE),
     "exponents": (None, 0.5, "x", True, [], [0.0], [1.5], ["x"], [True], [math.nan], *_ODD[1:]),
     "folds": (None, 3, 0.5, "x", [1], True, *_ODD),
