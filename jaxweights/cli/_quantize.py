@@ -53,7 +53,7 @@ examples:
   jaxweights quantize Llama-3.2-1B out --method awq --format awq --calibration prose.txt
   jaxweights quantize Llama-3.2-1B out --method smoothquant --set alpha=0.8 --calibration prose.txt
   jaxweights quantize model out --method rtn --bits 8 --format gguf --evaluate moby-dick
-  jaxweights quantize Mistral-7B out --method gptq --calibration prose.txt --memory 6GB
+  jaxweights quantize Mistral-7B out --method gptq --calibration prose.txt --memory 8GB
   jaxweights quantize model out --method refine:gptq --calibration prose.txt --print-config
   jaxweights quantize --list"""
 

@@ -77,18 +77,13 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
         )
         return checked(name, leaf.operands, arrays, merged)
 
-    return Job(
-        name,
-        leaf.shape,
-        leaf.dtype,
-        leaf.operands,
+    return leaf.job(
         compute,
-        entrywise=True,
+        matrices,
         temporaries=(16 if ranked else 6) * n + 60,
         survey=survey,
         kept=-(-n // 8) if survey is not None and keeps else 0,
         unit=draws.run,
-        block=matrices.block if matrices.before > 1 else None,
     )
 
 

@@ -55,17 +55,12 @@ def fusion_job(leaf: Leaf, merge: FusionMerge) -> Job | None:
         merged = _copy_above(*arrays, scores(arrays), cut, dtype=leaf.dtype)
         return checked(leaf.name, leaf.operands, arrays, merged)
 
-    return Job(
-        leaf.name,
-        leaf.shape,
-        leaf.dtype,
-        leaf.operands,
+    return leaf.job(
         compute,
-        entrywise=True,
+        matrices,
         temporaries=100,
         survey=survey,
         unit=along * behind,
-        block=matrices.block if matrices.before > 1 else None,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from jaxweights.core._apply import LayoutLike, resolve_layout
 from jaxweights.merge._per_leaf import Group, group_axes
 from jaxweights.merge._stacks import stack_axes
 from jaxweights.stream._grouping import Grouping
-from jaxweights.stream._jobs import Operand
+from jaxweights.stream._jobs import Job, Operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +57,22 @@ class Leaf:
         """Its layers and experts, each of them one vector; None where they are not whole runs."""
         found = self.grouping(method, "leaf")
         return found if found is not None and found.behind == 1 else None
+
+    def job(self, compute: Callable[..., Any], layers: Grouping, **more: Any) -> Job:
+        """A job that writes it in slices, none of which crosses the end of a layer.
+
+        Args:
+          compute: As in `Job`.
+          layers: From `matrices`.
+          **more: Further settings of the job.
+        """
+        return Job(
+            self.name,
+            self.shape,
+            self.dtype,
+            self.operands,
+            compute,
+            entrywise=True,
+            block=layers.block if layers.before > 1 else None,
+            **more,
+        )

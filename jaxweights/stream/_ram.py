@@ -40,16 +40,11 @@ def ram_job(leaf: Leaf, merge: RamMerge) -> Job | None:
         merged = _merge_slice(base, models, factors, epsilon=merge.epsilon, dtype=leaf.dtype)
         return checked(leaf.name, leaf.operands, arrays, merged)
 
-    return Job(
-        leaf.name,
-        leaf.shape,
-        leaf.dtype,
-        leaf.operands,
+    return leaf.job(
         compute,
-        entrywise=True,
+        matrices,
         temporaries=6 * len(leaf.operands) + 8,
         survey=survey,
-        block=matrices.block if matrices.before > 1 else None,
     )
 
 

@@ -61,17 +61,12 @@ def sce_job(leaf: Leaf, merge: SceMerge) -> Job | None:
         return checked(leaf.name, leaf.operands, arrays, merged)
 
     n = len(leaf.operands) - 1
-    return Job(
-        leaf.name,
-        leaf.shape,
-        leaf.dtype,
-        leaf.operands,
+    return leaf.job(
         compute,
-        entrywise=True,
+        matrices,
         temporaries=8 * n + 24,
         survey=survey,
         unit=_RUN,
-        block=matrices.block if matrices.before > 1 else None,
     )
 
 

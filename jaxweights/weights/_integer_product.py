@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jaxweights.weights._divide import divide
+
 if TYPE_CHECKING:
     from jaxweights.weights._quantized_product import QuantizedProduct
 
@@ -39,9 +41,9 @@ def round_inputs(
     x = x.astype(jnp.float32)
     largest = largest_integer(bits)
     if scale is None:
-        scale = _quotient(jnp.max(jnp.abs(x), axis=over, keepdims=True), jnp.float32(largest))
+        scale = divide(jnp.max(jnp.abs(x), axis=over, keepdims=True), largest)
         scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
-    steps = jnp.clip(jnp.round(_quotient(x, scale)), -largest, largest)
+    steps = jnp.clip(jnp.round(divide(x, scale)), -largest, largest)
     return steps.astype(jnp.int8), scale
 
 
@@ -174,8 +176,3 @@ def convolution(x: jax.Array, weight: QuantizedProduct, params: dict[str, Any]) 
         return product(x, latent, weight), tangent
 
     return product(x, weight.latent, weight.without_latent())
-
-
-def _quotient(values: jax.Array, by: jax.Array) -> jax.Array:
-    """The exact quotient in every program, as in `quantize._grid.divide`."""
-    return values / jnp.where(values == 0, jnp.float32(1), by)
