@@ -427,7 +427,8 @@ def test_weights_that_a_format_cannot_hold_are_refused_before_they_are_changed(
     llama, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("jaxweights.recipes._run.apply", None)
-    text = EXPORT.format(model=llama, output=tmp_path / "out", bits=4).replace("32", "16")
+    narrow = EXPORT.replace("group_size: 32", "group_size: 16")
+    text = narrow.format(model=llama, output=tmp_path / "out", bits=4)
     with pytest.raises(ValueError, match=r"'blk.0.attn_q.weight' has groups of 16 inputs"):
         run_recipe(parse_recipe(text))
     assert not (tmp_path / "out").exists()
