@@ -103,17 +103,19 @@ def field_names(cls: type) -> tuple[list[str], list[str]]:
 
 
 def fields_that_may_lack(cls: type) -> set[str]:
-    """Names of the parts that are None, and of the settings that are False, by default.
+    """Names of the parts that are None, and of the settings that are False or 0, by default.
 
     Classes gain such fields between versions.
     """
     if is_namedtuple(cls):
         return set()
-    return {
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is (False if field.metadata.get("static") else None)
-    }
+
+    def may_lack(field: Any) -> bool:
+        if not field.metadata.get("static"):
+            return field.default is None
+        return isinstance(field.default, int) and not field.default  # False or 0
+
+    return {field.name for field in dataclasses.fields(cls) if may_lack(field)}
 
 
 def is_namedtuple(cls: type) -> bool:

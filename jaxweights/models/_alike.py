@@ -23,7 +23,8 @@ def in_one_form(layers: list[Any]) -> list[Any] | None:
 
     Returns:
       The layers, or None where that cannot be: dense ones among them, offsets beside none, dtypes
-      that differ, or indices of groups beside groups of another size.
+      that differ, indices of groups beside groups of another size, or a last group that is shorter
+    beside groups of another size.
     """
     if not all(is_weight(layer) for layer in layers):
         return None
@@ -37,14 +38,19 @@ def in_one_form(layers: list[Any]) -> list[Any] | None:
     dtypes = {np.dtype(layer.dtype) for layer in layers}
     if max(len(offsets), len(dtypes)) > 1 or (indexed and len(groups) > 1):
         return None
+    full_group = max(layer.full_group for layer in layers)
+    if full_group and any(x.group_size not in (None, full_group) for x in layers):
+        return None
     rows, cols = (math.lcm(*(shape[i] for shape in groups)) for i in (0, 1))
     first = layers[0]
-    if first.in_dim % rows or first.out_dim % cols:
+    if (first.in_dim % rows and not full_group) or first.out_dim % cols:
         return None
     bits = max(layer.bits for layer in layers)
     shifted = any(layer.zero_point is not None for layer in layers)
     scale_dtype = np.result_type(*(layer.scale.dtype for layer in layers))
-    return [_widened(x, bits, rows, cols, shifted, indexed, scale_dtype) for x in layers]
+    return [
+        _widened(x, bits, rows, cols, full_group, shifted, indexed, scale_dtype) for x in layers
+    ]
 
 
 def _structure(layer: Quantized) -> Any:
@@ -57,6 +63,7 @@ def _widened(
     bits: int,
     rows: int,
     cols: int,
+    full_group: int,
     shifted: bool,
     indexed: bool,
     scale_dtype: Any,
@@ -77,7 +84,8 @@ def _widened(
         zero = np.full(layer.scale.shape, middle, np.uint8)  # type: ignore[assignment]
     index: Any = layer.group_index
     if indexed and index is None:
-        index = np.arange(layer.in_dim, dtype=np.int32) // np.int32(layer.in_dim // rows)
+        size = full_group or layer.in_dim // rows
+        index = np.arange(layer.in_dim, dtype=np.int32) // np.int32(size)
     return jax.tree.map(
         np.asarray,
         Quantized.from_codes(
@@ -86,6 +94,7 @@ def _widened(
             spread(zero, np.uint8),
             index,
             bits=bits,
+            full_group=full_group,
             offset=spread(layer.offset, scale_dtype),
             dtype=layer.dtype,
             view=layer.view,

@@ -217,7 +217,7 @@ def adadim(
         return replace_leaf(leaf, result.codes[i], view, grids[i])
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
-        problem = next((p for g in grids if (p := unfit_leaf(leaf, view, g))), None)
+        problem = next((p for g in grids if (p := unfit_leaf(leaf, view, g, pads=False))), None)
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:

@@ -26,6 +26,7 @@ GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
 Search = Literal["absmax", "mse"] | float
 GroupSize = int | Literal["tensor"] | None
 GroupAxis = Literal["input", "output"]
+Pad = Literal["zero"]
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -80,6 +81,8 @@ class Grid:
       group_axis: "input" for groups of neighbouring rows of one output; "output" for groups of
         neighbouring columns of one input, so that an input whose weights are large shares its
         scales with no other.
+      pad: "zero" where rows of zeros fill up a last group that has fewer rows than `group_size`;
+        None where such a matrix is refused.
     """
 
     kind: GridKind
@@ -88,6 +91,7 @@ class Grid:
     scale_dtype: Any = _FLOAT32
     search: Search = "absmax"
     group_axis: GroupAxis = "input"
+    pad: Pad | None = None
 
     @property
     def unsigned(self) -> bool:
@@ -102,6 +106,11 @@ class Grid:
         top = 2 ** (self.bits - 1) - 1
         return (-top if self.kind == "narrow" else -top - 1), top
 
+    def full_group(self, in_dim: int) -> int:
+        """Rows of all groups but a shorter last one, as `Quantized` states it; 0 without one."""
+        size = self.group_size
+        return size if self.pad and isinstance(size, int) and size < in_dim and in_dim % size else 0
+
 
 def make_grid(
     asker: str,
@@ -112,6 +121,7 @@ def make_grid(
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
     group_axis: GroupAxis = "input",
+    pad: Pad | None = None,
 ) -> Grid:
     """Checks the settings of a grid and fills in what is None.
 
@@ -123,6 +133,7 @@ def make_grid(
       scale_dtype: float32, bfloat16 or float16.
       search: As in `Grid`.
       group_axis: As in `Grid`.
+      pad: As in `Grid`.
 
     Returns:
       The grid.
@@ -163,10 +174,11 @@ def make_grid(
             f"{asker}: group_axis={group_axis!r} is unknown. Choose 'input' (groups of rows of one "
             "output) or 'output' (groups of columns of one input)."
         )
+    check_pad(asker, pad, group_size, group_axis)
     # Grids are static under `jit`, and numbers of NumPy no weak types: those of Python are kept.
     size = int(group_size) if is_whole(group_size) else group_size
     rank = search if isinstance(search, str) else float(search)
-    return Grid(grid, bits, size, jnp.dtype(scale_dtype), rank, group_axis)
+    return Grid(grid, bits, size, jnp.dtype(scale_dtype), rank, group_axis, pad)
 
 
 def check_bits(asker: str, bits: Any) -> int:
@@ -174,17 +186,46 @@ def check_bits(asker: str, bits: Any) -> int:
     return check_between(asker, "bits", bits, 2, 8)
 
 
-def unfit_group(grid: Grid, in_dim: int, out_dim: int) -> str | None:
-    """What is wrong with the group size for a matrix of these lengths, if anything."""
+def check_pad(asker: str, pad: Any, group_size: Any, group_axis: Any = "input") -> None:
+    """Refuses what is no way to fill up a group, and one where no group needs it.
+
+    Raises:
+      ValueError: If it is unknown, or groups are not of so many rows each.
+    """
+    if pad is None:
+        return
+    if not is_word(pad, get_args(Pad)):
+        raise ValueError(
+            f"{asker}: pad={pad!r} is unknown. Choose 'zero' (rows of zeros fill up the last "
+            "group) or None (a group_size that does not divide its axis is refused)."
+        )
+    if not is_whole(group_size) or group_axis != "input":
+        raise ValueError(
+            f"{asker}: pad={pad!r} fills up groups of rows, but group_size={group_size!r} along "
+            f"the {group_axis} axis makes none. Pass an integer group_size along the input axis, "
+            "or leave pad out."
+        )
+
+
+def unfit_group(grid: Grid, in_dim: int, out_dim: int, *, pads: bool = True) -> str | None:
+    """What is wrong with the group size for a matrix of these lengths, if anything.
+
+    Args:
+      grid: The grid.
+      in_dim: Rows of the matrix.
+      out_dim: Columns of the matrix.
+      pads: Whether the caller has a setting `pad` to name as a remedy.
+    """
     size = grid.group_size
     length = in_dim if grid.group_axis == "input" else out_dim
-    if not isinstance(size, int) or length % size == 0:
+    if not isinstance(size, int) or length % size == 0 or grid.pad is not None:
         return None
     divisors = [d for d in range(1, length + 1) if length % d == 0]
+    padded = ", fill up the last group by pad='zero'" if pads and grid.group_axis == "input" else ""
     return (
         f"group_size={size} does not divide the {grid.group_axis} axis, which has length {length}. "
         f"Choose one "
-        f"of {', '.join(map(str, divisors))}, or leave this weight out with `partition`."
+        f"of {', '.join(map(str, divisors))}{padded}, or leave this weight out with `partition`."
     )
 
 
@@ -193,7 +234,7 @@ def quantize_matrix(weight: Float[Array, "in out"], grid: Grid) -> Codes:
 
     Args:
       weight: `(in, out)`, floating.
-      grid: Where the levels lie; its group size divides `in`.
+      grid: Where the levels lie; its group size divides `in`, or it pads.
 
     Returns:
       The codes. A group whose scale underflows has scale 1 and codes of 0.0; one that holds NaN
@@ -217,7 +258,7 @@ def round_matrix(weight: jax.Array, grid: Grid) -> Codes:
         return Codes(codes.T, scale.T, None if zero is None else zero.T)
     groups = split_groups(weight.astype(jnp.float32), grid)  # (rows, group, out)
     scale, zero = find_scale(groups, grid)
-    codes = encode(groups, scale, zero, grid).reshape(weight.shape)
+    codes = join_groups(encode(groups, scale, zero, grid), weight.shape)
     return Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
 
 
@@ -230,10 +271,23 @@ def matrix_scales(weight: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array |
 
 
 def split_groups(weight: jax.Array, grid: Grid) -> jax.Array:
-    """`(in, out)` as `(rows, group, out)`, one row of scales for each of the first axis."""
+    """`(in, out)` as `(rows, group, out)`, one row of scales for each of the first axis.
+
+    Zeros fill up the last group of a grid that pads.
+    """
     in_dim, out_dim = weight.shape
     size = grid.group_size if isinstance(grid.group_size, int) else in_dim
-    return weight.reshape(in_dim // max(size, 1), size, out_dim)
+    if grid.pad is not None and in_dim % size:
+        weight = jnp.pad(weight, ((0, -in_dim % size), (0, 0)))
+    return weight.reshape(-(-in_dim // max(size, 1)), size, out_dim)
+
+
+def join_groups(groups: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `split_groups`: an `(in, out)` matrix of this shape, without padding."""
+    in_dim, out_dim = shape
+    if groups.size == in_dim * out_dim:
+        return groups.reshape(shape)
+    return groups.reshape(-1, out_dim)[:in_dim]
 
 
 def find_scale(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array | None]:

@@ -30,9 +30,9 @@ REFUSAL = (
 )
 
 
-def unfit_leaf(leaf: Any, view: View, grid: Grid) -> str | None:
+def unfit_leaf(leaf: Any, view: View, grid: Grid, *, pads: bool = True) -> str | None:
     """What is wrong with a leaf, from its representation and shape; None if nothing is."""
-    return unfit_values(leaf) or unfit_group(grid, view.in_dim, view.out_dim)
+    return unfit_values(leaf) or unfit_group(grid, view.in_dim, view.out_dim, pads=pads)
 
 
 def unfit_values(leaf: Any) -> str | None:
@@ -113,6 +113,7 @@ def replace_leaf(
         zero_point=codes.zero_point,
         group_index=group_index,
         bits=grid.bits,
+        full_group=grid.full_group(view.in_dim),
         codes_per_byte=codes_per_byte(grid.bits, view.in_dim),
         dtype=np.dtype(leaf.dtype),
         view=view,
@@ -158,8 +159,8 @@ def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
     if len(bad) == scale.size > 1:  # one bad value spoils a scale of scales, and so all of them
         return f"{path!r}: holds values that are not finite, or too large for its scales. {remedy}"
     *stack, row, column = (int(i) for i in bad[0])
-    height, width = weight.in_dim // scale.shape[-2], weight.out_dim // scale.shape[-1]
-    rows = f"inputs {row * height} to {(row + 1) * height - 1}"
+    height, width = weight.group_size or weight.in_dim, weight.out_dim // scale.shape[-1]
+    rows = f"inputs {row * height} to {min((row + 1) * height, weight.in_dim) - 1}"
     columns = f"outputs {column * width} to {(column + 1) * width - 1}"
     if width == 1:
         columns = f"output {column}"

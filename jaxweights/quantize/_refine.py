@@ -174,20 +174,21 @@ def refine_weight(
         "value": view.to_matrix(value).astype(jnp.float32),
         "gram": gram.astype(jnp.float32),
     }
-    one = functools.partial(_refine_matrix, bits=weight.bits, sweeps=sweeps)
+    group_size = weight.group_size or weight.in_dim
+    one = functools.partial(_refine_matrix, bits=weight.bits, group_size=group_size, sweeps=sweeps)
     codes, scale = map_over_stack(one, operands, weight.codes.shape[:-2])
     return weight.with_codes(codes, scale)
 
 
 def _refine_matrix(
-    operands: dict[str, Any], *, bits: int, sweeps: int
+    operands: dict[str, Any], *, bits: int, group_size: int, sweeps: int
 ) -> tuple[jax.Array, jax.Array]:
     codes, scale, zero, offset, value, gram = (
         operands[name] for name in ("codes", "scale", "zero_point", "offset", "value", "gram")
     )
     in_dim = codes.shape[0]
     of_row = operands["group_index"]
-    of_row = jnp.arange(in_dim) // (in_dim // scale.shape[0]) if of_row is None else of_row
+    of_row = jnp.arange(in_dim) // group_size if of_row is None else of_row
     if offset is not None:
         value = value - offset[of_row].astype(jnp.float32)
         zero = jnp.zeros(scale.shape, jnp.uint8)

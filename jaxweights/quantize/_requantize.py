@@ -175,7 +175,13 @@ def _requantize(
         operands["scale"] = weight.scale_matrix()
     stored = None if is_weight(weight.scale) else weight.scale.dtype
     levels_of = functools.partial(_levels_of, weight, stored)
-    one = functools.partial(_one_matrix, levels_of=levels_of, damping=damping, rescale=rescale)
+    one = functools.partial(
+        _one_matrix,
+        levels_of=levels_of,
+        group_size=weight.group_size or weight.in_dim,
+        damping=damping,
+        rescale=rescale,
+    )
     codes, scale, clipped, used = map_over_stack(one, operands, matrix.shape[:-2])
     return Requantized(
         _with_codes(weight, codes, scale if rescale else None), jnp.mean(clipped), used
@@ -204,16 +210,16 @@ def _levels_of(weight: Any, scale_dtype: Any, operands: dict[str, Any]) -> Any:
 
 
 def _one_matrix(
-    operands: dict[str, Any], *, levels_of: Any, damping: float, rescale: bool
+    operands: dict[str, Any], *, levels_of: Any, group_size: int, damping: float, rescale: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Codes, scales, share of clipped entries and damping of one `(in, out)` matrix."""
     value, scale, zero, offset, gram, mask = (
         operands[name] for name in ("value", "scale", "zero_point", "offset", "gram", "mask")
     )
     in_dim, out_dim = value.shape
-    rows, cols = scale.shape
+    cols = scale.shape[1]
     of_row = operands["group_index"]
-    of_row = jnp.arange(in_dim) // (in_dim // rows) if of_row is None else of_row
+    of_row = jnp.arange(in_dim) // group_size if of_row is None else of_row
     levels = levels_of(operands)
     widen = lambda field: jnp.repeat(field, out_dim // cols, axis=1)  # noqa: E731
     if offset is not None:

@@ -16,6 +16,7 @@ from jaxweights.quantize._grid import (
     GridKind,
     GroupAxis,
     GroupSize,
+    Pad,
     Search,
     make_grid,
     round_matrix,
@@ -39,6 +40,7 @@ def round_to_nearest(
     bits: int,
     group_size: GroupSize = None,
     group_axis: GroupAxis = "input",
+    pad: Pad | None = None,
     grid: GridKind | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     search: Search = "absmax",
@@ -56,6 +58,8 @@ def round_to_nearest(
         "tensor" one per matrix.
       group_axis: "input" for groups of rows of one output, which runtimes read; "output" for groups
         of columns of one input, which keep an outlying input to itself.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`: it is
+        rounded as if rows of zeros filled it up, which are not kept. None refuses such a matrix.
       grid: "narrow", "full", "half", "signed_max", "affine" or "gptq_sym", see `Grid`; None gives
         "narrow" at 8 bits, as other runtimes do, and "signed_max" below, whose error on normally
         distributed weights is the least of the symmetric grids (0.77 of "narrow"'s at 4 bits).
@@ -69,7 +73,8 @@ def round_to_nearest(
     Raises:
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, if the group size does not
-        divide an input axis, a leaf is already quantized, or one holds values that are not finite.
+        divide an input axis and `pad` is None, a leaf is already quantized, or one holds values
+        that are not finite.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -91,6 +96,7 @@ def round_to_nearest(
         bits=bits,
         group_size=group_size,
         group_axis=group_axis,
+        pad=pad,
         grid=grid,
         scale_dtype=scale_dtype,
         search=search,

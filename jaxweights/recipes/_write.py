@@ -225,7 +225,7 @@ def _example(leaf: Any, form: Format, stacked: bool) -> Any:
         return example
     # Inputs in an order that no consecutive groups have.
     *_, in_dim = leaf.group_index.shape
-    full = -(-in_dim // leaf.scale.shape[-2])
+    full = leaf.full_group or -(-in_dim // leaf.scale.shape[-2])
     index = (np.arange(in_dim)[::-1] // full).astype(leaf.group_index.dtype)
     moved = np.broadcast_to(index, example.group_index.shape)
     return dataclasses.replace(example, group_index=moved)

@@ -47,6 +47,12 @@ def round_inputs(
     return steps.astype(jnp.int8), scale
 
 
+def fill_up(field: jax.Array, length: int) -> jax.Array:
+    """A field with zeros behind its last axis, up to this length."""
+    missing = length - field.shape[-1]
+    return jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, missing)]) if missing else field
+
+
 @jax.custom_jvp
 def matrix_product(x: jax.Array, latent: jax.Array | None, weight: QuantizedProduct) -> jax.Array:
     """`x @ weight` for `x` of shape `(*stack, tokens, in)`, float32.
@@ -58,6 +64,7 @@ def matrix_product(x: jax.Array, latent: jax.Array | None, weight: QuantizedProd
     """
     del latent
     integers, step = round_inputs(x, weight.input_bits, weight.input_scale)
+    integers = fill_up(integers, weight.codes.shape[-1])
     if weight.order is not None:
         integers = jnp.take_along_axis(integers, weight.order[..., None, :], axis=-1)
     scale = weight.scale.astype(jnp.float32)

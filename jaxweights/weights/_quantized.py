@@ -25,12 +25,14 @@ class Quantized(Scaled):
 
         matrix[..., i, o] = (q[..., i, o] - zero_point[..., r, c]) * scale[..., r, c]
         matrix[..., i, o] = q[..., i, o] * scale[..., r, c] + offset[..., r, c]  with offsets
-        r = group_index[..., i], or i // (in / rows) without one;    c = o // (out / cols)
+        r = group_index[..., i], or i // group without one;    c = o // (out / cols)
+        group = full_group, or in / rows where that is 0
 
     computed in float32 and rounded once to `dtype`. Invariants:
 
         scale.shape == zero_point.shape == offset.shape == (*stack, rows, cols)
-        in % rows == 0 and out % cols == 0
+        out % cols == 0; in % rows == 0 without full_group and group_index
+        rows == ceil(in / full_group) with full_group: the last group is shorter
         codes.shape == (*stack, in / codes_per_byte, out)
         -2**(bits-1) <= q < 2**(bits-1)  without zero points and offsets, else  0 <= q < 2**bits
 
@@ -50,6 +52,8 @@ class Quantized(Scaled):
       offset: The value of code 0, floating, added after scaling; None for none.
       bits: Bits per code, 2 to 8.
       codes_per_byte: 1, 2 or 4.
+      full_group: Rows of every group but the last (in the order of `group_index`), which has
+        fewer; 0 where all have as many.
       dtype: Dtype that it materialises to.
       view: How the matrix relates to the leaf.
 
@@ -73,6 +77,7 @@ class Quantized(Scaled):
     offset: jax.Array | None = None
     bits: int = static(default=8)
     codes_per_byte: int = static(default=1)
+    full_group: int = static(default=0)
     dtype: Any = static(default=np.dtype(np.float32))
     view: View = static(default=None)
 
@@ -86,6 +91,7 @@ class Quantized(Scaled):
         *,
         bits: int,
         offset: jax.Array | None = None,
+        full_group: int = 0,
         dtype: DTypeLike = jnp.float32,
         view: View | None = None,
     ) -> Quantized:
@@ -98,6 +104,7 @@ class Quantized(Scaled):
           group_index: As in the class.
           bits: Bits per code, 2 to 8.
           offset: As in the class.
+          full_group: As in the class.
           dtype: Dtype that it materialises to.
           view: How the matrix relates to the leaf; None means that the leaf is the matrix.
 
@@ -110,7 +117,14 @@ class Quantized(Scaled):
         """
         if not 2 <= bits <= 8:
             raise ValueError(f"Quantized: bits={bits} must lie between 2 and 8.")
-        check_blocks("Quantized", "scale", scale.shape, codes.shape)
+        indexed = group_index is not None or full_group > 0
+        check_blocks("Quantized", "scale", scale.shape, codes.shape, any_rows=indexed)
+        in_dim, rows = codes.shape[-2], scale.shape[-2]
+        if full_group and (in_dim % full_group == 0 or rows != -(-in_dim // full_group)):
+            raise ValueError(
+                f"Quantized: full_group={full_group} makes no {rows} groups of {in_dim} inputs of "
+                "which the last is shorter. Pass 0 where all groups have as many inputs."
+            )
         for name, field in {"zero_point": zero_point, "offset": offset}.items():
             if field is not None and field.shape != scale.shape:
                 raise ValueError(
@@ -131,6 +145,7 @@ class Quantized(Scaled):
             offset=offset,
             bits=bits,
             codes_per_byte=per_byte,
+            full_group=full_group,
             dtype=np.dtype(dtype),
             view=View.of(codes.shape) if view is None else view,
         )
@@ -139,6 +154,11 @@ class Quantized(Scaled):
     def in_dim(self) -> int:
         """Rows of the matrix."""
         return self.codes.shape[-2] * self.codes_per_byte
+
+    @property
+    def group_size(self) -> int | None:
+        """Input rows that share a scale, all but those of a last group that is shorter."""
+        return self.full_group or super().group_size
 
     @property
     def signed(self) -> bool:
@@ -167,15 +187,17 @@ class Quantized(Scaled):
         return True
 
     def partition(self, spec: Any, mesh: Any) -> Any:
-        """Groups and packed rows are split with the inputs; groups in another order are not."""
-        if self.group_index is not None:
+        """Groups and packed rows are split with the inputs; of one size and in order only."""
+        if self.group_index is not None or self.full_group:
             parts = matrix_parts(self.fitted().view, self.ndim, spec)
             if parts is None or parts[-2] is not None:
                 return None
         return super().partition(spec, mesh)
 
     def by_row(self, blocks: jax.Array) -> jax.Array:
-        """Values of blocks in the order of `group_index`."""
-        if self.group_index is None:
+        """Values of blocks, or of every input where groups are not of one size and in order."""
+        if self.group_index is not None:
+            return jnp.take_along_axis(blocks, self.group_index[..., None], axis=-2)
+        if not self.full_group:
             return blocks
-        return jnp.take_along_axis(blocks, self.group_index[..., None], axis=-2)
+        return jnp.repeat(blocks, self.full_group, axis=-2)[..., : self.in_dim, :]

@@ -13,7 +13,12 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._integer_product import convolution, largest_integer, matrix_product
+from jaxweights.weights._integer_product import (
+    convolution,
+    fill_up,
+    largest_integer,
+    matrix_product,
+)
 from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts, take_columns
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._scaled import combine
@@ -45,7 +50,7 @@ class QuantizedProduct(MatrixWeight):
     Codes are stored a byte each and output by output, which is how integer units read them.
 
     Args:
-      codes: `(*stack, out, in)` int8.
+      codes: `(*stack, out, in)` int8; where the last group is shorter, zeros fill it up.
       scale: `(*stack, groups, out)` or `(*stack, groups, 1)`, floating, for groups of as many
         inputs each; one group where it is a convolution's.
       input_scale: `(*stack, 1, 1)` float32 step of the activations; None finds one for each token.
@@ -102,6 +107,8 @@ class QuantizedProduct(MatrixWeight):
         if cols not in (1, weight.out_dim):
             scale = jnp.repeat(scale, weight.out_dim // cols, axis=-1)
         codes = jnp.swapaxes(weight.units(jnp.int16).astype(jnp.int8), -1, -2)
+        if weight.full_group:  # sums are those of groups of one size
+            codes = fill_up(codes, weight.full_group * scale.shape[-2])
         order = None
         if weight.group_index is not None:
             order = jnp.argsort(weight.group_index, axis=-1, stable=True).astype(jnp.int32)
@@ -121,6 +128,12 @@ class QuantizedProduct(MatrixWeight):
     def _stack(self) -> tuple[int, ...]:
         return tuple(self.codes.shape[:-2])
 
+    @property
+    def _full_group(self) -> int:
+        """As in `Quantized`."""
+        length = self.codes.shape[-1]
+        return 0 if length == self.view.in_dim else length // self.scale.shape[-2]
+
     def weight_only(self) -> Quantized:
         """The same integers, multiplied as the values that they stand for."""
         codes, group_index = jnp.swapaxes(self._codes_by_input(), -1, -2), None
@@ -133,6 +146,7 @@ class QuantizedProduct(MatrixWeight):
             None,
             group_index,
             bits=self.bits,
+            full_group=self._full_group,
             dtype=self.dtype,
             view=self.view,
         )
@@ -143,7 +157,7 @@ class QuantizedProduct(MatrixWeight):
 
     def masked(self, kept: jax.Array) -> QuantizedProduct:
         """With code 0 where a bool matrix `(*stack, in, out)` is False."""
-        kept = jnp.swapaxes(kept, -1, -2)
+        kept = fill_up(jnp.swapaxes(kept, -1, -2), self.codes.shape[-1])
         if self.order is not None:
             kept = jnp.take_along_axis(kept, self.order[..., None, :], axis=-1)
         return dataclasses.replace(self, codes=jnp.where(kept, self.codes, jnp.int8(0)))
@@ -157,13 +171,13 @@ class QuantizedProduct(MatrixWeight):
         codes = jnp.swapaxes(self.codes, -1, -2).astype(jnp.float32)
         values = combine(codes, scale.astype(jnp.float32), jnp.multiply)
         if self.order is None:
-            return values
+            return values[..., : self.view.in_dim, :]
         return jnp.take_along_axis(values, jnp.argsort(self.order, axis=-1)[..., None], axis=-2)
 
     def _codes_by_input(self) -> jax.Array:
         """Codes `(*stack, out, in)` in the order of the inputs."""
         if self.order is None:
-            return self.codes
+            return self.codes[..., : self.view.in_dim]
         places = jnp.argsort(self.order, axis=-1)
         return jnp.take_along_axis(self.codes, places[..., None, :], axis=-1)
 
@@ -249,7 +263,7 @@ def unfit_for_product(weight: Quantized, input_bits: int) -> str | None:
                 "for their difference to fit a byte as it should: at most "
                 f"{2**weight.bits} is. Dequantize it with `materialize`, and quantize it anew."
             )
-    longest = weight.in_dim // max(weight.scale.shape[-2], 1)
+    longest = weight.group_size or weight.in_dim
     return unfit_length(longest, _centred_bits(weight), input_bits)
 
 
@@ -260,8 +274,14 @@ def _unfit_index(weight: Quantized) -> str | None:
             "the weight has inputs of groups in an order that is traced, of which nothing can be "
             "told. Call this outside `jit`."
         )
-    if isinstance(index, jax.ShapeDtypeStruct):
+    if isinstance(index, jax.ShapeDtypeStruct) and not weight.full_group:
         return None
+    if weight.full_group:
+        return (
+            f"the weight has scattered groups of {weight.full_group} inputs and one of "
+            f"{weight.in_dim % weight.full_group}, but sums of integers are those of groups of one "
+            f"size. Choose a group_size that divides the {weight.in_dim} inputs."
+        )
     counts = jax.nn.one_hot(index, rows, dtype=jnp.int32).sum(-2)
     if (counts == weight.in_dim // rows).all():
         return None

@@ -276,11 +276,22 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
     return operation(grouped, blocks[..., :, None, :, None]).reshape(matrix.shape)
 
 
-def check_blocks(owner: str, name: str, shape: Sequence[int], stored: Sequence[int]) -> None:
-    """Refuses scales or offsets whose blocks do not tile the stored matrix."""
+def check_blocks(
+    owner: str, name: str, shape: Sequence[int], stored: Sequence[int], *, any_rows: bool = False
+) -> None:
+    """Refuses scales or offsets whose blocks do not tile the stored matrix.
+
+    Args:
+      owner: What errors call the weight.
+      name: What they call the field.
+      shape: Of the field.
+      stored: Shape of the matrix.
+      any_rows: Whether something else than the shapes says which row of the field an input reads.
+    """
     *stack, in_dim, out_dim = stored
     *own_stack, rows, cols = shape
-    if own_stack != stack or not (tiles(rows, in_dim) and tiles(cols, out_dim)):
+    fit = (any_rows and rows <= in_dim) or tiles(rows, in_dim)
+    if own_stack != stack or not (fit and tiles(cols, out_dim)):
         raise ValueError(
             f"{owner}: {name} has shape {tuple(shape)}, but the matrix has shape {tuple(stored)}. "
             "Its stack axes must be equal and each of its last two lengths must divide theirs."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-_TOLD_BY_SHAPE = ("dtype", "view")
+_TOLD_ELSEWHERE = ("dtype", "view", "full_group")
 
 
 def show_weight(weight: Any) -> str:
@@ -27,7 +27,7 @@ def show_weight(weight: Any) -> str:
     settings, arrays = [], []
     for field in dataclasses.fields(weight):
         value = getattr(weight, field.name)
-        if value is None or field.name in _TOLD_BY_SHAPE:
+        if value is None or field.name in _TOLD_ELSEWHERE:
             continue
         part = f"{field.name}={_show(value)}"
         (settings if field.metadata.get("static") else arrays).append(part)

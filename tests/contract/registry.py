@@ -91,6 +91,10 @@ CASES = [
         lambda: _Q.round_to_nearest(bits=4, group_size=8),
         elementwise=True,
     ),
+    Case(
+        "quantize.round_to_nearest short",
+        lambda: _Q.round_to_nearest(bits=4, group_size=12, pad="zero"),
+    ),
     Case("quantize.round_to_nearest int8", lambda: _Q.round_to_nearest(bits=8), elementwise=True),
     Case("quantize.round_to_nearest affine", lambda: _Q.round_to_nearest(bits=3, grid="affine")),
     Case("quantize.nf4", lambda: _Q.nf4(group_size=16), elementwise=True),

@@ -468,7 +468,7 @@ def test_a_group_that_does_not_divide_is_refused_with_the_sizes_that_do():
         apply(gptq(bits=4, group_size=128), params, stats=stats)
     assert (
         "quantize.gptq: 'kernel': group_size=128 does not divide the input axis, which has length "
-        "100. Choose one of 1, 2, 4, 5, 10, 20, 25, 50, 100, or leave this weight out"
+        "100. Choose one of 1, 2, 4, 5, 10, 20, 25, 50, 100, fill up the last group by pad='zero', "
     ) in str(error.value)
     with pytest.raises(ValueError, match="group_size=128 does not divide"):
         gptq_matrix(jnp.ones((100, 8)), jnp.eye(100), bits=4, group_size=128)

@@ -144,8 +144,8 @@ BIG = Layout.of({"stack": Axes()})
         (
             {"mlp": {"kernel": jnp.ones((100, 8))}},
             "quantize.round_to_nearest: 'mlp/kernel': group_size=128 does not divide the input "
-            "axis, which has length 100. Choose one of 1, 2, 4, 5, 10, 20, 25, 50, 100, or leave "
-            "this weight out with `partition`.",
+            "axis, which has length 100. Choose one of 1, 2, 4, 5, 10, 20, 25, 50, 100, fill up "
+            "the last group by pad='zero', or leave this weight out with `partition`.",
         ),
         (
             {"kernel": jnp.zeros((128, 8)).at[3, 5].set(jnp.nan).at[4, 6].set(jnp.inf)},

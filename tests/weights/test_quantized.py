@@ -154,6 +154,65 @@ def test_group_index_says_which_scales_a_row_reads():
     np.testing.assert_allclose(scattered.multiply(x), x @ expected, rtol=1e-5, atol=1e-5)
 
 
+def short(affine=False, stack=()):
+    """A weight of 13 inputs in groups of 5, 5 and 3, and its dense matrices by the equation."""
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (*stack, 13, 6)) - (0 if affine else 8)
+    scale = rng.uniform(0.5, 2, (*stack, 3, 6)).astype(np.float32)
+    fields, shift = {}, np.zeros_like(scale)
+    if affine == "offset":
+        shift = rng.normal(size=scale.shape).astype(np.float32)
+        fields["offset"] = jnp.asarray(shift)
+    elif affine:
+        zero = rng.integers(0, 16, scale.shape)
+        fields["zero_point"], shift = jnp.asarray(zero, jnp.uint8), -zero * scale
+    codes_of = jnp.asarray(codes, jnp.int32)
+    weight = Quantized.from_codes(codes_of, jnp.asarray(scale), bits=4, full_group=5, **fields)
+    of_row = np.arange(13) // 5
+    return weight, codes * scale[..., of_row, :].astype(np.float64) + shift[..., of_row, :]
+
+
+@pytest.mark.parametrize("affine", [False, True, "offset"])
+def test_the_last_group_may_be_shorter(affine):
+    weight, dense = short(affine)
+    np.testing.assert_allclose(weight.materialize(), dense, rtol=0, atol=2**-17)
+    np.testing.assert_allclose(weight.columns(jnp.array([3])), dense[:, 3:4].T, atol=2**-17)
+    x = jax.random.normal(jax.random.key(0), (2, 13))
+    z = jax.random.normal(jax.random.key(1), (2, 6))
+    np.testing.assert_allclose(weight.multiply(x), x @ dense, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(weight.multiply_transposed(z), z @ dense.T, rtol=1e-5, atol=1e-4)
+    assert weight.group_size == 5
+    assert "group_size=5, codes" in repr(weight)
+
+
+def test_a_stack_of_weights_whose_last_group_is_shorter_is_sliced_and_mapped():
+    weight, dense = short(True, stack=(2,))
+    np.testing.assert_allclose(weight.materialize(), dense, rtol=0, atol=2**-17)
+    one = jax.tree.map(lambda field: field[1], weight)
+    np.testing.assert_allclose(one.materialize(), dense[1], rtol=0, atol=2**-17)
+    mapped = jax.vmap(lambda weight: weight.materialize())(weight)
+    np.testing.assert_array_equal(mapped, weight.materialize())
+
+
+def test_a_weight_whose_last_group_is_shorter_is_split_by_outputs_only():
+    weight, _ = short()
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    spec = jax.sharding.PartitionSpec
+    assert weight.partition(spec("x", None), mesh) is None
+    assert weight.partition(spec(None, "x"), mesh).scale == spec(None, "x")
+
+
+def test_scales_that_fit_no_shorter_last_group_are_refused():
+    codes, scale = jnp.zeros((12, 6), jnp.int32), jnp.ones((3, 6))
+    words = "full_group=5 makes no 2 groups of 12 inputs of which the last is shorter. Pass 0"
+    with pytest.raises(ValueError, match=words):
+        Quantized.from_codes(codes, scale[:2], bits=4, full_group=5)
+    with pytest.raises(ValueError, match="full_group=4 makes no 3 groups of 12 inputs"):
+        Quantized.from_codes(codes, scale, bits=4, full_group=4)
+    with pytest.raises(ValueError, match=r"scale has shape \(5, 6\), but the matrix has shape"):
+        Quantized.from_codes(codes, jnp.ones((5, 6)), bits=4)
+
+
 def test_an_offset_is_the_value_of_code_zero_in_any_order_of_groups():
     weight, codes, scale, offset = random_quantized(rows=3, cols=6, affine="offset", in_dim=12)
     assert weight.codes_matrix().dtype == jnp.uint8

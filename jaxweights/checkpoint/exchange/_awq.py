@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from jaxweights.checkpoint._write_safetensors import LazyTensor
@@ -111,6 +113,12 @@ def unfit_awq(weight: Quantized) -> list[str]:
         problems.append(
             f"has {weight.out_dim} outputs, which 8 does not divide, as the packing needs. Leave "
             "it out with `partition`, or write compressed-tensors"
+        )
+    if weight.full_group:
+        problems.append(
+            f"has groups of {weight.full_group} inputs of which the last is shorter, but AWQ has "
+            f"one size for all groups. Quantize with a group_size that divides the {weight.in_dim} "
+            f"inputs, such as {math.gcd(weight.full_group, weight.in_dim)}, or write GPTQ"
         )
     if weight.group_index is not None:
         problems.append(

@@ -13,10 +13,10 @@ from jaxweights.checkpoint.exchange._module import (
     INT32,
     Parts,
     check_parts,
-    consecutive,
     host_weight,
     lazy,
     per_output,
+    read_groups,
     unsigned_codes,
     written_group_index,
 )
@@ -65,10 +65,16 @@ def unpack_pack_quantized(parts: Parts, *, bits: int, symmetric: bool) -> Quanti
     else:
         packed = parts["weight_zero_point"].read()
         zero = unpack_words(packed, bits=bits, count=out_dim, axis=0).T
-    index = _read_index(parts, in_dim, groups)
+    index, full_group = _read_index(parts, in_dim, groups)
     scale = parts["weight_scale"].read().reshape(scale_shape).T
     return host_weight(
-        codes, scale, bits=bits, dtype=scale.dtype, zero_point=zero, group_index=index
+        codes,
+        scale,
+        bits=bits,
+        dtype=scale.dtype,
+        zero_point=zero,
+        group_index=index,
+        full_group=full_group,
     )
 
 
@@ -113,7 +119,7 @@ def _scale_shape(parts: Parts, out_dim: int) -> tuple[int, int]:
     return out_dim, part.shape[1]
 
 
-def _read_index(parts: Parts, in_dim: int, groups: int) -> np.ndarray | None:
+def _read_index(parts: Parts, in_dim: int, groups: int) -> tuple[np.ndarray | None, int]:
     index = None
     if "weight_g_idx" in parts:
         index = parts["weight_g_idx"].read().astype(np.int32)
@@ -124,11 +130,11 @@ def _read_index(parts: Parts, in_dim: int, groups: int) -> np.ndarray | None:
                 f"'weight_g_idx' holds {index.min()} to {index.max()}, but there are {groups} "
                 "groups. The file is damaged"
             )
-        elif consecutive(index, in_dim, groups):
-            index = None
-    if index is None and in_dim % groups:
+    if index is not None:
+        return read_groups(index, groups)
+    if in_dim % groups:
         raise ValueError(f"{in_dim} inputs are no {groups} equal groups")
-    return index
+    return None, 0
 
 
 def pack_pack_quantized(weight: Quantized) -> dict[str, LazyTensor]:
@@ -188,6 +194,12 @@ def scales_tensor(weight: Quantized) -> bool:
 def unfit_compressed_tensors(weight: Quantized) -> list[str]:
     """Why a weight cannot be written as compressed-tensors integers, if it cannot."""
     problems = unfit_groups(weight)
+    if weight.full_group:  # and scattered: `in_equal_groups` knows no smaller groups then
+        problems.append(
+            f"has scattered groups of {weight.full_group} inputs of which the last is shorter, and "
+            "readers of compressed-tensors want groups of one size. Quantize without act-order or "
+            "with static groups, or write GPTQ"
+        )
     if np.dtype(weight.scale.dtype) not in FLOAT:
         problems.append(f"has scales of dtype {weight.scale.dtype}. Cast them to float32")
     return problems

@@ -18,7 +18,11 @@ from jaxweights.checkpoint._gguf_blocks import (
     q3_k_scales,
     two_bits,
 )
-from jaxweights.checkpoint.exchange._module import host_weight, unpacked_codes
+from jaxweights.checkpoint.exchange._module import (
+    host_weight,
+    in_equal_groups,
+    unpacked_codes,
+)
 from jaxweights.weights._quantized import Quantized
 
 
@@ -211,6 +215,7 @@ def pack_gguf(weight: Quantized) -> np.ndarray:
       >>> pack_gguf(weight)[0, :3].tolist()  # 1.0 in float16, and two codes of 8 - 3
       [0, 60, 85]
     """
+    weight = in_equal_groups(weight)
     runs = weight.in_dim // 32
     codes = unpacked_codes(weight)
     if weight.zero_point is not None:
@@ -234,7 +239,7 @@ def _spread(field: object, weight: Quantized, rows: int) -> np.ndarray:
 
 def unfit_gguf(weight: Quantized) -> list[str]:
     """Why a weight cannot be written as GGUF's blocks of 32, if it cannot."""
-    problems = []
+    weight, problems = in_equal_groups(weight), []
     rows = weight.scale.shape[-2]
     if weight.in_dim % 32:
         problems.append(

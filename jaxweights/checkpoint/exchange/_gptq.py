@@ -10,12 +10,12 @@ from jaxweights.checkpoint.exchange._module import (
     INT32,
     Parts,
     check_parts,
-    consecutive,
     float16_scale,
     host_weight,
     largest_group,
     lazy,
     per_output,
+    read_groups,
     unfit_float16,
     unsigned_codes,
     written_group_index,
@@ -37,7 +37,8 @@ def unpack_gptq(parts: Parts, *, bits: int, version: int = 1, symmetric: bool = 
       symmetric: Whether zero points may be left out where all of them are `2**(bits - 1)`.
 
     Returns:
-      A weight of shape `(out, in)`, as torch has it. Groups that are consecutive need no index.
+      A weight of shape `(out, in)`, as torch has it. Groups that are consecutive need no index,
+      also where the last is shorter.
 
     Raises:
       ValueError: If a part is missing, of another dtype or shape, or has an index out of range.
@@ -62,17 +63,23 @@ def unpack_gptq(parts: Parts, *, bits: int, version: int = 1, symmetric: bool = 
     zero = unpack_words(parts["qzeros"].read(), bits=bits, count=out_dim, axis=1)
     if version == 1:
         zero = (zero + np.uint8(1)) & np.uint8(2**bits - 1)
-    index = _read_index(parts, in_dim, groups)
+    index, full_group = _read_index(parts, in_dim, groups)
     scale = parts["scales"].read()
     middle = 2 ** (bits - 1)
     if symmetric and np.all(zero == middle):
         codes, zero = (codes.astype(np.int16) - middle).astype(np.int8), None
     return host_weight(
-        codes, scale, bits=bits, dtype=scale.dtype, zero_point=zero, group_index=index
+        codes,
+        scale,
+        bits=bits,
+        dtype=scale.dtype,
+        zero_point=zero,
+        group_index=index,
+        full_group=full_group,
     )
 
 
-def _read_index(parts: Parts, in_dim: int, groups: int) -> np.ndarray | None:
+def _read_index(parts: Parts, in_dim: int, groups: int) -> tuple[np.ndarray | None, int]:
     if "g_idx" in parts:
         index = parts["g_idx"].read().astype(np.int32)
         if index.min() < 0 or index.max() >= groups:
@@ -83,8 +90,8 @@ def _read_index(parts: Parts, in_dim: int, groups: int) -> np.ndarray | None:
     elif in_dim % groups:
         raise ValueError(f"{in_dim} inputs are no {groups} equal groups, and there is no 'g_idx'")
     else:
-        return None
-    return None if consecutive(index, in_dim, groups) else index
+        return None, 0
+    return read_groups(index, groups)
 
 
 def pack_gptq(weight: Quantized, *, version: int = 1) -> dict[str, LazyTensor]:

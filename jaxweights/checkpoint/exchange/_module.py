@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +100,7 @@ def host_weight(
     zero_point: np.ndarray | None = None,
     offset: np.ndarray | None = None,
     group_index: np.ndarray | None = None,
+    full_group: int = 0,
     axes: Axes = TORCH_LINEAR,
 ) -> Quantized:
     """A `Quantized` of NumPy arrays for an `(out, in)` tensor, from its `(in, out)` codes.
@@ -111,6 +113,7 @@ def host_weight(
       zero_point: Zero points, or None.
       offset: Offsets, or None.
       group_index: Row of `scale` of every input, or None.
+      full_group: As in `Quantized`.
       axes: How the tensor relates to its matrix.
     """
     in_dim, out_dim = codes.shape
@@ -124,6 +127,7 @@ def host_weight(
         offset=offset,  # type: ignore[arg-type]
         bits=bits,
         codes_per_byte=per_byte,
+        full_group=full_group,
         dtype=np.dtype(dtype),
         view=View.of((out_dim, in_dim), axes),
     )
@@ -158,17 +162,49 @@ def unpacked_codes(weight: Any) -> np.ndarray:
     return (codes ^ np.uint8(sign)).view(np.int8) - np.int8(sign)
 
 
-def consecutive(group_index: np.ndarray, in_dim: int, rows: int) -> bool:
-    """Whether every group is the next `in / rows` inputs, so that no index is needed."""
-    return in_dim % rows == 0 and np.array_equal(
-        group_index, np.arange(in_dim, dtype=group_index.dtype) // (in_dim // rows)
+def read_groups(group_index: np.ndarray, rows: int) -> tuple[np.ndarray | None, int]:
+    """What `Quantized` needs of a file's index: the index, or None where groups are consecutive.
+
+    Args:
+      group_index: Row of the scales of every input, int32.
+      rows: Rows of the scales.
+
+    Returns:
+      The index or None, and `full_group` as in `Quantized`.
+    """
+    in_dim = len(group_index)
+    counts = np.bincount(group_index, minlength=rows)
+    full = int(counts[0])
+    shorter = 0 < counts[-1] < full and bool(np.all(counts[:-1] == full))
+    size = full if shorter else in_dim // rows
+    plain = (shorter or in_dim % rows == 0) and np.array_equal(
+        group_index, np.arange(in_dim, dtype=group_index.dtype) // size
     )
+    return None if plain else group_index, full if shorter else 0
+
+
+def in_equal_groups(weight: Any) -> Any:
+    """The same numbers in groups of one size, for formats that know no shorter last group.
+
+    Scales are repeated for the largest size that divides the inputs and the groups.
+    """
+    if not (isinstance(weight, Quantized) and weight.full_group and weight.group_index is None):
+        return weight
+    size = math.gcd(weight.full_group, weight.in_dim)
+    repeats, rows = weight.full_group // size, weight.in_dim // size
+    given = {name: getattr(weight, name) for name in ("scale", "zero_point", "offset")}
+    fields = {
+        name: np.repeat(np.asarray(field), repeats, axis=0)[:rows]
+        for name, field in given.items()
+        if field is not None
+    }
+    return dataclasses.replace(weight, **fields, full_group=0)
 
 
 def largest_group(weight: Quantized) -> int:
     """Inputs of a group: of the fullest one where the last is not full."""
     if weight.group_index is None:
-        return weight.in_dim // weight.scale.shape[-2]
+        return weight.group_size or weight.in_dim
     return int(np.bincount(np.asarray(weight.group_index)).max())
 
 
@@ -245,6 +281,7 @@ def without_mask(weight: Any) -> Any:
         base.zero_point,
         base.group_index,
         bits=base.bits,
+        full_group=base.full_group,
         dtype=base.dtype,
         view=base.view,
     )

@@ -15,7 +15,13 @@ from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetenso
 from jaxweights.checkpoint.exchange._compressed_writer import with_activations
 from jaxweights.checkpoint.exchange._fit import misfits, unlike_grids
 from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS, RoundedInputs, without_inputs
-from jaxweights.checkpoint.exchange._module import LazyWeight, Represented, Weights, without_values
+from jaxweights.checkpoint.exchange._module import (
+    LazyWeight,
+    Represented,
+    Weights,
+    in_equal_groups,
+    without_values,
+)
 from jaxweights.checkpoint.exchange._writers import WRITERS, Writer
 from jaxweights.core._paths import fail
 from jaxweights.weights._quantized import Quantized
@@ -80,6 +86,8 @@ def write_quantized(
       Quantized(8x64 float32, ... bits=4, group_size=32, ...)
 
     Differs: (1) GPTQ and AWQ files hold scales in float16: wider ones are rounded to it, once.
+      (2) Where a last group is shorter, compressed-tensors, which knows none, repeats scales for
+      smaller groups of one size: the numbers stay the same.
     """
     seen = _survey(tensors, form=form, target=target)
     quantized = {name: one.weight for name, one in seen.items() if one.parts is not None}
@@ -152,7 +160,7 @@ class _Packed:
         if self._newest[0] != name:
             tensor = self._tensors[name]
             weight = tensor.read() if isinstance(tensor, LazyWeight) else tensor
-            self._newest = name, _parts(self._writer, *without_inputs(weight))
+            self._newest = name, _parts(self._writer, *_plain(self._writer, weight))
         return self._newest[1][suffix]()
 
 
@@ -174,7 +182,7 @@ def _survey(
             plain = LazyTensor(weight.shape, weight.dtype, tensor.read) if is_lazy else tensor
             seen[name] = _Seen(plain)
             continue
-        plain, inputs = without_inputs(weight)
+        plain, inputs = _plain(writer, weight)
         faults = misfits(name, weight, plain, inputs, writer, form, target)
         problems += [f"{name!r} {fault}." for fault in faults]
         known = without_values(plain) if is_lazy or inputs else plain
@@ -192,6 +200,12 @@ def _survey(
         )
     fail(_ASKER, problems + (unlike_grids(integers, form) if writer.uniform else []))
     return seen
+
+
+def _plain(writer: Writer, weight: Any) -> tuple[Any, RoundedInputs | None]:
+    """A weight's narrow numbers as the format can hold them, and how it rounds its inputs."""
+    plain, inputs = without_inputs(weight)
+    return (in_equal_groups(plain) if writer.equal_groups else plain), inputs
 
 
 def _parts(writer: Writer, weight: Any, inputs: RoundedInputs | None) -> Mapping[str, LazyTensor]:

@@ -32,6 +32,7 @@ class Writer:
       settings: `quantization_config` of all weights and the names of the modules left dense.
       uniform: Whether bits and group size must be the same for all.
       says_inputs: Whether the format can say how inputs are rounded.
+      equal_groups: Whether weights whose last group is shorter are written in smaller groups.
     """
 
     unfit: Callable[[Any], list[str]]
@@ -39,6 +40,7 @@ class Writer:
     settings: Callable[[Weights, list[str]], dict[str, Any]]
     uniform: bool
     says_inputs: bool = False
+    equal_groups: bool = False
 
 
 def common_group(weights: Weights) -> int | None:
@@ -104,7 +106,12 @@ WRITERS: dict[str, Writer] = {
     "gptq_v2": _gptq_writer(2),
     "awq": Writer(unfit_awq, pack_awq, _awq_settings, uniform=True),
     "compressed-tensors": Writer(
-        unfit_compressed, pack_compressed, compressed_settings, uniform=False, says_inputs=True
+        unfit_compressed,
+        pack_compressed,
+        compressed_settings,
+        uniform=False,
+        says_inputs=True,
+        equal_groups=True,
     ),
     "bitsandbytes": Writer(
         unfit_bitsandbytes, pack_bitsandbytes, bitsandbytes_settings, uniform=False

@@ -74,7 +74,7 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         del leaf
-        problem = unfit_group(settings, view.in_dim, view.out_dim)
+        problem = unfit_group(settings, view.in_dim, view.out_dim, pads=False)
         return problem and f"{path!r}: {problem}"
 
     return leafwise(start, name=_NAME, wrap=wrap, refusal=REFUSAL, check=check)
