@@ -39,6 +39,28 @@ def rename_at_once(source: Path, target: Path, flag: int) -> bool:
     raise OSError(code, os.strerror(code), str(target))
 
 
+def lengthen(path: Path, length: int) -> None:
+    """Gives a file its full length, and room on the disk where its file system can reserve some.
+
+    What is written into reserved room takes two thirds of the time. The system call itself: the C
+    library's function of that purpose writes to every block where a file system cannot.
+    """
+    os.truncate(path, length)
+    if not sys.platform.startswith("linux") or not length:
+        return
+    try:
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    except (OSError, AttributeError):
+        return
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        failed = fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(length))
+        if failed and ctypes.get_errno() in _FULL:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    finally:
+        os.close(descriptor)
+
+
 def allocated(folder: Path) -> int:
     """Bytes of the disk that the files of a folder take already."""
     return sum(512 * getattr(file.stat(), "st_blocks", 0) for file in folder.rglob("*"))

@@ -62,9 +62,19 @@ class MappedFile:
 
     def expect(self, start: int, count: int) -> None:
         """Lets the system read bytes ahead that will be looked at soon."""
-        if hasattr(os, "posix_fadvise") and start < self.size:
+        if hasattr(os, "posix_fadvise") and start < self.size and not self._at_hand(start):
             with contextlib.suppress(OSError):  # a file system that cannot
                 os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_WILLNEED)
+
+    def _at_hand(self, start: int) -> bool:
+        """Whether a byte is in memory, where the system tells; asking it to read takes longer."""
+        no_wait = getattr(os, "RWF_NOWAIT", None)
+        if no_wait is None:
+            return False
+        try:
+            return os.preadv(self._descriptor, [bytearray(1)], start, no_wait) == 1
+        except OSError:  # it would have to be waited for, or the file system cannot tell
+            return False
 
     def check_length(self) -> None:
         """Refuses a file that became shorter: looking at what is gone would end the process."""

@@ -113,8 +113,9 @@ class Target:
         if left <= at_high:
             self.threshold, wanted = self.high, left
         elif left <= at_high + inside.size:
-            place = inside.size - (left - at_high)
-            self.threshold = int(np.partition(inside, place)[place])
+            # Sorted: where most entries are equal, as differences of narrow floats are, NumPy parts
+            # them in quadratic time.
+            self.threshold = int(np.sort(inside)[inside.size - (left - at_high)])
             wanted = left - at_high - int(np.count_nonzero(inside > self.threshold))
         else:
             self.threshold, wanted = self.low, left - at_high - inside.size
@@ -206,7 +207,13 @@ class RankSurvey:
             return Seen(number, none, none, *self._kept(own, np.asarray(inside)[:count]))
         low, high = target.low, target.high
         packed = np.asarray(_counts(self._values, own, _edges(low, high)))
-        counts = [(packed >> shift & 0xFF).sum(axis=1).astype(np.int64) for shift in _FIELDS]
+        # Few enough for 32 bits, in which NumPy need not cast each of them.
+        counts = [
+            (packed >> np.uint32(shift) & np.uint32(0xFF))
+            .sum(axis=1, dtype=np.uint32)
+            .astype(np.int64)
+            for shift in _FIELDS
+        ]
         above_low, from_low, above_high, from_high = counts
         runs = packed.shape[0]
         length = arrays[0].size // runs

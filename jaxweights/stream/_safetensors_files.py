@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jaxweights.checkpoint._disk import lengthen
 from jaxweights.checkpoint._write_safetensors import (
     TensorPlan,
     head_of,
@@ -40,7 +40,7 @@ class SafetensorsFiles:
             head, starts = head_of(shard, {"format": "pt"})
             if anew:
                 file.write_bytes(head)
-            os.truncate(file, len(head) + sum(plan.nbytes for plan in shard))
+            lengthen(file, len(head) + sum(plan.nbytes for plan in shard))
             for plan, start in starts:
                 locate = functools.partial(_in_one_file, file, start, plan.nbytes)
                 places[plan.name] = Place(plan.nbytes, locate)
