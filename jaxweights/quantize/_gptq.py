@@ -25,7 +25,7 @@ from jaxweights.quantize._calibrated import (
     warn_of_few_tokens,
 )
 from jaxweights.quantize._error_propagation import make_up, propagation_matrix
-from jaxweights.quantize._gptq_levels import Table, make_levels
+from jaxweights.quantize._gptq_levels import GridLevels, Table, make_levels
 from jaxweights.quantize._gptq_matrix import (
     ActOrder,
     PreparedGram,
@@ -33,7 +33,7 @@ from jaxweights.quantize._gptq_matrix import (
     prepare_gram,
     round_rows,
 )
-from jaxweights.quantize._grid import Codes, GridKind, GroupAxis, GroupSize, Search
+from jaxweights.quantize._grid import Codes, GridKind, GroupAxis, GroupSize, Pad, Search
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, unfit_leaf
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._settings import check_flags, check_share
@@ -60,6 +60,7 @@ def gptq(
     bits: int,
     group_size: GroupSize = None,
     group_axis: GroupAxis = "input",
+    pad: Pad | None = None,
     grid: GridKind | Table = "affine",
     act_order: ActOrder = False,
     static_groups: bool = False,
@@ -86,6 +87,8 @@ def gptq(
         "tensor" one per matrix.
       group_axis: "input" for groups of rows of one output, which runtimes read; "output" for groups
         of columns of one input, which keep an outlying input to itself.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`, as in the
+        authors' code; None refuses such a matrix.
       grid: As in `Grid`; or "nf4" or "fp4", the tables of `nf4` and `fp4`, with bits=4.
       act_order: Whether rows with large inputs are rounded first. Without `static_groups`, groups
         are then scattered and every input row stores which it belongs to. "groups" orders rows
@@ -147,6 +150,7 @@ def gptq(
         bits=bits,
         group_size=group_size,
         group_axis=group_axis,
+        pad=pad,
         grid=grid,
         scale_dtype=scale_dtype,
         search=search,
@@ -156,6 +160,8 @@ def gptq(
     check_share(_NAME, error_propagation=error_propagation)
     share = float(error_propagation)
     check_failures(_NAME, on_failure, report)
+
+    pads = isinstance(levels, GridLevels) and act_order != "groups"
 
     def prepare(
         gram: jax.Array, count: jax.Array, cross_gram: jax.Array | None = None
@@ -201,7 +207,7 @@ def gptq(
         return Masked(weight, leaf.mask) if isinstance(leaf, Masked) else weight
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
-        problem = unfit_leaf(leaf, view, levels.grid)
+        problem = unfit_leaf(leaf, view, levels.grid, pads=pads)
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:

@@ -18,6 +18,7 @@ from jaxweights.quantize._grid import (
     GridKind,
     GroupAxis,
     GroupSize,
+    Pad,
     Search,
     decode,
     encode,
@@ -116,7 +117,10 @@ class GridLevels:
     def represent(self, codes: Codes, group_index: jax.Array | None) -> Quantized:
         """Integers with scales."""
         q, scale, zero = codes
-        return Quantized.from_codes(q, scale, zero, group_index, bits=self.grid.bits)
+        full_group = self.grid.full_group(q.shape[-2])
+        return Quantized.from_codes(
+            q, scale, zero, group_index, bits=self.grid.bits, full_group=full_group
+        )
 
     def encode(
         self, values: jax.Array, scale: jax.Array, zero_point: jax.Array | None
@@ -199,6 +203,7 @@ def make_levels(
     grid: GridKind | Table,
     scale_dtype: DTypeLike,
     search: Search,
+    pad: Pad | None = None,
 ) -> GridLevels | TableLevels:
     """Checks the settings of an integer grid or of a table.
 
@@ -216,6 +221,7 @@ def make_levels(
         grid=kind,
         scale_dtype=scale_dtype,
         search=search,
+        pad=pad,
     )
     if not table:
         return GridLevels(settings)
@@ -229,4 +235,9 @@ def make_levels(
                 f"{asker}: grid={grid!r} has 16 levels that groups of rows fill up to their "
                 f"largest magnitude, so {name}={value!r} means nothing to it. Pass {name}={only!r}."
             )
+    if pad is not None:
+        raise ValueError(
+            f"{asker}: pad={pad!r}: weights with a table of levels, such as grid={grid!r}, have "
+            "groups of one size. Leave pad out, or choose an integer grid such as 'affine'."
+        )
     return TableLevels(grid, settings)  # type: ignore[arg-type]

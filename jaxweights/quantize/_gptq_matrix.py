@@ -11,7 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxweights.core._compiled import compiled
 from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram
-from jaxweights.quantize._gptq_levels import Levels, Table, TableLevels, make_levels
+from jaxweights.quantize._gptq_levels import (
+    GridLevels,
+    Levels,
+    Table,
+    TableLevels,
+    make_levels,
+)
 from jaxweights.quantize._gptq_rows import RowScales, quantize_rows
 from jaxweights.quantize._grid import (
     Codes,
@@ -19,6 +25,7 @@ from jaxweights.quantize._grid import (
     GridKind,
     GroupAxis,
     GroupSize,
+    Pad,
     Search,
     unfit_group,
 )
@@ -70,6 +77,7 @@ def gptq_matrix(
     bits: int,
     group_size: GroupSize = None,
     group_axis: GroupAxis = "input",
+    pad: Pad | None = None,
     grid: GridKind | Table = "affine",
     act_order: ActOrder = False,
     static_groups: bool = False,
@@ -95,6 +103,8 @@ def gptq_matrix(
         "tensor" one in all.
       group_axis: "input" for groups of rows of one output, "output" for groups of columns of one
         input.
+      pad: "zero" where the last group, the last to be visited where groups are scattered, may have
+        fewer rows than `group_size`.
       grid: As in `Grid`; or "nf4" or "fp4", the tables of `nf4` and `fp4`, with bits=4.
       act_order: Whether rows with large inputs are rounded first. "groups" orders rows within
         their groups, and groups by their largest input, so that groups stay together.
@@ -140,13 +150,15 @@ def gptq_matrix(
         bits=bits,
         group_size=group_size,
         group_axis=group_axis,
+        pad=pad,
         grid=grid,
         scale_dtype=scale_dtype,
         search=search,
     )
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
     check_flags(_NAME, compat=compat)
-    if problem := unfit_group(levels.grid, *weight.shape):
+    pads = isinstance(levels, GridLevels) and act_order != "groups"
+    if problem := unfit_group(levels.grid, *weight.shape, pads=pads):
         raise ValueError(f"{_NAME}: {problem}")
     prepared = prepare_gram(
         gram, levels.grid, act_order=act_order, damping=damping, fill=1.0 if compat else None
@@ -197,6 +209,11 @@ def check_gptq(
             f"{asker}: act_order='groups' orders groups of rows, but group_size="
             f"{grid.group_size!r} along the {grid.group_axis} axis makes none. Pass "
             "act_order=True, or a group_size along the input axis."
+        )
+    if act_order == "groups" and grid.pad is not None:
+        raise ValueError(
+            f"{asker}: act_order='groups' visits whole groups in another order, so that a shorter "
+            f"one may not come last. Pass act_order=True or False, or leave pad={grid.pad!r} out."
         )
 
 
@@ -289,19 +306,20 @@ def round_rows(
     per_row = grid.group_axis == "output" and size != "tensor" and not static_groups
     moving = size if isinstance(size, int) and not (static_groups or per_row) else None
     # A single group has its scales before any row is changed, whenever they are found.
-    moving = None if moving == in_dim else moving
+    moving = None if moving is not None and moving >= in_dim else moving
     group_index = None
     if per_row:
         cols = 1 if size is None else out_dim // int(size)
         scales = RowScales.unset(in_dim, cols, visited, levels)
     elif moving is not None:
         of_row = (jnp.arange(in_dim) if scattered else visited) // moving
-        scales = RowScales.unset(in_dim // moving, out_dim, of_row, levels)
+        scales = RowScales.unset(-(-in_dim // moving), out_dim, of_row, levels)
         if scattered and order is not None:
             group_index = (jnp.argsort(order) // moving).astype(jnp.int32)
     else:
         scale, zero = levels.scales(source)
-        scales = RowScales(scale, zero, visited // (in_dim // scale.shape[0]))
+        grouped = isinstance(size, int) and grid.group_axis == "input"
+        scales = RowScales(scale, zero, visited // (size if grouped else in_dim // scale.shape[0]))
     codes, scales, loss = quantize_rows(
         in_order(alive),
         factor,

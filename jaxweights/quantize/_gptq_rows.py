@@ -280,8 +280,8 @@ def _pad_scales(scales: RowScales, padding: int, group: int | None, *, per_row: 
     scale, zero, of_row = scales
     if group is None and not per_row:
         return scales._replace(of_row=jnp.pad(of_row, (0, padding)))
-    rows, each = scale.shape[0], group or 1
-    new_rows = ((0, padding // each), (0, 0))
+    rows, each, in_dim = scale.shape[0], group or 1, of_row.shape[0]
+    new_rows = ((0, (in_dim + padding) // each - rows), (0, 0))
     zero = None if zero is None else jnp.pad(zero, new_rows)
-    padded = rows + jnp.arange(padding) // each
+    padded = (in_dim + jnp.arange(padding)) // each  # the first complete a last group that is short
     return RowScales(jnp.pad(scale, new_rows), zero, jnp.concatenate([of_row, padded]))

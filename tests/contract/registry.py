@@ -111,6 +111,7 @@ CASES = [
     Case("quantize.power fixed", lambda: _Q.power(bits=3, exponents=[0.7]), elementwise=True),
     Case("quantize.power leaf", lambda: _Q.power(bits=4, group_size=8, scope="leaf")),
     Case("quantize.gptq", lambda: _Q.gptq(bits=4, group_size=8)),
+    Case("quantize.gptq short", lambda: _Q.gptq(bits=4, group_size=12, pad="zero")),
     Case("quantize.gptq ordered", lambda: _Q.gptq(bits=3, act_order=True, static_groups=True)),
     Case("quantize.gptq errors", lambda: _Q.gptq(bits=4, error_propagation=0.5)),
     Case("quantize.gptq groups", lambda: _Q.gptq(bits=4, group_size=8, act_order="groups")),

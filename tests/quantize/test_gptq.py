@@ -17,7 +17,7 @@ run = jax.jit(
     gptq_matrix,
     static_argnames=(
         "bits group_size group_axis grid act_order static_groups damping block_size "
-        "scale_dtype search compat"
+        "scale_dtype search compat pad"
     ).split(),
 )
 
@@ -32,20 +32,21 @@ def correlated(in_dim=64, out_dim=24, tokens=256, seed=0):
     )
 
 
-def dense(result):
-    """The matrix that a result stands for, `(in, out)`, float64."""
+def dense(result, group=None):
+    """The matrix that a result stands for, `(in, out)`, float64; `group` if the last is short."""
     codes, scale, zero = result.codes
     in_dim = codes.shape[0]
     index = result.group_index
-    index = np.arange(in_dim) // (in_dim // scale.shape[0]) if index is None else np.asarray(index)
+    index = np.arange(in_dim) // (group or in_dim // scale.shape[0]) if index is None else index
+    index = np.asarray(index)
     steps = np.asarray(codes, np.float64)
     if zero is not None:
         steps = steps - np.asarray(zero, np.float64)[index]
     return steps * np.asarray(scale, np.float64)[index]
 
 
-def loss(weight, result, gram):
-    change = np.asarray(weight, np.float64) - dense(result)
+def loss(weight, result, gram, group=None):
+    change = np.asarray(weight, np.float64) - dense(result, group)
     return np.einsum("io,ij,jo->", change, np.asarray(gram, np.float64), change)
 
 
@@ -99,6 +100,52 @@ def test_it_equals_row_by_row_elimination(group, block):
     weight, gram = correlated(in_dim=96)
     ours = run(weight, gram, bits=4, group_size=group, block_size=block)
     assert_mostly_equal(dense(ours), gptq_by_rows(weight, gram, bits=4, group=group), 0.1)
+
+
+@pytest.mark.parametrize("group, block", [(20, 128), (20, 40), (36, 16), (7, 21), (200, 32)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_equals_row_by_row_elimination_where_the_last_group_is_shorter(group, block, masked):
+    weight, gram = correlated(in_dim=96)
+    mask = jax.random.bernoulli(jax.random.key(3), 0.5, weight.shape) if masked else None
+    ours = run(weight, gram, bits=4, group_size=group, block_size=block, pad="zero", mask=mask)
+    assert ours.group_index is None
+    assert ours.codes.scale.shape == (-(-96 // group), 24)
+    theirs = gptq_by_rows(weight, gram, bits=4, group=group, mask=mask)
+    assert_mostly_equal(dense(ours, group), theirs, 0.1)
+
+
+def test_full_groups_lose_what_they_would_without_the_shorter_one():
+    # The last rows take errors and hand none on: rows before them do not know of them.
+    weight, gram = correlated(in_dim=56)
+    ours = run(weight, gram, bits=4, group_size=16, pad="zero")
+    factor = np.linalg.cholesky(damped(gram)[::-1, ::-1])[::-1, ::-1]  # upper: gram = R R^T
+    cut = jnp.asarray(factor[:48, :48] @ factor[:48, :48].T, jnp.float32)
+    theirs = run(weight[:48], cut, bits=4, group_size=16, damping=1e-7)
+    np.testing.assert_array_equal(ours.codes.scale[0], theirs.codes.scale[0])
+    same = np.all(ours.codes.codes[:48] == theirs.codes.codes, axis=0)
+    assert same.mean() >= 0.8
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_rows_that_are_visited_last_make_up_the_shorter_group(static):
+    weight, gram = correlated()
+    scale = jnp.asarray(np.random.default_rng(1).uniform(0.3, 3, 64), jnp.float32)
+    gram = gram * jnp.outer(scale, scale)
+    order = np.argsort(-np.diag(gram), kind="stable")
+    ours = run(
+        weight, gram, bits=4, group_size=24, pad="zero", act_order=True, static_groups=static
+    )
+    if static:
+        assert ours.group_index is None
+        plain = quantize_matrix(weight, Grid("affine", 4, 24, pad="zero"))
+        np.testing.assert_array_equal(ours.codes.scale, plain.scale)
+        assert loss(weight, ours, gram, 24) < 0.8 * loss(
+            weight, ours._replace(codes=plain), gram, 24
+        )
+        return
+    assert np.bincount(ours.group_index).tolist() == [24, 24, 16]
+    theirs = gptq_by_rows(weight, gram, bits=4, group=24, order=order)
+    assert_mostly_equal(dense(ours), theirs, 0.1)
 
 
 def test_it_equals_row_by_row_elimination_in_order_of_activity():
@@ -488,6 +535,18 @@ def test_a_quantized_leaf_is_refused():
         ({"block_size": 0}, "block_size=0 must be a positive integer"),
         ({"bits": 1}, "bits=1 must lie between 2 and 8"),
         ({"on_failure": "skip"}, "on_failure='skip' is unknown"),
+        (
+            {"pad": "zero"},
+            "pad='zero' fills up groups of rows, but group_size=None along the input",
+        ),
+        (
+            {"pad": "zero", "group_size": 8, "act_order": "groups"},
+            "act_order='groups' visits whole groups in another order, so that a shorter one may",
+        ),
+        (
+            {"pad": "zero", "group_size": 8, "grid": "nf4"},
+            "pad='zero': weights with a table of levels, such as grid='nf4', have groups of one",
+        ),
     ],
 )
 def test_settings_are_checked_when_built(settings, words):
