@@ -318,8 +318,10 @@ def round_rows(
             group_index = (jnp.argsort(order) // moving).astype(jnp.int32)
     else:
         scale, zero = levels.scales(source)
-        grouped = isinstance(size, int) and grid.group_axis == "input"
-        scales = RowScales(scale, zero, visited // (size if grouped else in_dim // scale.shape[0]))
+        each = in_dim // scale.shape[0]
+        if isinstance(size, int) and grid.group_axis == "input":
+            each = size
+        scales = RowScales(scale, zero, visited // each)
     codes, scales, loss = quantize_rows(
         in_order(alive),
         factor,
