@@ -104,12 +104,11 @@ def load_pretrained(
     from jaxweights.checkpoint import load_tree, open_checkpoint
 
     source = open_checkpoint(path)
-    if _rounds_activations(source.quantization):
+    if (advice := _how_to_round_inputs(source.quantization)) is not None:
         warnings.warn(
             f"{_ASKER}: '{path}': its quantization_config has 'input_activations' rounded while "
             "the model runs; only the weights are read, and the model runs on float activations. "
-            "Apply quantize.int8_dynamic() for integer products. The description is written again "
-            "with compressed-tensors.",
+            f"{advice} The description is written again with compressed-tensors.",
             stacklevel=2,
         )
     config = read_config(source)
@@ -164,10 +163,30 @@ class _Tensors(Mapping[str, _Lazy]):
         return len(self._names)
 
 
-def _rounds_activations(quantization: Mapping[str, Any]) -> bool:
+def _how_to_round_inputs(quantization: Mapping[str, Any]) -> str | None:
+    """Which transforms round inputs as a config says that they are; None if they are not."""
     groups = quantization.get("config_groups")
-    found = groups.values() if isinstance(groups, Mapping) else ()
-    return any(isinstance(group, Mapping) and group.get("input_activations") for group in found)
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    told = [
+        g["input_activations"]
+        for g in groups
+        if isinstance(g, Mapping)
+        if g.get("input_activations")
+    ]
+    if not told:
+        return None
+    kinds = {
+        (one.get("type", "int"), one.get("num_bits")) for one in told if isinstance(one, Mapping)
+    }
+    advice = [
+        f"Apply quantize.{name}() for products of {what}."
+        for kind, name, what in (
+            (("int", 8), "int8_dynamic", "integers"),
+            (("float", 8), "fp8_dynamic", "8-bit floats"),
+        )
+        if kind in kinds
+    ]
+    return " ".join(advice) or "No transform here rounds them so."
 
 
 def carried_tensors(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:

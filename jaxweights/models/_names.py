@@ -11,6 +11,7 @@ import numpy as np
 from jaxweights.weights._axes import EMBEDDING, View
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
+from jaxweights.weights._rounded_inputs import RoundedInputs
 from jaxweights.weights._scaled import Scaled
 from jaxweights.weights._weight import is_weight
 
@@ -60,6 +61,11 @@ class TensorRule:
         """The inverse of `from_checkpoint`, contiguous."""
         if isinstance(leaf, Scaled | QuantizedProduct):
             return self._to_quantized(leaf)
+        if isinstance(leaf, RoundedInputs):
+            base = self.to_checkpoint(leaf.weight_only())
+            if not is_weight(base):
+                return leaf
+            return RoundedInputs.of(base, leaf.input_scale, group_size=leaf.group_size)
         if is_weight(leaf):  # whoever writes it says what it cannot hold
             return leaf
         tensor = leaf.T if self.transpose else leaf

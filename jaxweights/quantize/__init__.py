@@ -21,6 +21,8 @@ from jaxweights.quantize._distill import distill as distill
 from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._fp8 import fp8 as fp8
 from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix
+from jaxweights.quantize._fp8_product import fp8_dynamic as fp8_dynamic
+from jaxweights.quantize._fp8_product import fp8_static as fp8_static
 from jaxweights.quantize._gptq import gptq as gptq
 from jaxweights.quantize._gptq_matrix import GptqMatrix as GptqMatrix
 from jaxweights.quantize._gptq_matrix import gptq_matrix as gptq_matrix

@@ -25,6 +25,7 @@ from jaxweights.weights._packed_sparse import PackedNM as PackedNM
 from jaxweights.weights._packed_sparse import pack_sparse as pack_sparse
 from jaxweights.weights._quantized import Quantized as Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct as QuantizedProduct
+from jaxweights.weights._rounded_inputs import RoundedInputs as RoundedInputs
 from jaxweights.weights._scaled import Scaled as Scaled
 from jaxweights.weights._weight import Weight as Weight
 from jaxweights.weights._weight import is_weight as is_weight

@@ -12,7 +12,14 @@ from jaxweights.cli import main
 from jaxweights.models import load_pretrained
 from jaxweights.recipes import methods, parse_recipe, run_recipe
 from jaxweights.recipes._compose import ALIASES, Wishes, compose, nameable
-from jaxweights.weights import Codebook, Quantized, QuantizedProduct, is_weight
+from jaxweights.weights import (
+    Codebook,
+    NarrowFloat,
+    Quantized,
+    QuantizedProduct,
+    RoundedInputs,
+    is_weight,
+)
 from tests._tiny_models import BERT, LLAMA, write_tiny
 
 # Two outputs of 32 and more everywhere: GPTQ's packing needs them.
@@ -167,6 +174,32 @@ def test_rounded_inputs_are_written_so_that_other_programs_round_them(
     dense = load_pretrained(llama).params["layers"]["mlp_norm"]["scale"]
     moved = not np.array_equal(written.params["layers"]["mlp_norm"]["scale"], dense)
     assert moved == (method != "int8_dynamic")
+
+
+@pytest.mark.filterwarnings("ignore:.*tokens were seen")
+@pytest.mark.parametrize("method", ["fp8_dynamic", "gptq+fp8_dynamic"])
+def test_8_bit_floats_as_inputs_are_written_and_run(quantize, llama, tmp_path, method):
+    data = ("--group-size", 32, "--set", "grid=half", *DATA) if "gptq" in method else ()
+    for form in ("compressed-tensors", "native"):
+        more = ("--method", method, "--format", form, "--no-report", *data)
+        code, _, err = quantize(llama, tmp_path / form, *more)
+        assert code == 0, err
+    products = load_pretrained(tmp_path / "native").params
+    assert {type(w) for w in kernels(products)} == {RoundedInputs}
+    with pytest.warns(UserWarning, match=r"Apply quantize.fp8_dynamic\(\) for products of 8-bit"):
+        written = load_pretrained(tmp_path / "compressed-tensors")
+    [group] = written.source.quantization["config_groups"].values()
+    rounded = group["input_activations"]
+    assert [rounded[k] for k in ("type", "num_bits", "strategy", "dynamic")] == [
+        "float",
+        8,
+        "token",
+        True,
+    ]
+    expected = Quantized if data else NarrowFloat
+    for one, other in zip(kernels(written.params), kernels(products), strict=True):
+        assert isinstance(one, expected)
+        np.testing.assert_array_equal(one.materialize(), other.materialize())
 
 
 @pytest.mark.filterwarnings("ignore:.*tokens were seen")

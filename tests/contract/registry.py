@@ -139,6 +139,11 @@ CASES = [
     Case("quantize.int8_dynamic", _Q.int8_dynamic),
     Case("quantize.int8_dynamic groups", lambda: _Q.int8_dynamic(bits=4, group_size=8)),
     Case("quantize.int8_static", lambda: _Q.int8_static(bits=4)),
+    Case("quantize.fp8_dynamic", _Q.fp8_dynamic),
+    Case(
+        "quantize.fp8_dynamic tiles", lambda: _Q.fp8_dynamic(group_size=(16, 4), input_group_size=8)
+    ),
+    Case("quantize.fp8_static", _Q.fp8_static),
     Case("quantize.statsq", lambda: _Q.statsq(bits=2)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),

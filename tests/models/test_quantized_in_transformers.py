@@ -89,6 +89,16 @@ PRODUCTS = {
     "dynamic": (None, jw.quantize.int8_dynamic()),
     "smoothed": (SMOOTH, jw.quantize.int8_dynamic()),
     "fixed steps": (None, jw.quantize.int8_static()),
+    "8-bit floats": (None, jw.quantize.fp8_dynamic()),
+    "8-bit floats, fixed": (None, jw.quantize.fp8_static()),
+    "8-bit floats, tiles": (
+        None,
+        jw.quantize.fp8_dynamic(group_size=(32, 64), input_group_size=32),
+    ),
+    "4 bits and 8-bit floats": (
+        None,
+        jw.chain(rtn(bits=4, group_size=32, grid="half"), jw.quantize.fp8_dynamic()),
+    ),
 }
 
 

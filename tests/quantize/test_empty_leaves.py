@@ -10,6 +10,7 @@ TRANSFORMS = {
     "round_to_nearest": lambda: Q.round_to_nearest(bits=4, grid="affine", group_size=4),
     "nf4": lambda: Q.nf4(group_size=4, double_quantization=True),
     "fp8": lambda: Q.fp8(group_size=None),
+    "fp8_dynamic": Q.fp8_dynamic,
     "hqq": lambda: Q.hqq(bits=4, group_size=None, steps=1),
     "power": lambda: Q.power(bits=3, exponents=[0.5]),
     "int8_dynamic": Q.int8_dynamic,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxweights.checkpoint.exchange._gptq import group_setting
-from jaxweights.checkpoint.exchange._inputs import RoundedInputs
+from jaxweights.checkpoint.exchange._inputs import InputRounding
 from jaxweights.checkpoint.exchange._module import Represented, Weights
 from jaxweights.checkpoint.exchange._writers import Writer, common_group
+from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
 
 
@@ -15,7 +17,7 @@ def misfits(
     name: str,
     given: Any,
     weight: Any,
-    inputs: RoundedInputs | None,
+    inputs: InputRounding | None,
     writer: Writer,
     form: str,
     target: str | None,
@@ -77,16 +79,45 @@ def unlike_grids(weights: Weights, form: str) -> list[str]:
     ]
 
 
-def _unfit_product(weight: Any, inputs: RoundedInputs) -> list[str]:
+def _unfit_product(weight: Any, inputs: InputRounding) -> list[str]:
     """What vLLM's products of 8-bit numbers refuse.
 
     Source: vLLM at 004dadb, `compressed_tensors/compressed_tensors.py` (`_is_dynamic_token_w8a8`,
     `_is_static_tensor_w8a8`, `_is_fp8_w8a8`).
     """
-    narrow = {inputs.description["num_bits"], getattr(weight, "bits", 8)} - {8}
+    said = inputs.description
+    if said["type"] == "float" and isinstance(weight, Quantized):
+        return _unfit_w4a8(weight, said)
+    if isinstance(weight, Codebook):
+        return ["has levels of a table, but products of 8-bit floats take e4m3"]
+    narrow = {said["num_bits"], getattr(weight, "bits", 8)} - {8}
     faults = [f"has {narrow.pop()} bits, but products of 8-bit numbers take 8"] if narrow else []
-    if weight.scale.shape[-2] > 1:
+    if said["strategy"] == "group":
+        rows, cols = weight.scale.shape[-2:]
+        tile = (weight.in_dim // rows, weight.out_dim // cols)
+        if tile != (128, 128) or said["group_size"] != 128:
+            faults.append(
+                f"has tiles of {tile} and inputs in groups of {said['group_size']}, but products "
+                "take (128, 128) and 128"
+            )
+    elif weight.scale.shape[-2] > 1:
         faults.append("has scales of groups of inputs, but products take one for each output")
+    return faults
+
+
+def _unfit_w4a8(weight: Quantized, said: Mapping[str, Any]) -> list[str]:
+    """What vLLM's products of four-bit integers and 8-bit floats refuse.
+
+    Source: vLLM, the same file in later releases (`_is_fp8_w4a8`).
+    """
+    group = group_setting(weight)
+    faults = []
+    if weight.bits != 4 or weight.zero_point is not None or weight.group_index is not None:
+        faults.append("is not of symmetric 4-bit integers in order, as products of FP8 take")
+    if group != 128:
+        faults.append(f"has group_size={group}, but W4A8 takes 128")
+    if said["strategy"] != "token":
+        faults.append("has inputs with fixed scales or groups, but W4A8 takes one for each token")
     return faults
 
 

@@ -14,7 +14,7 @@ from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
 from jaxweights.checkpoint.exchange._compressed_writer import with_activations
 from jaxweights.checkpoint.exchange._fit import misfits, unlike_grids
-from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS, RoundedInputs, without_inputs
+from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS, InputRounding, without_inputs
 from jaxweights.checkpoint.exchange._module import (
     LazyWeight,
     Represented,
@@ -144,7 +144,7 @@ class _Seen:
 
     weight: Any
     parts: dict[str, tuple[tuple[int, ...], np.dtype]] | None = None
-    inputs: RoundedInputs | None = None
+    inputs: InputRounding | None = None
 
 
 class _Packed:
@@ -202,13 +202,13 @@ def _survey(
     return seen
 
 
-def _plain(writer: Writer, weight: Any) -> tuple[Any, RoundedInputs | None]:
+def _plain(writer: Writer, weight: Any) -> tuple[Any, InputRounding | None]:
     """A weight's narrow numbers as the format can hold them, and how it rounds its inputs."""
     plain, inputs = without_inputs(weight)
     return (in_equal_groups(plain) if writer.equal_groups else plain), inputs
 
 
-def _parts(writer: Writer, weight: Any, inputs: RoundedInputs | None) -> Mapping[str, LazyTensor]:
+def _parts(writer: Writer, weight: Any, inputs: InputRounding | None) -> Mapping[str, LazyTensor]:
     """The tensors of a module."""
     return {**writer.pack(weight), **(inputs.parts if inputs else {})}
 

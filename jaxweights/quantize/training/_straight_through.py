@@ -21,6 +21,7 @@ from jaxweights.weights._learned_step import LearnedStep
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
+from jaxweights.weights._rounded_inputs import RoundedInputs
 from jaxweights.weights._weight import is_weight, materialize
 
 Clipped = Literal["pass", "zero"]
@@ -85,8 +86,9 @@ def fake_quant(
     Returns:
       A tree of dense arrays like `params`. Leaves of integers are what the transform makes of them.
       Leaves that the transform leaves alone, or that were
-      represented before, are as it returns them. Those of `int8_dynamic` and `int8_static` stay
-      `QuantizedProduct`, which rounds activations, too: call `lift(model)` on them.
+      represented before, are as it returns them. Those of `int8_dynamic` and `fp8_dynamic` stay
+      `QuantizedProduct` and `RoundedInputs`, which round activations, too: call `lift(model)` on
+      them.
 
     Raises:
       ValueError: If the transform refuses the tree, changes a shape, or `clipped="zero"` meets a
@@ -132,6 +134,9 @@ def fake_quant(
 def _value(latent: jax.Array, value: Any) -> Any:
     if isinstance(value, QuantizedProduct):
         return dataclasses.replace(value, latent=value.view.to_matrix(latent))
+    if isinstance(value, RoundedInputs):
+        base = straight_through(value.view.to_matrix(latent), value.matrix())
+        return dataclasses.replace(value, base=base)
     return straight_through(latent, materialize(value))
 
 
@@ -169,6 +174,8 @@ def _even(weight: Any) -> Quantized | None:
     """The part of a weight that has steps of one size."""
     if isinstance(weight, QuantizedProduct):
         return weight.weight_only()
+    if isinstance(weight, RoundedInputs):
+        weight = weight.weight_only()
     if isinstance(weight, Masked):
         weight = weight.base
     if isinstance(weight, LearnedStep):

@@ -18,6 +18,7 @@ from jaxweights.weights._learned_step import LearnedStep
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
+from jaxweights.weights._rounded_inputs import RoundedInputs
 
 Quantizer = Transform | Callable[[Params], Params]
 
@@ -47,6 +48,8 @@ def quantizer_of(asker: str, quantizer: Any, layout: LayoutLike) -> Callable[[Pa
 
 def grid_of(leaf: Any) -> Quantized | Codebook | None:
     """The part of a leaf that has codes; None where there is none."""
+    if isinstance(leaf, RoundedInputs):
+        leaf = leaf.weight_only()
     if isinstance(leaf, Masked):
         leaf = leaf.base
     if isinstance(leaf, QuantizedProduct):

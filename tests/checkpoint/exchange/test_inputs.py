@@ -11,8 +11,8 @@ import pytest
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, open_safetensors
 from jaxweights.checkpoint.exchange import LazyWeight, write_quantized
-from jaxweights.quantize import int8_dynamic, round_to_nearest
-from jaxweights.weights import Quantized, QuantizedProduct
+from jaxweights.quantize import fp8_dynamic, int8_dynamic, round_to_nearest
+from jaxweights.weights import NarrowFloat, Quantized, QuantizedProduct, RoundedInputs
 
 TOKENWISE = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 FIXED = TOKENWISE | {"strategy": "tensor", "dynamic": False}
@@ -111,3 +111,98 @@ def test_kernels_of_vllm_multiply_8_bits(tmp_path, weights):
         write(tmp_path / "m", {"c.weight": weights["c.weight"]}, target="vllm")
     assert "'c.weight' has 4 bits, but products of 8-bit numbers take 8" in str(error.value)
     write(tmp_path / "m", {"a.weight": weights["a.weight"]}, target="vllm")
+
+
+FLOATS = TOKENWISE | {"type": "float"}
+
+
+@pytest.fixture
+def float_weights():
+    names = ["a.weight", "b.weight", "c.weight", "d.weight"]
+    params = {name: kernel(i, (32, 64)) for i, name in enumerate(names)}
+    tiles, rtn = fp8_dynamic(group_size=(16, 8), input_group_size=16), round_to_nearest
+    integers = jw.chain(rtn(bits=4, group_size=32, grid="half"), fp8_dynamic())
+    rules = [("a.*|b.*", fp8_dynamic()), ("c.*", tiles), ("d.*", integers)]
+    made = jw.apply(jw.partition(*rules), params)
+    fixed = RoundedInputs.of(made["b.weight"].weight_only(), jnp.full((1, 1), 0.25))
+    return made | {"b.weight": fixed}
+
+
+def test_modules_of_8_bit_floats_say_how_their_inputs_are_rounded(tmp_path, float_weights):
+    described = write(tmp_path / "m", float_weights)
+    assert inputs_by_module(described) == {
+        "a": FLOATS,
+        "b": FLOATS | {"strategy": "tensor", "dynamic": False},
+        "c": FLOATS | {"strategy": "group", "group_size": 16},
+        "d": FLOATS,
+    }
+    reader = open_safetensors(tmp_path / "m")
+    scales = [name for name in reader if "input" in name]
+    assert scales == ["b.input_scale"] and reader.read("b.input_scale").tolist() == [0.25]
+    again = open_checkpoint(tmp_path / "m")
+    for name, weight in float_weights.items():
+        held = again.represented(name)
+        assert isinstance(held, Quantized if name[0] == "d" else NarrowFloat)
+        np.testing.assert_array_equal(held.materialize(), weight.materialize())
+    # What is read makes the same product again.
+    product = jw.apply(fp8_dynamic(), {"a.weight": again.represented("a.weight")})["a.weight"]
+    model = jw.lift(lambda weight, x: x @ weight.T, on_materialize="error")
+    x = jax.random.normal(jax.random.key(9), (5, 64))
+    np.testing.assert_array_equal(model(product, x), model(float_weights["a.weight"], x))
+
+
+def test_lazy_and_masked_floats_give_the_same_files(tmp_path, float_weights):
+    write(tmp_path / "m", float_weights)
+    write(tmp_path / "lazy", {n: LazyWeight(lambda w=w: w) for n, w in float_weights.items()})
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "m" / file).read_bytes() == (tmp_path / "lazy" / file).read_bytes()
+    pruned = jw.apply(jw.sparsify.magnitude(sparsity=0.5), {"a.weight": kernel(0, (32, 64))})
+    pruned = jw.apply(jw.chain(round_to_nearest(bits=4), fp8_dynamic()), pruned)
+    write(tmp_path / "pruned", pruned)
+    held = open_checkpoint(tmp_path / "pruned").represented("a.weight")
+    np.testing.assert_array_equal(held.materialize(), pruned["a.weight"].materialize())
+
+
+UNFIT = {
+    "tiles": (
+        fp8_dynamic(group_size=(16, 8), input_group_size=16),
+        r"tiles of \(16, 8\) and inputs in groups of 16, but products take \(128, 128\) and 128",
+    ),
+    "groups": (fp8_dynamic(group_size=16), "has scales of groups of inputs"),
+    "mx": (jw.chain(jw.quantize.mx(element="e2m1"), fp8_dynamic()), "has levels of a table"),
+    "w4a8 groups": (
+        jw.chain(round_to_nearest(bits=4, group_size=32), fp8_dynamic()),
+        "has group_size=32, but W4A8 takes 128",
+    ),
+    "w3a8": (
+        jw.chain(round_to_nearest(bits=3, group_size=128), fp8_dynamic()),
+        "is not of symmetric 4-bit integers in order",
+    ),
+    "fixed": (
+        jw.chain(round_to_nearest(bits=4, group_size=128), fp8_dynamic(input_group_size=128)),
+        "W4A8 takes one for each token",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_kernels_of_vllm_do_not_multiply_is_said(tmp_path, case):
+    tx, words = UNFIT[case]
+    params = jw.apply(tx, {"a.weight": kernel(0, (128, 256))})
+    with pytest.raises(ValueError, match=f"'a.weight' .*{words}") as error:
+        write(tmp_path / "m", params, target="vllm")
+    assert len(str(error.value).splitlines()) == 1
+    fits = [
+        fp8_dynamic(),
+        fp8_dynamic(group_size=(128, 128), input_group_size=128),
+        jw.chain(round_to_nearest(bits=4, group_size=128), fp8_dynamic()),
+    ]
+    for i, tx in enumerate(fits if case == "tiles" else ()):
+        params = jw.apply(tx, {"a.weight": kernel(0, (128, 256))})
+        write(tmp_path / f"fits{i}", params, target="vllm")
+
+
+def test_other_formats_refuse_floats_as_inputs(tmp_path, float_weights):
+    words = "'d.weight' is a RoundedInputs, whose inputs are rounded too, which gptq cannot"
+    with pytest.raises(ValueError, match=words):
+        write_quantized(tmp_path / "m", float_weights, form="gptq", config={})
