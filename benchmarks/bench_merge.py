@@ -10,6 +10,13 @@ copies as many bytes as the merge writes, and "move s", in which a program does 
 with as many threads as cores it reads every operand, takes its checksum, and writes as many bytes
 as the result has; both are without the start of the program.
 
+`--floor` adds a table of what no merge of these models avoids: reading and checksums, writing, and
+the arithmetic over arrays in cache, in processor seconds and as the floor, their sum divided by the
+cores. `merge_floor.py` says what each part does and what is left out. Beside it stand `cp` of the
+result and of all bytes that the merge moves, the operands and the result, and how far the merge is
+from the floor: "stream s", and "cpu s", from which that of `--explain` is taken off, start-up and
+planning. In this table seconds are the least of the runs.
+
 Each program's modules are compiled to bytecode before it is measured, as installing a package does.
 
 `--memory` merges with that budget besides, and prints the peak of the process's resident memory.
@@ -218,6 +225,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the residual stream")
     parser.add_argument("--links", action="store_true", help="only one fine-tune is written")
+    parser.add_argument("--floor", action="store_true", help="also what no merge can avoid")
     parser.add_argument("--make", action="store_true", help="only make the checkpoints")
     parser.add_argument("--move", metavar="MODEL", nargs="+", help="only move these models' bytes")
     options = parser.parse_args()
@@ -246,6 +254,8 @@ def main() -> None:
             (folder / f"{method}.yml").write_text(text)
             compile_modules(folder, method, options)
             show(folder, method, options)
+        if options.floor:
+            show_floors(folder, options)
     finally:
         if options.folder is None:
             shutil.rmtree(folder)
@@ -280,7 +290,7 @@ def compared(
 ) -> str:
     """One method's row: medians of runs of all programs by turns."""
     rows, copies, moves, peers = [], [], [], []
-    operands = MODELS[:2] if method == "slerp" else MODELS
+    operands = operands_of(method)
     mover = [sys.executable, __file__, "--folder", str(folder), "--move", *operands]
     for _ in range(options.repeats):
         os.sync()  # what an earlier run wrote is on the disk, and does not slow this one
@@ -311,6 +321,66 @@ def compared(
         line += f"{peer.seconds:12.2f}{peer.cpu:7.2f}{peer.peak:7.0f}"
         line += f"{peer.seconds / one.seconds:7.1f}x{peer.cpu / one.cpu:5.1f}x"
     return line
+
+
+def operands_of(method: str) -> tuple[str, ...]:
+    """The models that a method reads."""
+    return MODELS[:2] if method == "slerp" else MODELS
+
+
+def show_floors(folder: Path, options: argparse.Namespace) -> None:
+    """Prints what no merge can avoid, and how far merges are from it."""
+    print(f"\n{'':18}{'read':>7}{'write':>7}{'survey':>7}{'merge':>7}{'sync':>7}{'floor s':>9}"
+          f"{'cp s':>7}{'x cp':>6}{'cp all s':>10}{'x cp':>6}"
+          f"{'stream s':>10}{'x floor':>9}{'cpu s':>7}{'x floor':>9}")  # fmt: skip
+    everything: dict[tuple[str, ...], float] = {}
+    for method in options.methods or configurations(folder):
+        operands = operands_of(method)
+        if operands not in everything:
+            everything[operands] = min(
+                copied_all(folder, operands) for _ in range(max(options.repeats, 1))
+            )
+        print(floor_row(folder, method, everything[operands], options), flush=True)
+
+
+def copied_all(folder: Path, operands: tuple[str, ...]) -> float:
+    """Seconds in which `cp` copies what a merge reads and writes."""
+    os.sync()
+    (folder / "copies").mkdir()
+    sources = [str(folder / name) for name in operands]
+    try:
+        copies = [["cp", "-r", *sources, str(folder / "copies")]]
+        copies.append(["cp", "-r", sources[0], str(folder / "copies" / "result")])
+        return sum(run(copy).seconds for copy in copies)
+    finally:
+        shutil.rmtree(folder / "copies")
+
+
+def floor_row(folder: Path, method: str, everything: float, options: argparse.Namespace) -> str:
+    """One method's row of the table of floors."""
+    config, out = str(folder / f"{method}.yml"), folder / "out"
+    merge = [sys.executable, "-m", "jaxweights.cli", "merge", config]
+    program = [sys.executable, str(Path(__file__).with_name("merge_floor.py")), method]
+    program += [str(folder / "written"), *(str(folder / name) for name in operands_of(method))]
+    streams, starts, merges, copies, parts = [], [], [], [], []
+    for _ in range(max(options.repeats, 1)):
+        parts.append(json.loads(run(program).text))
+        os.sync()
+        copies.append(copied(folder / "base", folder / "copy").seconds)
+        os.sync()
+        merged = run([*merge, str(out), "--quiet", "--json"])
+        shutil.rmtree(out)
+        streams.append(json.loads(merged.text)["seconds"])
+        merges.append(merged.cpu)
+        starts.append(run([*merge, "--explain"]).cpu)
+    least = {part: min(one[part] for one in parts) for part in parts[0]}
+    cpu = sum(seconds for part, seconds in least.items() if part != "sync")
+    floor, stream, copy = cpu / (os.cpu_count() or 1), min(streams), min(copies)
+    own = min(merges) - min(starts)
+    line = f"{method:18}"
+    line += "".join(f"{least[p]:7.2f}" for p in ("read", "write", "survey", "merge", "sync"))
+    line += f"{floor:9.2f}{copy:7.2f}{floor / copy:6.1f}{everything:10.2f}{floor / everything:6.1f}"
+    return line + f"{stream:10.2f}{stream / floor:9.1f}{own:7.2f}{own / cpu:9.1f}"
 
 
 def median(runs: list[Run]) -> Run:
