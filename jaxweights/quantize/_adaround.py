@@ -15,8 +15,10 @@ from jaxweights.quantize._grid import (
     Grid,
     GridKind,
     GroupSize,
+    Pad,
     Search,
     find_scale,
+    join_groups,
     make_grid,
     split_groups,
 )
@@ -42,6 +44,7 @@ def adaround(
     *,
     bits: int,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     steps: int = 1000,
     learning_rate: float = 0.01,
@@ -62,6 +65,8 @@ def adaround(
     Args:
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one scale; None gives one per output, "tensor" one per matrix.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
       grid: As in `Grid`.
       steps: Steps; each costs a product with the Gram matrix and a few passes.
       learning_rate: Of Adam, for V.
@@ -99,7 +104,13 @@ def adaround(
       it.
     """
     settings = make_grid(
-        _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype, search=search
+        _NAME,
+        bits=bits,
+        group_size=group_size,
+        pad=pad,
+        grid=grid,
+        scale_dtype=scale_dtype,
+        search=search,
     )
     steps = check_steps(_NAME, steps, learning_rate=learning_rate, regularization=regularization)
 
@@ -144,7 +155,7 @@ def adaround_matrix(
 
     def values_of(up: jax.Array) -> jax.Array:
         levels = jnp.clip(below + up + centre, *grid.code_range) - centre
-        values = (levels * step_size).reshape(weight.shape)
+        values = join_groups(levels * step_size, weight.shape)
         return values if mask is None else jnp.where(mask, values, 0)
 
     def loss(latent: jax.Array, sharpness: jax.Array, share: jax.Array) -> jax.Array:
@@ -172,11 +183,11 @@ def adaround_matrix(
         output_losses(weight - values_of(rounded - below), gram) for rounded in (learned, plain)
     ]
     better = lost[0] < lost[1]
-    rounded = jnp.where(better, learned.reshape(weight.shape), plain.reshape(weight.shape))
-    rounded = rounded.reshape(groups.shape) + centre
-    codes = jnp.clip(rounded, *grid.code_range).astype(jnp.int32).reshape(weight.shape)
+    rounded = jnp.where(better[None, None], learned, plain) + centre
+    codes = jnp.clip(rounded, *grid.code_range).astype(jnp.int32)
+    codes = join_groups(codes, weight.shape)
     if mask is not None:
-        at_zero = jnp.broadcast_to(centre, groups.shape).reshape(weight.shape)
+        at_zero = join_groups(jnp.broadcast_to(centre, groups.shape), weight.shape)
         codes = jnp.where(mask, codes, at_zero.astype(jnp.int32))
     found = Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
     return found, jnp.where(better, lost[0], lost[1])

@@ -15,6 +15,8 @@ from jaxweights.quantize._grid import (
     Grid,
     GridKind,
     GroupSize,
+    Pad,
+    join_groups,
     make_grid,
     range_of,
     scale_of_range,
@@ -52,6 +54,7 @@ def auto_round(
     *,
     bits: int,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     steps: int = 200,
     learning_rate: float | None = None,
@@ -71,6 +74,8 @@ def auto_round(
     Args:
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one scale; None gives one per output, "tensor" one per matrix.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
       grid: As in `Grid`.
       steps: Steps; each costs a product with the Gram matrix and a few passes.
       learning_rate: First step, as a share of a step of the grid (and of a range); None gives
@@ -107,7 +112,7 @@ def auto_round(
       of 8. (2) The best is kept for each output, not for all. (3) Any grid of `Grid`; 0 is on it.
     """
     settings = make_grid(
-        _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
+        _NAME, bits=bits, group_size=group_size, pad=pad, grid=grid, scale_dtype=scale_dtype
     )
     steps = check_steps(_NAME, steps)
     rate = 1 / steps if learning_rate is None else learning_rate
@@ -139,7 +144,7 @@ def auto_round_matrix(
     start = _Offsets(jnp.zeros_like(groups), jnp.ones_like(low), jnp.ones_like(high))
 
     def losses(offsets: _Offsets) -> jax.Array:
-        values = _soft_values(groups, low, high, offsets, grid).reshape(weight.shape)
+        values = join_groups(_soft_values(groups, low, high, offsets, grid), weight.shape)
         values = values if mask is None else jnp.where(mask, values, 0)
         each = output_losses(weight - values, gram)
         return jnp.full_like(each, jnp.sum(each)) if shared else each
@@ -163,7 +168,8 @@ def auto_round_matrix(
     scale, zero = scale_of_range(low * best.low, high * best.high, grid)
     rounded = jnp.round(divide(groups, scale) + best.shift)
     rounded = rounded if zero is None else rounded + zero.astype(jnp.float32)
-    codes = jnp.clip(rounded, *grid.code_range).astype(jnp.int32).reshape(weight.shape)
+    codes = jnp.clip(rounded, *grid.code_range).astype(jnp.int32)
+    codes = join_groups(codes, weight.shape)
     found = Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
     return found, least / (weight.shape[1] if shared else 1)
 

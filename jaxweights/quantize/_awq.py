@@ -31,7 +31,7 @@ from jaxweights.quantize._folds import (
     inner,
     keep_scale,
 )
-from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, make_grid, unfit_group
+from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, Pad, make_grid, unfit_group
 from jaxweights.quantize._groups import Group, find_groups, group_needs, group_targets
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
 from jaxweights.quantize._settings import check_flags, is_word
@@ -70,6 +70,7 @@ def awq_matrix(
     *,
     bits: int,
     group_size: int | None = 128,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     duo: Duo = False,
     clip: bool = True,
@@ -83,6 +84,7 @@ def awq_matrix(
       input_mean: Mean magnitude of every input.
       bits: As in `awq`.
       group_size: As in `awq`.
+      pad: As in `awq`.
       grid: As in `awq`.
       duo: As in `awq`.
       clip: As in `awq`.
@@ -103,7 +105,7 @@ def awq_matrix(
 
     Source: Lin et al. 2023, arXiv:2306.00978, section 3.2 and the authors' code.
     """
-    settings = _settings(f"{_NAME}_matrix", bits, group_size, grid, scale_dtype)
+    settings = _settings(f"{_NAME}_matrix", bits, group_size, pad, grid, scale_dtype)
     _check_words(f"{_NAME}_matrix", duo=(duo, _DUO))
     check_flags(f"{_NAME}_matrix", clip=clip)
     if problem := unfit_group(settings, *weight.shape):
@@ -118,6 +120,7 @@ def awq(
     *,
     bits: int = 4,
     group_size: int | None = 128,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     folds: Fold | Sequence[Fold] = (),
     duo: Duo = False,
@@ -138,6 +141,8 @@ def awq(
     Args:
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one scale; None gives one per output.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
       grid: As in `Grid`.
       folds: Who writes and who reads: `llama_folds(config)`, `bert_folds(config)`, or your own. The
         readers of a fold share a scale.
@@ -179,7 +184,7 @@ def awq(
       always on the grid. (3) Query heads that share a head of values share its scales. (4) Values
       and output projection are folded also then.
     """
-    settings = _settings(_NAME, bits, group_size, grid, scale_dtype)
+    settings = _settings(_NAME, bits, group_size, pad, grid, scale_dtype)
     _check(duo, unclipped, moments, on_failure)
     check_flags(_NAME, clip=clip)
     folds = check_folds(_NAME, folds)
@@ -244,14 +249,21 @@ def awq(
 
 
 def _settings(
-    asker: str, bits: int, group_size: GroupSize, grid: GridKind, scale_dtype: DTypeLike
+    asker: str,
+    bits: int,
+    group_size: GroupSize,
+    pad: Pad | None,
+    grid: GridKind,
+    scale_dtype: DTypeLike,
 ) -> Grid:
     if is_word(group_size, ["tensor"]):
         raise ValueError(
             f"{asker}: group_size='tensor': ranges are searched for groups of one output. Choose a "
             "number of input rows, or None."
         )
-    return make_grid(asker, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype)
+    return make_grid(
+        asker, bits=bits, group_size=group_size, pad=pad, grid=grid, scale_dtype=scale_dtype
+    )
 
 
 def _check(duo: Duo, unclipped: str | None, moments: Moments, on_failure: str) -> None:

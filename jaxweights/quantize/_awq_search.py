@@ -16,6 +16,7 @@ from jaxweights.quantize._grid import (
     decode,
     encode,
     find_scale,
+    join_groups,
     round_matrix,
     split_groups,
 )
@@ -120,7 +121,7 @@ def rounded(weight: jax.Array, grid: Grid) -> jax.Array:
     """A float32 matrix on the levels of its grid."""
     groups = split_groups(weight, grid)
     scale, zero = find_scale(groups, grid)
-    return decode(encode(groups, scale, zero, grid), scale, zero).reshape(weight.shape)
+    return join_groups(decode(encode(groups, scale, zero, grid), scale, zero), weight.shape)
 
 
 def weighted_square(change: jax.Array, moments: jax.Array) -> jax.Array:
@@ -137,7 +138,7 @@ def _relative_size(weights: Sequence[jax.Array], grid: Grid) -> jax.Array:
         groups = jnp.abs(split_groups(weight, grid))
         largest = jnp.max(groups, axis=1, keepdims=True, initial=0)
         share = jnp.where(largest > 0, groups / jnp.where(largest > 0, largest, 1), 0)
-        total = total + jnp.sum(share, axis=-1).reshape(-1)
+        total = total + jnp.sum(share, axis=-1).reshape(-1)[: len(weight)]
         count += weight.shape[1]
     return total / count
 
@@ -161,6 +162,8 @@ def search_limits(
     groups = split_groups(weight, grid)  # (rows, group, out)
     rows, size, _ = groups.shape
     largest = jnp.max(jnp.abs(groups), axis=1, keepdims=True, initial=0)
+    if padding := rows * size - len(weight):
+        moments = jnp.pad(moments, [(0, padding)] * moments.ndim)
     if moments.ndim == 1:
         own = moments.reshape(rows, size, 1)
         square = lambda d: jnp.sum(own * jnp.square(d), axis=1, keepdims=True)  # noqa: E731
@@ -196,5 +199,5 @@ def clip_and_round(
             moments = moments * (inverse if moments.ndim == 1 else inverse[None])
         limit = search_limits(weight, moments, grid)[:, None]
         groups = split_groups(weight, grid)
-        weight = jnp.clip(groups, -limit, limit).reshape(weight.shape)
+        weight = join_groups(jnp.clip(groups, -limit, limit), weight.shape)
     return round_matrix(weight, grid)

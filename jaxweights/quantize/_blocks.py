@@ -42,14 +42,24 @@ def check_block(asker: str, block: Any) -> None:
         )
 
 
-def unfit_block(block: Block, in_dim: int, out_dim: int, *, word: str | None = None) -> str | None:
-    """What is wrong with a block size for a matrix, if anything; `word` is what errors call it."""
+def unfit_block(
+    block: Block, in_dim: int, out_dim: int, *, word: str | None = None, pads: bool = False
+) -> str | None:
+    """What is wrong with a block size for a matrix, if anything.
+
+    Args:
+      block: The block size.
+      in_dim: Rows of the matrix.
+      out_dim: Columns of the matrix.
+      word: What errors call the block size.
+      pads: Whether the caller has a setting `pad` to name as a remedy.
+    """
     if block is None or block == "tensor":
         return None
     rows, columns = block if isinstance(block, tuple) else (block, 1)
     for size, length, axis in ((rows, in_dim, "input"), (columns, out_dim, "output")):
         if length % size:
-            remedy = "L" if word else _smaller(length, size)
+            remedy = "L" if word else _smaller(length, size, pads=pads)
             return (
                 f"{word or f'group_size={block}'} does not divide the {axis} axis, which has "
                 f"length {length}. {remedy}eave this weight out with `partition`."
@@ -57,19 +67,20 @@ def unfit_block(block: Block, in_dim: int, out_dim: int, *, word: str | None = N
     return None
 
 
-def refuse_unfit(asker: str, block: Block, shape: tuple[int, ...]) -> None:
-    """Refuses a block size that does not divide a matrix of this shape.
+def refuse_unfit(asker: str, block: Block, shape: tuple[int, ...], *, pads: bool = False) -> None:
+    """Refuses a block size that does not divide a matrix of this shape; `pads` as `unfit_block`.
 
     Raises:
       ValueError: If it does not.
     """
-    if problem := unfit_block(block, *shape):
+    if problem := unfit_block(block, *shape, pads=pads):
         raise ValueError(f"{asker}: {problem}")
 
 
-def _smaller(length: int, size: int) -> str:
+def _smaller(length: int, size: int, *, pads: bool) -> str:
+    padded = ", fill up the last group by pad='zero'" if pads else ""
     divisors = [d for d in range(1, min(length, size) + 1) if length % d == 0]
-    return f"Choose one of {', '.join(map(str, divisors))}, or l"
+    return f"Choose one of {', '.join(map(str, divisors))}{padded}, or l"
 
 
 def block_counts(block: Block, in_dim: int, out_dim: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from jaxweights.core._stored import stored_as
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import add_up, refuse_unfit
 from jaxweights.quantize._extremes import extremes
-from jaxweights.quantize._grid import GroupSize, make_grid
+from jaxweights.quantize._grid import GroupSize, Pad, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._settings import check_count, check_numbers
 from jaxweights.quantize.training._ordered_sum import ordered_sum
@@ -49,6 +49,7 @@ def hqq(
     *,
     bits: int,
     group_size: GroupSize = 64,
+    pad: Pad | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     steps: int = 20,
     shrinkage: Shrinkage = Shrinkage(),
@@ -67,6 +68,8 @@ def hqq(
       bits: Bits per code, 2 to 8.
       group_size: Input rows of one output sharing a scale and an offset; None for all of an
         output's, "tensor" for all of the matrix's.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; scale
+        and offset are fitted to these alone. None refuses such a matrix.
       scale_dtype: Dtype that scales and offsets are stored in; codes are chosen for the stored.
       steps: How many times the offset moves, 0 or more; each reads the weights once.
       shrinkage: Settings of the proximal step.
@@ -93,16 +96,18 @@ def hqq(
       over all groups rises, and return the offsets of that step. (2) Groups never straddle two
       outputs. (3) Scales have no lower bound. (4) The first offset is not rounded to a code.
     """
-    _check(_NAME, bits, group_size, scale_dtype, steps, shrinkage)
+    _check(_NAME, bits, group_size, pad, scale_dtype, steps, shrinkage)
     matrix = functools.partial(
         hqq_matrix,
         bits=int(bits),
         group_size=group_size,
+        pad=pad,
         scale_dtype=scale_dtype,
         steps=steps,
         shrinkage=shrinkage,
     )
-    return represented(matrix, name=_NAME, group_size=group_size, mapping="map")
+    tiles = None if pad else group_size
+    return represented(matrix, name=_NAME, group_size=tiles, pads=True, mapping="map")
 
 
 @compiled
@@ -111,6 +116,7 @@ def hqq_matrix(
     *,
     bits: int,
     group_size: GroupSize = 64,
+    pad: Pad | None = None,
     scale_dtype: DTypeLike = jnp.float32,
     steps: int = 20,
     shrinkage: Shrinkage = Shrinkage(),
@@ -121,6 +127,7 @@ def hqq_matrix(
       weight: `(in, out)`, floating.
       bits: As in `hqq`.
       group_size: As in `hqq`.
+      pad: As in `hqq`.
       scale_dtype: As in `hqq`.
       steps: As in `hqq`.
       shrinkage: As in `hqq`.
@@ -132,17 +139,46 @@ def hqq_matrix(
       >>> hqq_matrix(jnp.array([[5.0], [5.0]]), bits=4, group_size=2).materialize().tolist()
       [[5.0], [5.0]]
     """
-    _check(f"{_NAME}_matrix", bits, group_size, scale_dtype, steps, shrinkage)
-    refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
+    _check(f"{_NAME}_matrix", bits, group_size, pad, scale_dtype, steps, shrinkage)
+    if pad is None:
+        refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape, pads=True)
+    parts = _groups(weight.astype(jnp.float32), group_size)
+    fitted = [
+        _fit(groups, bits=int(bits), scale_dtype=scale_dtype, steps=steps, shrinkage=shrinkage)
+        for groups in parts
+    ]
+    codes, scale, offset = (jnp.concatenate(field) for field in zip(*fitted, strict=True))
+    return Quantized.from_codes(
+        codes.reshape(weight.shape),
+        scale,
+        bits=int(bits),
+        offset=offset,
+        full_group=parts[0].shape[1] if len(parts) > 1 else 0,
+    )
+
+
+def _groups(weight: jax.Array, group_size: GroupSize) -> list[jax.Array]:
+    """The groups of a matrix, `(rows, group, out)`: those of one size, and a last that is shorter.
+
+    Zeros would not do to fill it up, as 0 is not on the grid: they would pull at the offset.
+    """
     in_dim, out_dim = weight.shape
-    bits = int(bits)
-    top = 2**bits - 1
-    wide = weight.astype(jnp.float32)
     if group_size == "tensor":
-        groups = wide.reshape(1, -1, 1)
-    else:
-        size = in_dim if group_size is None else group_size
-        groups = wide.reshape(in_dim // max(size, 1), size, out_dim)
+        return [weight.reshape(1, -1, 1)]
+    size = in_dim if group_size is None else group_size
+    rows = in_dim // max(size, 1)
+    full, last = weight[: rows * size].reshape(rows, size, out_dim), weight[rows * size :][None]
+    if rows * size == in_dim:
+        return [full]
+    return [full, last] if rows else [last]
+
+
+def _fit(
+    groups: jax.Array, *, bits: int, scale_dtype: DTypeLike, steps: int, shrinkage: Shrinkage
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes `(rows * group, out)`, scales and offsets `(rows, out)` of `(rows, group, out)`."""
+    rows, size, out_dim = groups.shape
+    top = 2**bits - 1
     low, high = extremes(groups)
     scale = stored_as(divide(high - low, top), scale_dtype)
     scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # of equal weights, codes are 0
@@ -174,18 +210,16 @@ def hqq_matrix(
         )
         better = error < least * (1 - _MARGIN)
         return (
-            stored + moved / groups.shape[1],
+            stored + moved / size,
             jnp.where(better, stored, best),
             jnp.where(better, error, least),
         )
 
     start = (low, stored_as(low, scale_dtype).astype(jnp.float32), jnp.full_like(low, jnp.inf))
-    _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if weight.size else start
+    _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if groups.size else start
     codes = jnp.clip(jnp.round(divide(groups - offset, step)), 0, top).astype(jnp.int32)
-    codes = codes.reshape(weight.shape)
-    return Quantized.from_codes(
-        codes, scale[:, 0], bits=bits, offset=offset[:, 0].astype(scale_dtype)
-    )
+    stored = offset[:, 0].astype(scale_dtype)
+    return codes.reshape(rows * size, out_dim), scale[:, 0], stored
 
 
 def _shrink(missed: jax.Array, beta: Any, norm: float) -> jax.Array:
@@ -196,9 +230,15 @@ def _shrink(missed: jax.Array, beta: Any, norm: float) -> jax.Array:
 
 
 def _check(
-    asker: str, bits: Any, group_size: Any, scale_dtype: Any, steps: Any, shrinkage: Any
+    asker: str,
+    bits: Any,
+    group_size: Any,
+    pad: Any,
+    scale_dtype: Any,
+    steps: Any,
+    shrinkage: Any,
 ) -> None:
-    make_grid(asker, bits=bits, group_size=group_size)  # checks both
+    make_grid(asker, bits=bits, group_size=group_size, pad=pad)  # checks them
     check_scale_dtype(asker, scale_dtype)
     check_count(asker, "steps", steps, least=0)
     if not isinstance(shrinkage, Shrinkage):

@@ -12,7 +12,7 @@ from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, make_grid, round_matrix
+from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, Pad, make_grid, round_matrix
 from jaxweights.quantize._leaves import (
     REFUSAL,
     describe_bad_scales,
@@ -38,6 +38,7 @@ def int8_dynamic(
     bits: int = 8,
     input_bits: int = 8,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind | None = None,
 ) -> Transform:
     """Multiplies integers by integers, with a step of its own for every token of activations.
@@ -61,6 +62,8 @@ def int8_dynamic(
       group_size: None gives one scale per output, "tensor" one per matrix, an integer one for so
         many inputs, each group of which is a product by itself; not so in convolutions. Weights
         that are `Quantized` keep theirs.
+      pad: "zero" where the last group may have fewer inputs; zeros fill it up in products. None
+        refuses such a matrix.
       grid: A symmetric grid, see `Grid`; None gives "narrow" at 8 bits and "signed_max" below.
 
     Returns:
@@ -83,7 +86,9 @@ def int8_dynamic(
     Source: Zafrir et al. 2019, arXiv:1910.06188, section 2; Yao et al. 2022, arXiv:2206.01861,
       section 4.1, token-wise activations.
     """
-    return _transform("quantize.int8_dynamic", bits, input_bits, group_size, grid, static=False)
+    return _transform(
+        "quantize.int8_dynamic", bits, input_bits, group_size, pad, grid, static=False
+    )
 
 
 def int8_static(
@@ -91,6 +96,7 @@ def int8_static(
     bits: int = 8,
     input_bits: int = 8,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind | None = None,
 ) -> Transform:
     """Multiplies integers by integers, with one step for all activations of a matrix.
@@ -104,6 +110,7 @@ def int8_static(
       bits: As in `int8_dynamic`.
       input_bits: As in `int8_dynamic`.
       group_size: As in `int8_dynamic`.
+      pad: As in `int8_dynamic`.
       grid: As in `int8_dynamic`.
 
     Returns:
@@ -123,7 +130,7 @@ def int8_static(
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.
     Differs: activations are symmetric, so that no zero point enters the product.
     """
-    return _transform("quantize.int8_static", bits, input_bits, group_size, grid, static=True)
+    return _transform("quantize.int8_static", bits, input_bits, group_size, pad, grid, static=True)
 
 
 def _transform(
@@ -131,11 +138,12 @@ def _transform(
     bits: int,
     input_bits: int,
     group_size: GroupSize,
+    pad: Pad | None,
     grid: GridKind | None,
     *,
     static: bool,
 ) -> Transform:
-    settings = make_grid(name, bits=bits, group_size=group_size, grid=grid)
+    settings = make_grid(name, bits=bits, group_size=group_size, pad=pad, grid=grid)
     if settings.unsigned:
         raise ValueError(
             f"{name}: grid={grid!r} has zero points, which products of integers leave out. Choose "

@@ -15,7 +15,9 @@ from jaxweights.quantize._grid import (
     Grid,
     GridKind,
     GroupSize,
+    Pad,
     encode,
+    join_groups,
     make_grid,
     range_of,
     scale_of_range,
@@ -48,6 +50,7 @@ def learned_clip(
     *,
     bits: int,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     steps: int = 400,
     learning_rate: float = 0.02,
@@ -68,6 +71,8 @@ def learned_clip(
     Args:
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one scale; None gives one per output, "tensor" one per matrix.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
       grid: As in `Grid`. On symmetric grids only the end of larger magnitude counts.
       steps: Steps; each costs a product with the Gram matrix and a few passes.
       learning_rate: Of Adam, for the logits, which start at 4: sigmoid(4) is 0.982.
@@ -103,7 +108,7 @@ def learned_clip(
       authors keep the last. (3) Any grid of `Grid`; 0 is on it.
     """
     settings = make_grid(
-        _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
+        _NAME, bits=bits, group_size=group_size, pad=pad, grid=grid, scale_dtype=scale_dtype
     )
     steps = check_steps(_NAME, steps, learning_rate=learning_rate)
 
@@ -136,7 +141,7 @@ def learned_clip_matrix(
     def losses(ends: _Ends) -> jax.Array:
         scale, zero = _soft_grid(low * ends.low, high * ends.high, grid)
         codes = clip_through(round_through(groups / scale) + zero, *grid.code_range)
-        values = ((codes - zero) * scale).reshape(weight.shape)
+        values = join_groups((codes - zero) * scale, weight.shape)
         values = values if mask is None else jnp.where(mask, values, 0)
         each = output_losses(weight - values, gram)
         return jnp.full_like(each, jnp.sum(each)) if shared else each
@@ -160,7 +165,7 @@ def learned_clip_matrix(
     # The last of the steps only looks where the one before it came to.
     (_, _, best, least), _ = jax.lax.scan(step, carry, jnp.arange(steps + 1))
     scale, zero = scale_of_range(low * best.low, high * best.high, grid)
-    codes = encode(groups, scale, zero, grid).reshape(weight.shape)
+    codes = join_groups(encode(groups, scale, zero, grid), weight.shape)
     found = Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
     return found, least / (weight.shape[1] if shared else 1)
 

@@ -59,6 +59,7 @@ def represented(
     name: str,
     group_size: Block = None,
     word: str | None = None,
+    pads: bool = False,
     shared: Shared | None = None,
     mapping: Literal["vmap", "map"] = "vmap",
 ) -> Transform:
@@ -69,6 +70,7 @@ def represented(
       name: What errors call the transform.
       group_size: Blocks that must tile every leaf.
       word: What errors call these blocks; `group_size=...` by default.
+      pads: As in `unfit_block`.
       shared: As in `leafwise`.
       mapping: As in `leafwise`.
     """
@@ -79,7 +81,7 @@ def represented(
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         problem = unfit_values(leaf) or unfit_block(
-            group_size, view.in_dim, view.out_dim, word=word
+            group_size, view.in_dim, view.out_dim, word=word, pads=pads
         )
         return problem and f"{path!r}: {problem}"
 

@@ -107,6 +107,7 @@ CASES = [
     Case("quantize.mx e3m2", lambda: _Q.mx(element="e3m2", scale_rule="oas"), elementwise=True),
     Case("quantize.nvfp4", _Q.nvfp4),
     Case("quantize.hqq", lambda: _Q.hqq(bits=3, group_size=8, steps=5), noise=5),
+    Case("quantize.hqq short", lambda: _Q.hqq(bits=3, group_size=12, pad="zero"), noise=5),
     Case("quantize.power", lambda: _Q.power(bits=4), per_slice=False),
     Case("quantize.power fixed", lambda: _Q.power(bits=3, exponents=[0.7]), elementwise=True),
     Case("quantize.power leaf", lambda: _Q.power(bits=4, group_size=8, scope="leaf")),
@@ -125,6 +126,10 @@ CASES = [
     ),
     Case("quantize.adaround", lambda: _Q.adaround(bits=3, steps=20, learning_rate=0.1)),
     Case("quantize.auto_round", lambda: _Q.auto_round(bits=3, group_size=16, steps=5)),
+    Case(
+        "quantize.auto_round short",
+        lambda: _Q.auto_round(bits=3, group_size=12, pad="zero", steps=5),
+    ),
     Case("quantize.learned_clip", lambda: _Q.learned_clip(bits=3, group_size=16, steps=5)),
     Case("quantize.nupes", lambda: _Q.nupes(bits=3, steps=5, learning_rate=0.1)),
     Case("quantize.ternary", _Q.ternary),

@@ -15,7 +15,9 @@ from jaxweights.quantize._grid import (
     Codes,
     GridKind,
     GroupSize,
+    Pad,
     find_scale,
+    join_groups,
     make_grid,
     split_groups,
 )
@@ -38,6 +40,7 @@ def stochastic_rounding(
     *,
     bits: int,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind = "narrow",
     scale_dtype: DTypeLike = jnp.float32,
 ) -> Transform:
@@ -52,6 +55,8 @@ def stochastic_rounding(
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one scale; None gives one per output channel, "tensor" one per
         matrix.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
       grid: As in `Grid`. "narrow" and "full" clip nothing; the ends of the other grids do, and the
         mean is off there.
       scale_dtype: Dtype that scales are stored in.
@@ -74,7 +79,7 @@ def stochastic_rounding(
     Source: Gupta et al. 2015, arXiv:1502.02551, section 3.
     """
     settings = make_grid(
-        _NAME, bits=bits, group_size=group_size, grid=grid, scale_dtype=scale_dtype
+        _NAME, bits=bits, group_size=group_size, pad=pad, grid=grid, scale_dtype=scale_dtype
     )
 
     def quantize(weight: jax.Array, key: jax.Array) -> Codes:
@@ -85,7 +90,8 @@ def stochastic_rounding(
         steps = jnp.floor(divide(groups, scale) + draws)
         if zero is not None:
             steps = steps + zero.astype(jnp.float32)
-        codes = jnp.clip(steps, *settings.code_range).astype(jnp.int32).reshape(weight.shape)
+        codes = jnp.clip(steps, *settings.code_range).astype(jnp.int32)
+        codes = join_groups(codes, weight.shape)
         found = Codes(codes, scale[:, 0], None if zero is None else zero[:, 0])
         return pack(found, settings)
 
