@@ -32,6 +32,7 @@ Wrap = Callable[[Any, Any, View], Any]
 Verify = Callable[[Path, Any], str | None]
 Sound = Callable[[Any], jax.Array]
 Shared = Callable[[Context, Flat], dict[str, jax.Array]]
+PerLeaf = Callable[[Context, Flat], dict[Path, dict[str, jax.Array]]]
 
 
 def leafwise(
@@ -46,6 +47,7 @@ def leafwise(
     randomized: bool = False,
     masked: bool = False,
     shared: Shared | None = None,
+    per_leaf: PerLeaf | None = None,
     mapping: Literal["vmap", "map"] = "vmap",
     check: Check | None = None,
     verify: Verify | None = None,
@@ -78,6 +80,8 @@ def leafwise(
       shared: `shared(context, params)` gives arrays that `fn` takes besides, the same for every
         matrix; they may be traced, such as what a schedule says of `context.step`, or depend on all
         leaves, which are given by path.
+      per_leaf: `per_leaf(context, params)` gives arrays that `fn` takes besides, by path, which
+        have the stack axes of the leaf in front.
       mapping: `"vmap"` for all matrices at once, `"map"` for one after another, in the memory
         of one.
       check: `check(path, leaf, view)` says what is wrong with a leaf, from its shape.
@@ -146,6 +150,7 @@ def leafwise(
         targets = targets_of(flat, context, name, accepts, refusal, check, wanted)
         key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context, flat) if shared is not None and targets else {}
+        others = per_leaf(context, flat) if per_leaf is not None and targets else {}
         new, well = dict(flat), {}
         outcome: dict[Path, Any] = {}  # results that `verify` may be asked about
         problems: dict[Path, str] = {}
@@ -155,7 +160,7 @@ def leafwise(
             views = tuple(targets[path] for path in paths)
             own: list[dict[str, Any]] = []
             for path, leaf, view in zip(paths, leaves, views, strict=True):
-                given = {}
+                given = dict(others.get(path, {}))
                 if randomized:
                     given["key"] = _stack_keys(path_key(key, path), leaf, view)
                 if masked and (mask := getattr(leaf, "mask", None)) is not None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.core._host import where_not_finite
-from jaxweights.core._leafwise import Shared, leafwise
+from jaxweights.core._leafwise import PerLeaf, Shared, leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import Block, unfit_block
@@ -61,6 +61,7 @@ def represented(
     word: str | None = None,
     pads: bool = False,
     shared: Shared | None = None,
+    per_leaf: PerLeaf | None = None,
     mapping: Literal["vmap", "map"] = "vmap",
 ) -> Transform:
     """A transform from the representation of one matrix, for methods that need no data.
@@ -72,6 +73,7 @@ def represented(
       word: What errors call these blocks; `group_size=...` by default.
       pads: As in `unfit_block`.
       shared: As in `leafwise`.
+      per_leaf: As in `leafwise`.
       mapping: As in `leafwise`.
     """
 
@@ -92,6 +94,7 @@ def represented(
         accepts=(Masked,),
         refusal=REFUSAL,
         shared=shared,
+        per_leaf=per_leaf,
         mapping=mapping,
         check=check,
         verify=describe_bad_blocks,

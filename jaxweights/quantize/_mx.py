@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, Literal, get_args
@@ -11,6 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxweights.core._compiled import compiled
+from jaxweights.core._context import Context
+from jaxweights.core._leafwise import leafwise
+from jaxweights.core._paths import Flat, Path
+from jaxweights.core._targets import inner_weight
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
     block_counts,
@@ -32,10 +37,12 @@ from jaxweights.quantize._levels import (
 from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
+from jaxweights.weights._masked import Masked
 from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._scaled import combine
 
 ScaleRule = Literal["floor", "ceil", "rceil", "even", "oas"]
+Nvfp4Scope = Literal["matrix", "layer"]
 
 MX_BLOCK = 32
 NVFP4_BLOCK = 16
@@ -85,7 +92,7 @@ def mx(*, element: Element, scale_rule: ScaleRule = "floor") -> Transform:
     return represented(matrix, name=name, group_size=MX_BLOCK, word=word)
 
 
-def nvfp4() -> Transform:
+def nvfp4(*, scope: Nvfp4Scope = "matrix") -> Transform:
     r"""Rounds weights to NVFP4: 16 four-bit floats share an 8-bit one; needs no data.
 
     Two levels of scales: :math:`G = 448 \cdot 6 / amax(W)` for the matrix in float32, and for each
@@ -93,13 +100,18 @@ def nvfp4() -> Transform:
     the nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 with a sign, in units of :math:`s / G`. On normal
     weights the relative squared error is 9.1e-3.
 
+    Args:
+      scope: Who shares a G: nobody ("matrix"), or all matrices that it acts on that have the same
+        place in stacks of the same lengths ("layer"). vLLM multiplies queries, keys and values at
+        once, and gates with ups, and has one G for them.
+
     Returns:
       A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype,
       whose scales are `NarrowFloat`: 4.5 bits a weight. A stack has a G for each matrix.
 
     Raises:
-      ValueError: When it sees a tree, if 16 does not divide an input axis, a leaf is already
-        quantized, or one holds values that are not finite.
+      ValueError: If `scope` is unknown; when it sees a tree, if 16 does not divide an input axis, a
+        leaf is already quantized, or one holds values that are not finite.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -111,8 +123,29 @@ def nvfp4() -> Transform:
     Source: compressed-tensors 0.20, whose codes and scales these are (`weight_global_scale` is G).
     Differs: A block whose scale is 0 in e4m3 has scale 1 and codes of 0.
     """
-    word = f"the block of {NVFP4_BLOCK} rows that NVFP4 has"
-    return represented(nvfp4_matrix, name="quantize.nvfp4", group_size=NVFP4_BLOCK, word=word)
+    name, word = "quantize.nvfp4", f"the block of {NVFP4_BLOCK} rows that NVFP4 has"
+    if not is_word(scope, get_args(Nvfp4Scope)):
+        raise ValueError(f"{name}: scope={scope!r} is unknown. Choose 'matrix' or 'layer'.")
+    blocks: dict[str, Any] = {"name": name, "group_size": NVFP4_BLOCK, "word": word}
+    if scope == "matrix":
+        return represented(nvfp4_matrix, **blocks)
+    extremes = leafwise(
+        lambda weight: jnp.max(jnp.abs(weight.astype(jnp.float32)), initial=0.0),
+        name=name,
+        wrap=lambda leaf, result, view: result,
+        accepts=(Masked,),
+    )
+
+    def largest(context: Context, params: Flat) -> dict[Path, dict[str, jax.Array]]:
+        measured, _ = extremes.update(params, (), dataclasses.replace(context, progress=None))
+        found = {p: inner_weight(x) for p, x in measured.items() if x is not params[p]}
+        layers: dict[tuple[int, ...], jax.Array] = {}
+        for x in found.values():
+            layers[x.shape] = jnp.maximum(layers[x.shape], x) if x.shape in layers else x
+        return {path: {"largest": layers[x.shape]} for path, x in found.items()}
+
+    tx = represented(nvfp4_matrix, per_leaf=largest, **blocks)
+    return dataclasses.replace(tx, scope="block")
 
 
 @compiled
@@ -197,11 +230,14 @@ def _outlier_mantissa(kind: Minifloat) -> int:
 
 
 @compiled
-def nvfp4_matrix(weight: Float[Array, "in out"]) -> Codebook:
+def nvfp4_matrix(
+    weight: Float[Array, "in out"], largest: Float[Array, ""] | None = None
+) -> Codebook:
     """One matrix in NVFP4.
 
     Args:
       weight: `(in, out)`, floating; 16 divides `in`.
+      largest: Magnitude that G brings to the top of the range; None takes the matrix's largest.
 
     Returns:
       The matrix.
@@ -214,12 +250,12 @@ def nvfp4_matrix(weight: Float[Array, "in out"]) -> Codebook:
     refuse_unfit("quantize.nvfp4_matrix", NVFP4_BLOCK, weight.shape)
     kind, of_scale = ELEMENTS["e2m1"], ELEMENTS["e4m3"]
     wide = weight.astype(jnp.float32)
-    largest = block_max(wide, block_counts(NVFP4_BLOCK, *weight.shape))
-    overall = block_max(largest, (1, 1))
+    of_blocks = block_max(wide, block_counts(NVFP4_BLOCK, *weight.shape))
+    overall = block_max(of_blocks, (1, 1)) if largest is None else largest.reshape(1, 1)
     top = jnp.full_like(overall, of_scale.largest * kind.largest)
     outer = divide(top, jnp.maximum(overall, jnp.finfo(jnp.float32).tiny))
     outer = jnp.where(jnp.isinf(outer), jnp.float32(1), outer)  # for a matrix of zeros, too
-    steps = jnp.minimum(divide(largest, kind.largest) * outer, of_scale.largest)
+    steps = jnp.minimum(divide(of_blocks, kind.largest) * outer, of_scale.largest)
     scale = NarrowFloat.from_values(stored_scale(steps, of_scale.dtype), outer, divides=True)
     table = minifloat_table(kind)
     size = in_units(jnp.abs(wide), scale.matrix())

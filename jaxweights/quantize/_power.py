@@ -17,6 +17,7 @@ from jaxweights.core._compiled import compiled
 from jaxweights.core._context import Context
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Flat
+from jaxweights.core._targets import inner_weight
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
     Block,
@@ -112,7 +113,7 @@ def power(
         quiet = dataclasses.replace(context, progress=None)
         measured, _ = errors.update(params, (), quiet)
         totals = [
-            jnp.sqrt(found).reshape(-1, len(exponents)).sum(axis=0)
+            jnp.sqrt(inner_weight(found)).reshape(-1, len(exponents)).sum(axis=0)
             for path, found in measured.items()
             if found is not params[path]
         ]

@@ -25,11 +25,13 @@ from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._outliers import Outliers
 from jaxweights.weights._packed_codes import pack_codes
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._quantized_product import QuantizedProduct
+from jaxweights.weights._rounded_inputs import RoundedInputs
 from jaxweights.weights._scaled import combine
 from jaxweights.weights._weight import is_weight
 
 _NAME = "quantize.requantize"
-_OWNERS = (Quantized, Codebook, NarrowFloat)  # of levels
+_OWNERS = (Quantized, Codebook, NarrowFloat, QuantizedProduct)  # of levels
 
 # What groups are stretched by where that is allowed: finely around 1, and up to twice the range.
 _STRETCHES = (1.0, 0.85, 0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
@@ -67,9 +69,9 @@ def requantize(
     the nearest level. Works under `jit`.
 
     Args:
-      weight: `Quantized`, `Codebook` or `NarrowFloat`, or a `Masked`, `Outliers`, `Rescaled` or
-        `Rotated` over one: what is masked stays zero, outliers are kept as they are, and inputs are
-        changed as they were.
+      weight: `Quantized`, `QuantizedProduct`, `Codebook` or `NarrowFloat`, or a `Masked`,
+        `Outliers`, `RoundedInputs`, `Rescaled` or `Rotated` over one: what is masked stays zero,
+        outliers are kept as they are, and inputs are rounded and changed as they were.
       value: The value to store, of the shape of the weight, floating.
       gram: Gram matrices of the inputs, `(*stack, in, in)`, or None; of a `Rescaled` or `Rotated`
         those of the changed inputs, as `calibrate` gives them.
@@ -112,7 +114,7 @@ def requantize(
 def why_not_requantizable(weight: Any) -> str | None:
     """Why a weight has no levels to go back to; None if it has some."""
     inner = weight
-    while isinstance(inner, Masked | Outliers | Rescaled | Rotated):
+    while isinstance(inner, Masked | Outliers | RoundedInputs | Rescaled | Rotated):
         inner = inner.base
     if isinstance(inner, _OWNERS):
         return None
@@ -157,6 +159,13 @@ def _requantize(
         kept = None if mask is None else _refuse_mask(weight)
         result = inner(weight.base, before_change(weight, value), mask=kept)
         return result._replace(weight=dataclasses.replace(weight, base=result.weight))
+    if isinstance(weight, RoundedInputs):
+        kept = None if mask is None else weight.view.to_matrix(mask)
+        result = inner(weight.base, weight.view.to_matrix(value), mask=kept)
+        return result._replace(weight=dataclasses.replace(weight, base=result.weight))
+    if isinstance(weight, QuantizedProduct):
+        result = inner(weight.weight_only(), value, mask=mask)
+        return result._replace(weight=weight.with_integers(result.weight))
     # The arrays' own lengths: of a shard they are not those of the view.
     view = weight.fitted().view
     matrix = view.to_matrix(value).astype(jnp.float32)
@@ -304,6 +313,6 @@ def _refuse_mask(weight: Any) -> None:
 
 def view_of(weight: Any) -> View:
     """The view of the quantized weight inside."""
-    while not isinstance(weight, _OWNERS):
+    while not isinstance(weight, (*_OWNERS, RoundedInputs)):
         weight = weight.base
     return weight.view

@@ -32,6 +32,10 @@ _SYMMETRIC = ("compressed-tensors", "gptq")
 # What is written for a method without being asked for: scales that no norm can take would stay
 # beside the weight, where no format has a place for them.
 _OWN: Mapping[str, Mapping[str, Any]] = {"quantize.smooth": {"unfolded": "leave"}}
+# And for a method in a format: what its readers multiply at once has one scale of scales there.
+_OWN_IN: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("quantize.nvfp4", "compressed-tensors"): {"scope": "layer"}
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +261,7 @@ def _defaults(name: str, given: Mapping[str, Any], form: str = "") -> dict[str, 
     grid = inspect.signature(find_method(name)).parameters.get("grid")
     if form in _SYMMETRIC and grid is not None and grid.default == "affine":
         settings["grid"] = "half"
-    settings |= _OWN.get(name, {})
+    settings |= {**_OWN.get(name, {}), **_OWN_IN.get((name, form), {})}
     return settings | {key: value for key, value in given.items() if key in annotations}
 
 

@@ -151,6 +151,13 @@ class QuantizedProduct(MatrixWeight):
             view=self.view,
         )
 
+    def with_integers(self, weight: Quantized) -> QuantizedProduct:
+        """Other integers and scales of the shape of these, such as `weight_only` gives them."""
+        codes = jnp.swapaxes(weight.units(jnp.int16).astype(jnp.int8), -1, -2)
+        if self.order is not None:
+            codes = jnp.take_along_axis(codes, self.order[..., None, :], axis=-1)
+        return dataclasses.replace(self, codes=codes, scale=weight.scale)
+
     def without_latent(self) -> QuantizedProduct:
         """The same integers, without the weights that training moves."""
         return dataclasses.replace(self, latent=None)

@@ -106,6 +106,7 @@ CASES = [
     Case("quantize.mx e2m1", lambda: _Q.mx(element="e2m1"), elementwise=True),
     Case("quantize.mx e3m2", lambda: _Q.mx(element="e3m2", scale_rule="oas"), elementwise=True),
     Case("quantize.nvfp4", _Q.nvfp4),
+    Case("quantize.nvfp4 layer", lambda: _Q.nvfp4(scope="layer"), per_slice=False),
     Case("quantize.hqq", lambda: _Q.hqq(bits=3, group_size=8, steps=5), noise=5),
     Case("quantize.hqq short", lambda: _Q.hqq(bits=3, group_size=12, pad="zero"), noise=5),
     Case("quantize.power", lambda: _Q.power(bits=4), per_slice=False),

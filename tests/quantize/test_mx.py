@@ -7,7 +7,7 @@ import pytest
 import jaxweights as jw
 from jaxweights.quantize import mx, mx_matrix, nvfp4, nvfp4_matrix
 from jaxweights.quantize._levels import ELEMENTS, minifloat_code, minifloat_table
-from jaxweights.weights import Axes, Codebook, NarrowFloat
+from jaxweights.weights import Axes, Codebook, Masked, NarrowFloat, Rescaled
 from tests._fixtures import fixture
 from tests.quantize._normal import error_on_normal_weights
 
@@ -183,6 +183,49 @@ def test_each_expert_has_a_scale_of_its_own():
     alone = nvfp4_matrix(WEIGHT)
     assert np.array_equal(leaf.codes[0], alone.codes)
     assert np.array_equal(leaf.materialize()[0], alone.materialize())
+
+
+def test_matrices_of_a_layer_may_share_the_scale_of_scales():
+    loud = jnp.array([1.0, 8.0])[:, None, None]
+    params = {
+        "q": loud * WEIGHT[None, :32],
+        "k": 3 * loud * WEIGHT[None, 32:],
+        "head": 100 * WEIGHT[:32],
+    }
+    layout = {"q|k": Axes(), "head": Axes()}
+    new = jw.apply(nvfp4(scope="layer"), params, layout=layout)
+    largest = np.abs(np.stack([params["q"], params["k"]])).max((0, 2, 3))
+    for name in "qk":
+        outer = new[name].scale.scale.reshape(-1)
+        np.testing.assert_allclose(outer, 448 * 6 / largest, rtol=1e-6)
+        alone = jw.apply(nvfp4(), params, layout=layout)[name]
+        error, least = (jnp.linalg.norm(x.materialize() - params[name]) for x in (new[name], alone))
+        assert error < 1.1 * least
+        for i in range(2):
+            one = nvfp4_matrix(params[name][i], jnp.float32(largest[i]))
+            assert np.array_equal(new[name].materialize()[i], one.materialize())
+    own = jw.apply(nvfp4(), params, layout=layout)["q"].scale.scale  # of the quieter matrix
+    assert np.all(own > 2 * new["q"].scale.scale)
+    # Of another stack, so of no layer of these.
+    rounded = jw.apply(jw.partition(("head", nvfp4(scope="layer"))), params)["head"]
+    assert np.array_equal(rounded.materialize(), nvfp4_matrix(params["head"]).materialize())
+
+
+def test_a_layer_may_hold_changes_of_inputs_and_masks():
+    weight, mask = WEIGHT.at[0].mul(9), jnp.arange(64)[:, None] % 64 > 0
+    kept = Rescaled.of(WEIGHT, jnp.linspace(0.5, 2, 64))
+    masked = Masked(weight, jnp.broadcast_to(mask, WEIGHT.shape))
+    new = jw.apply(nvfp4(scope="layer"), {"kept": kept, "masked": masked})
+    largest = max(np.abs(WEIGHT).max(), np.abs(masked.materialize()).max())
+    for matrix in (new["kept"].base, new["masked"].base):
+        np.testing.assert_allclose(matrix.scale.scale, [[448 * 6 / largest]], rtol=1e-6)
+
+
+def test_a_leaf_that_is_not_finite_spoils_no_other_of_its_layer():
+    params = {"good": WEIGHT, "bad": WEIGHT.at[3, 2].set(jnp.nan)}
+    with pytest.raises(ValueError, match=r"^quantize.nvfp4: 'bad': 1 of .* \[3, 2\]") as error:
+        jw.apply(nvfp4(scope="layer"), params)
+    assert "good" not in str(error.value)
 
 
 def test_zeros_stay_zeros_in_nvfp4():

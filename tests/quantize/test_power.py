@@ -6,7 +6,7 @@ import pytest
 import jaxweights as jw
 from jaxweights.quantize import Grid, decode, power, power_errors, power_matrix, quantize_matrix
 from jaxweights.quantize._power import EXPONENTS
-from jaxweights.weights import Axes, Masked
+from jaxweights.weights import Axes, Masked, Rescaled
 from tests.quantize._normal import error_on_normal_weights, normal_weight
 
 WEIGHT = jax.random.normal(jax.random.key(0), (64, 24))
@@ -111,6 +111,15 @@ def test_one_exponent_serves_the_tree_and_is_the_one_of_the_least_sum_of_norms()
         expected = power_matrix(matrices[i + 1], bits=4, exponents=[alone[i + 1]])
         np.testing.assert_allclose(single["stack"].table[i], expected.table, rtol=1e-6)
     assert whole["bias"] is params["bias"]
+
+
+def test_a_weight_behind_a_change_of_its_inputs_counts_as_its_base():
+    base = {"a": WEIGHT, "b": jnp.sign(WEIGHT) * jnp.abs(WEIGHT) ** 0.1}
+    scale = jnp.linspace(0.5, 2, WEIGHT.shape[0])
+    kept = {name: Rescaled.of(leaf, scale) for name, leaf in base.items()}
+    expected, new = (jw.apply(power(bits=4), tree) for tree in (base, kept))
+    for name in "ab":
+        assert np.array_equal(new[name].base.materialize(), expected[name].materialize())
 
 
 def test_a_masked_leaf_counts_as_what_is_left_of_it():

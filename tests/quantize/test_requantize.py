@@ -14,8 +14,10 @@ from jaxweights.quantize import (
     add_deltas,
     fp4,
     fp8,
+    fp8_dynamic,
     gptq,
     gptq_matrix,
+    int8_dynamic,
     mx,
     nf4,
     nvfp4,
@@ -160,6 +162,53 @@ def test_a_stack_is_requantized_as_its_slices_are(with_gram, rescale):
         gram = None if grams is None else grams[i]
         alone = requantize(one, value[i], gram, rescale=rescale).weight
         chex.assert_trees_all_equal(jax.tree.map(lambda x: x[i], together), alone)  # noqa: B023
+
+
+PRODUCTS = {
+    "int8": (round_to_nearest(bits=8), int8_dynamic()),
+    "int4 groups": (round_to_nearest(bits=4, group_size=8), int8_dynamic()),
+    "fp8": (fp8(), fp8_dynamic()),
+    "w4a8": (round_to_nearest(bits=4, group_size=8, grid="affine"), fp8_dynamic()),
+}
+
+
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_what_rounds_its_inputs_gets_the_integers_that_the_weight_alone_gets(case, with_gram):
+    first, product = PRODUCTS[case]
+    axes = Axes(inputs=(-3,), outputs=(-2, -1))  # (in, heads, head_dim)
+    layout = {"kernel": axes}
+    alone = apply(first, {"kernel": draw(1, 32, 4, 4)}, layout=layout)
+    both = apply(product, alone, layout=layout)["kernel"]
+    value = alone["kernel"].materialize() + draw(2, 32, 4, 4, scale=0.3)
+    gram = correlated() if with_gram else None
+    found, expected = requantize(both, value, gram), requantize(alone["kernel"], value, gram)
+    assert jax.tree.structure(found.weight) == jax.tree.structure(both)
+    chex.assert_trees_all_equal(found.weight.materialize(), expected.weight.materialize())
+    assert not np.array_equal(found.weight.materialize(), both.materialize())
+    chex.assert_trees_all_close(found[1:], expected[1:])
+
+
+def test_integers_of_a_product_in_another_order_are_those_of_their_inputs():
+    index = jnp.asarray(np.random.default_rng(0).permutation(np.repeat(np.arange(4), 8)), jnp.int32)
+    codes = jnp.asarray(np.random.default_rng(1).integers(-8, 8, (32, 6)), jnp.int32)
+    weight = Quantized.from_codes(codes, jnp.abs(draw(3, 4, 6)) + 0.1, None, index, bits=4)
+    both = apply(int8_dynamic(), {"kernel": weight})["kernel"]
+    value = weight.materialize() + draw(4, 32, 6, scale=0.3)
+    found, expected = requantize(both, value), requantize(weight, value)
+    assert both.order is not None
+    chex.assert_trees_all_equal(found.weight.materialize(), expected.weight.materialize())
+
+
+@pytest.mark.parametrize("product", [int8_dynamic(), fp8_dynamic()], ids=["int8", "fp8"])
+def test_adapters_merge_into_what_rounds_its_inputs(product):
+    base = apply(product, {"kernel": draw(1, 32, 16)})["kernel"]
+    factors = LowRank.over(base, draw(2, 32, 2), draw(3, 2, 16), scaling=0.1)
+    merged, loss = merge_adapters({"kernel": factors}, requantize="nearest")
+    assert type(merged["kernel"]) is type(base)
+    # What lies beyond the scales, which stay, is clipped; the rest is near.
+    assert 0.5 < loss["kernel"].survived < 1
+    assert np.median(np.abs(merged["kernel"].materialize() - factors.materialize())) < 0.03
 
 
 def test_attention_kernels_keep_their_shape():

@@ -12,6 +12,9 @@ from jaxweights.checkpoint.exchange._writers import Writer, common_group
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
 
+# What vLLM puts together into one module.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 def misfits(
     name: str,
@@ -76,6 +79,27 @@ def unlike_grids(weights: Weights, form: str) -> list[str]:
     return [
         f"{form} has one grid for all modules, but these differ ({listed}). Quantize all alike, "
         "or write compressed-tensors, which has a grid a module."
+    ]
+
+
+def unlike_global_scales(scales: Mapping[str, float]) -> list[str]:
+    """Which modules of NVFP4 that vLLM multiplies at once differ in their global scales.
+
+    Args:
+      scales: Global scales, by the names of weights.
+    """
+    together: dict[tuple[str, str], dict[str, float]] = {}
+    for name, scale in scales.items():
+        parent, _, module = name.removesuffix(".weight").rpartition(".")
+        for first, *others in _FUSED:
+            if module in (first, *others):
+                together.setdefault((parent, first), {})[name] = scale
+    return [
+        f"{', '.join(map(repr, members))} have different global scales "
+        f"({', '.join(f'{scale:.6g}' for scale in members.values())}), but vLLM multiplies them at "
+        "once, with one. Use quantize.nvfp4(scope='layer')."
+        for members in together.values()
+        if len(set(members.values())) > 1
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxweights.checkpoint._json import dump_json
 from jaxweights.checkpoint._write_safetensors import LazyTensor, write_safetensors
 from jaxweights.checkpoint.exchange._compressed_writer import with_activations
-from jaxweights.checkpoint.exchange._fit import misfits, unlike_grids
+from jaxweights.checkpoint.exchange._fit import misfits, unlike_global_scales, unlike_grids
 from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS, InputRounding, without_inputs
 from jaxweights.checkpoint.exchange._module import (
     LazyWeight,
@@ -22,8 +22,10 @@ from jaxweights.checkpoint.exchange._module import (
     in_equal_groups,
     without_values,
 )
+from jaxweights.checkpoint.exchange._narrow_floats import is_nvfp4
 from jaxweights.checkpoint.exchange._writers import WRITERS, Writer
 from jaxweights.core._paths import fail
+from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
@@ -175,6 +177,7 @@ def _survey(
     writer, problems = WRITERS[form], []
     seen: dict[str, _Seen] = {}
     integers: dict[str, Any] = {}
+    overall: dict[str, float] = {}
     for name, tensor in tensors.items():
         is_lazy = isinstance(tensor, LazyWeight)
         weight = tensor.read() if is_lazy else tensor
@@ -188,6 +191,8 @@ def _survey(
         known = without_values(plain) if is_lazy or inputs else plain
         if isinstance(plain, Quantized):
             integers[name] = known
+        if target == "vllm" and isinstance(plain, Codebook) and is_nvfp4(plain):
+            overall[name] = float(np.asarray(plain.scale.scale).reshape(()))
         if not faults:
             made = _parts(writer, plain, inputs)
             parts = {suffix: (part.shape, part.dtype) for suffix, part in made.items()}
@@ -198,6 +203,7 @@ def _survey(
             f"no tensor is quantized, so there is nothing that {form} could hold. Quantize "
             "first (quantize.round_to_nearest, quantize.gptq), or write safetensors."
         )
+    problems += unlike_global_scales(overall)
     fail(_ASKER, problems + (unlike_grids(integers, form) if writer.uniform else []))
     return seen
 

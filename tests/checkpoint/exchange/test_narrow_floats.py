@@ -4,6 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxweights as jw
+from jaxweights.checkpoint import open_checkpoint
+from jaxweights.checkpoint.exchange import write_quantized
 from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.checkpoint.exchange._narrow_floats import (
     E2M1,
@@ -177,3 +180,21 @@ def test_damaged_modules_are_refused():
     packed["weight_packed"] = np.ones((2, 12), np.uint8)
     with pytest.raises(ValueError, match="24 inputs are no blocks of 16"):
         unpack_nvfp4(parts(packed))
+
+
+def test_modules_that_vllm_multiplies_at_once_have_one_global_scale(tmp_path):
+    names = ["m.q_proj", "m.k_proj", "m.v_proj", "m.o_proj", "n.gate_proj", "n.up_proj"]
+    draw = lambda i: (1.0 + i) * jax.random.normal(jax.random.key(i), (8, 32))  # noqa: E731
+    params = {f"{name}.weight": draw(i) for i, name in enumerate(names)}
+    options = {"form": "compressed-tensors", "config": {}, "target": "vllm"}
+    with pytest.raises(ValueError) as error:
+        write_quantized(tmp_path / "m", jw.apply(jw.quantize.nvfp4(), params), **options)
+    first, second = str(error.value).splitlines()
+    assert "'m.k_proj.weight', 'm.q_proj.weight', 'm.v_proj.weight' have different global" in first
+    assert "'n.gate_proj.weight', 'n.up_proj.weight' have different global scales" in second
+    assert "Use quantize.nvfp4(scope='layer')" in second
+    new = jw.apply(jw.quantize.nvfp4(scope="layer"), params)
+    write_quantized(tmp_path / "m", new, **options)
+    again = open_checkpoint(tmp_path / "m")
+    for name, weight in new.items():
+        np.testing.assert_array_equal(again.represented(name).materialize(), weight.materialize())
