@@ -20,6 +20,7 @@ from jaxweights.quantize._grid import (
     round_matrix,
     split_groups,
 )
+from jaxweights.quantize._output_error import output_errors
 
 Duo = bool | Literal["both"]
 
@@ -111,7 +112,7 @@ def search_scale(
     def loss(scale: jax.Array) -> jax.Array:
         rows = spread(scale)[:, None]
         changes = (rounded(weight * rows, grid) / rows - weight for weight in weights)
-        return sum((weighted_square(change, moments) for change in changes), jnp.float32(0))
+        return sum((jnp.sum(output_errors(d, moments)) for d in changes), jnp.float32(0))
 
     losses = jax.lax.map(loss, candidates)
     return ScaleChoice(candidates[jnp.argmin(losses)], losses)
@@ -122,13 +123,6 @@ def rounded(weight: jax.Array, grid: Grid) -> jax.Array:
     groups = split_groups(weight, grid)
     scale, zero = find_scale(groups, grid)
     return join_groups(decode(encode(groups, scale, zero, grid), scale, zero), weight.shape)
-
-
-def weighted_square(change: jax.Array, moments: jax.Array) -> jax.Array:
-    """tr(D' H D) for a Gram matrix H, or for its diagonal."""
-    if moments.ndim == 1:
-        return jnp.sum(jnp.square(change) * moments[:, None])
-    return jnp.sum(change * jnp.matmul(moments, change, precision="highest"))
 
 
 def _relative_size(weights: Sequence[jax.Array], grid: Grid) -> jax.Array:
@@ -165,21 +159,18 @@ def search_limits(
     if padding := rows * size - len(weight):
         moments = jnp.pad(moments, [(0, padding)] * moments.ndim)
     if moments.ndim == 1:
-        own = moments.reshape(rows, size, 1)
-        square = lambda d: jnp.sum(own * jnp.square(d), axis=1, keepdims=True)  # noqa: E731
+        own = moments.reshape(rows, size)
     else:
         blocks = moments.reshape(rows, size, rows, size)
         own = blocks[jnp.arange(rows), :, jnp.arange(rows)]  # (rows, group, group)
-        square = lambda d: jnp.sum(  # noqa: E731
-            d * jnp.matmul(own, d, precision="highest"), axis=1, keepdims=True
-        )
 
     def attempt(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         error, limit = best
         candidate = largest * (1 - i.astype(jnp.float32) / STEPS)
         clipped = jnp.clip(groups, -candidate, candidate)
         scale, zero = find_scale(clipped, grid)
-        new = square(decode(encode(clipped, scale, zero, grid), scale, zero) - groups)
+        change = decode(encode(clipped, scale, zero, grid), scale, zero) - groups
+        new = output_errors(change, own)[:, None]
         better = new < error
         return jnp.where(better, new, error), jnp.where(better, candidate, limit)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxweights.core._computed_first import computed_first
 from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
@@ -52,6 +53,7 @@ def output_losses(
 
 
 def _losses_forward(change: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    change = computed_first(change)
     product = jnp.matmul(gram, change, precision="highest")
     return jnp.sum(change * product, axis=0), product
 

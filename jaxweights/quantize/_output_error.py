@@ -5,6 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxweights.core._computed_first import computed_first
+
+# Of a symmetric matrix in strips of so many rows, products of 10 of 16 blocks are enough.
+_STRIPS = 4
+_LEAST_ROWS = 256  # below which smaller products cost more than fewer of them spare
+
 
 def output_error(
     weight: Float[Array, "in out"],
@@ -40,10 +46,37 @@ def output_error(
     weight = weight.astype(jnp.float32)
     gram = gram.astype(jnp.float32)
 
-    def energy(matrix: Float[Array, "in out"]) -> Float[Array, ""]:
-        return jnp.sum(matrix * jnp.matmul(gram, matrix, precision="highest"))
-
-    error = energy(weight - approximation.astype(jnp.float32))
+    error = jnp.sum(output_errors(weight - approximation.astype(jnp.float32), gram))
     if not relative:
         return error
-    return jnp.where(error == 0, 0.0, error / energy(weight))
+    return jnp.where(error == 0, 0.0, error / jnp.sum(output_errors(weight, gram)))
+
+
+def output_errors(
+    change: Float[Array, "*stack in out"],
+    moments: Float[Array, "*stack in in"] | Float[Array, "*stack in"],
+) -> Float[Array, "*stack out"]:
+    r"""What a change of a weight does to each output: :math:`d^\top H d` of every column d.
+
+    As H is symmetric, a block off its diagonal stands for two: not all are multiplied.
+
+    Args:
+      change: Float32.
+      moments: H, the Gram matrix of the inputs, float32; or its diagonal alone.
+
+    Returns:
+      Squared changes, summed over tokens.
+    """
+    if moments.ndim < change.ndim:
+        return jnp.sum(jnp.square(change) * moments[..., None], axis=-2)
+    in_dim = change.shape[-2]
+    size = max(-(-in_dim // _STRIPS), _LEAST_ROWS)
+    strips = [slice(start, start + size) for start in range(0, in_dim, size)]
+    changes = [computed_first(change[..., rows, :]) for rows in strips]
+    errors = jnp.zeros((*change.shape[:-2], change.shape[-1]))
+    for i, own in enumerate(changes):
+        for j, other in enumerate(changes[: i + 1]):
+            block = moments[..., strips[i], strips[j]]
+            product = jnp.matmul(block, other, precision="highest")
+            errors = errors + (1 if i == j else 2) * jnp.sum(own * product, axis=-2)
+    return errors

@@ -25,6 +25,7 @@ from jaxweights.quantize._around import (
 )
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
+from jaxweights.quantize._output_error import output_errors
 from jaxweights.quantize._settings import check_count
 from jaxweights.weights._axes import View
 from jaxweights.weights._quantized import Quantized
@@ -222,8 +223,7 @@ def _keep(best: _Columns, codes: jax.Array, scale: jax.Array, error: jax.Array) 
 def _errors(
     codes: jax.Array, scale: jax.Array, zero: jax.Array | None, value: jax.Array, gram: jax.Array
 ) -> jax.Array:
-    left = value - decode(codes, scale, zero)
-    return jnp.sum(left * _matmul(gram, left), axis=0)
+    return output_errors(value - decode(codes, scale, zero), gram)
 
 
 def _descend(

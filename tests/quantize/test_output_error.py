@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxweights.quantize import output_error
+from jaxweights.quantize._output_error import output_errors
 
 
 def problem():
@@ -44,3 +45,16 @@ def test_the_relative_error_does_not_depend_on_the_number_of_tokens():
     arrays = [jnp.asarray(a, jnp.float32) for a in (weight, other, x.T @ x)]
     once, often = (output_error(*arrays[:2], arrays[2] * n, relative=True) for n in (1, 1024))
     assert float(once) == float(often)
+
+
+@pytest.mark.parametrize("shape", [(700, 3), (2, 300, 3), (2, 5, 1), (0, 2)])
+def test_blocks_of_a_symmetric_gram_matrix_stand_for_two(shape):
+    rng = np.random.default_rng(1)
+    change = rng.normal(size=shape).astype(np.float32)
+    x = rng.normal(size=(*shape[:-2], 9, shape[-2])).astype(np.float32)
+    gram = np.swapaxes(x, -1, -2) @ x
+    expected = np.square(x.astype(np.float64) @ change).sum(-2)
+    np.testing.assert_allclose(jax.jit(output_errors)(change, gram), expected, rtol=1e-4)
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+    expected = (np.square(change, dtype=np.float64) * diagonal[..., None]).sum(-2)
+    np.testing.assert_allclose(output_errors(change, diagonal), expected, rtol=1e-5)
