@@ -75,7 +75,7 @@ class Scaled(MatrixWeight):
     def group_size(self) -> int | None:
         """Input rows that share a scale; None where all of an output's rows do."""
         rows = self.scale.shape[-2]
-        return None if rows == 1 else self.in_dim // rows
+        return None if rows <= 1 else self.in_dim // rows
 
     @property
     def nbytes(self) -> int:
