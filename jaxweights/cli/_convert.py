@@ -22,9 +22,9 @@ FORMATS = (
 SUMMARY = "write a checkpoint in another format"
 DESCRIPTION = """\
 Writes a checkpoint of any format that can be read (safetensors, GPTQ, AWQ, compressed-tensors,
-bitsandbytes, GGUF, a result of `jaxweights run`) as safetensors under the names that other tools
-read, as Orbax, or as a checkpoint that transformers, vLLM or llama.cpp load. Config and tokenizer
-travel along.
+bitsandbytes, FP8, GGUF, a result of `jaxweights run`) as safetensors under the names that other
+tools read, as Orbax, or as a checkpoint that transformers, vLLM or llama.cpp load. Config and
+tokenizer travel along.
 
 Represented weights become dense in safetensors and stay as they are in Orbax, where only the
 blocks of a GGUF file become dense, too. The quantized formats and GGUF hold the integers of

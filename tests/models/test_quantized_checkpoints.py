@@ -4,13 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, open_safetensors, write_safetensors
 from jaxweights.models import export_checkpoint, load_pretrained
-from jaxweights.weights import LowRank, Masked, Quantized, is_weight, materialize
+from jaxweights.weights import LowRank, Masked, NarrowFloat, Quantized, is_weight, materialize
 from tests.checkpoint.exchange._oracles import awq_words, stream_along, stream_down
 
 HIDDEN, INNER, VOCAB, GROUP, LAYERS = 128, 256, 96, 128, 2
@@ -280,6 +281,8 @@ def test_dense_safetensors_of_it_say_nothing_of_quantization(gptq_folder, tmp_pa
 
 UNREAD = {
     "method": ({"quant_method": "aqlm"}, "quant_method='aqlm' cannot be read"),
+    "floats": ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2' of fp8 cannot be read"),
+    "tiles": ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size=[128] of"),
     "bits": (GPTQ | {"bits": 5}, "bits=5 cannot be read. Known are 2, 3, 4, 8"),
     "text": (GPTQ | {"bits": "4"}, "bits='4' cannot be read"),
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' of GPTQ"),
@@ -463,6 +466,81 @@ def test_narrow_floats_come_back_and_run(dense_model, tmp_path, case):
     assert {"lm_head", "model.layers.1.self_attn.q_proj"} <= set(skipped)
 
 
+def fp8_folder(folder, tile, *, scales="weight_scale_inv", seed=0):
+    """As DeepSeek-V3 and Qwen3-FP8 are released, and the dense matrices `(in, out)`."""
+    rng = np.random.default_rng(seed)
+    tensors, dense = common(rng), {}
+    for layer in range(LAYERS):
+        for name, (in_dim, out_dim) in LINEARS.items():
+            stem = f"model.layers.{layer}.{name}"
+            weight = (rng.normal(size=(out_dim, in_dim)) * 5).astype(ml_dtypes.float8_e4m3fn)
+            counts = [-(-n // size) for n, size in zip((out_dim, in_dim), tile or (1, 1))]
+            counts = counts if tile else [out_dim, 1]
+            scale = rng.uniform(0.5, 1.5, counts).astype(np.float32) / 100
+            tall, wide = tile or (1, in_dim)
+            spread = scale[np.arange(out_dim) // tall][:, np.arange(in_dim) // wide]
+            dense[stem] = (weight.astype(np.float32) * spread).T
+            tensors |= {f"{stem}.weight": weight, f"{stem}.{scales}": scale}
+            if name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                tensors[f"{stem}.bias"] = (rng.normal(size=out_dim) * 0.1).astype(np.float16)
+    settings = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": tile and list(tile),
+        "modules_to_not_convert": ["lm_head"],
+    }
+    files = {"config.json": json.dumps(CONFIG | {"quantization_config": settings})}
+    write_safetensors(folder, tensors, files=files)
+    return dense
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (48, 80), (64, 256), None])
+def test_a_released_fp8_folder_is_read_run_and_written_for_others(tmp_path, tile):
+    scales = "weight_scale_inv" if tile else "weight_scale"
+    dense = fp8_folder(tmp_path / "m", tile, scales=scales)
+    call = r"quantize.fp8_dynamic\(" + (f"input_group_size={tile[1]}" if tile else "") + r"\)"
+    with pytest.warns(UserWarning, match=rf"\('activation_scheme'\) .*Apply {call} to"):
+        got = load_pretrained(tmp_path / "m")
+    for stem, matrix in dense.items():
+        _, _, layer, *name = stem.split(".")
+        part, kind = name[0].replace("self_", ""), name[1].removesuffix("_proj")
+        leaf = got.params["layers"][part][kind]["kernel"]
+        assert isinstance(leaf, NarrowFloat)
+        np.testing.assert_array_equal(leaf.materialize()[int(layer)], matrix, err_msg=stem)
+    stacked = {path: jw.weights.Axes() for path in kernels(got.params)}
+    tx = jw.partition(("layers/.*/kernel", jw.quantize.fp8_dynamic()))
+    products = jw.apply(tx, got.params, layout=stacked)
+    exact = np.asarray(logits(got, got.params))
+    near = np.asarray(logits(got, products)) - exact
+    assert 0 < np.linalg.norm(near) < 0.2 * np.linalg.norm(exact)
+    written = again(tmp_path / "out", got, got.params, form="compressed-tensors")
+    for path, kernel in kernels(got.params).items():
+        back = kernels(written.params)[path]
+        assert isinstance(back, NarrowFloat)
+        np.testing.assert_array_equal(back.materialize(), kernel.materialize())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_the_same_of_a_released_fp8_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    fp8_folder(tmp_path / "m", (128, 128))
+    options = {"dequantize": True, "weight_block_size": (128, 128)}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=transformers.FineGrainedFP8Config(**options)
+    ).float()
+    got = load_pretrained(tmp_path / "m", dtype=jnp.float32)
+    for name, part in (("down_proj", "mlp"), ("k_proj", "attn")):
+        ours = got.params["layers"][part][name[:-5]]["kernel"].materialize()
+        for layer in range(LAYERS):
+            block = theirs.model.layers[layer]
+            weight = getattr(block.mlp if part == "mlp" else block.self_attn, name).weight
+            expected = weight.detach().numpy().T
+            assert np.std(expected) > 0.01
+            np.testing.assert_allclose(ours[layer], expected, rtol=2**-8)  # theirs is bfloat16
+
+
 TOKENWISE = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -475,7 +553,7 @@ def test_a_description_of_dynamic_activations_is_told_run_and_written_again(dens
     for group in config["quantization_config"]["config_groups"].values():
         group["input_activations"] = TOKENWISE
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="'input_activations' rounded while the model runs"):
+    with pytest.warns(UserWarning, match=r"inputs rounded \('input_activations'\) while the"):
         got = load_pretrained(out)
     tx = jw.partition(("layers/mlp/.*/kernel", jw.quantize.int8_dynamic()))
     layout = {"layers/mlp/.*/kernel": jw.weights.Axes()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +12,7 @@ from jaxweights.checkpoint._write_safetensors import LazyTensor
 from jaxweights.checkpoint.exchange._module import (
     FLOAT,
     TORCH_LINEAR,
+    Part,
     Parts,
     check_parts,
     lazy,
@@ -67,6 +69,36 @@ def unpack_float_quantized(parts: Parts) -> NarrowFloat:
         dtype=scale.dtype,
         view=View.of((out_dim, in_dim), TORCH_LINEAR),
     )
+
+
+def unpack_fp8(parts: Parts, *, block: tuple[int, int] | None) -> NarrowFloat:
+    """Reads one module of `quant_method: fp8`, as DeepSeek-V3 and Qwen3-FP8 are released.
+
+    Args:
+      parts: `weight` float8_e4m3fn `(out, in)`; `weight_scale_inv`, or `weight_scale`, which is
+        multiplied whatever its name says: one for each tile, of which the last of a row or column
+        may be cut, or as `unpack_float_quantized` takes it.
+      block: Outputs and inputs of a tile; None where there are none.
+
+    Returns:
+      A weight of shape `(out, in)`. Where tiles are cut, its own are as small as divides its sides.
+
+    Raises:
+      ValueError: If a part is missing, or of another dtype or shape.
+    """
+    name = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+    plain = {("weight_scale" if key == name else key): part for key, part in parts.items()}
+    check_parts(parts, {"weight": ((_E4M3,), (None, None))})
+    shape, scale = parts["weight"].shape, parts.get(name)
+    if block is None or scale is None or scale.shape in ((), (1,), (shape[0], 1)):
+        return unpack_float_quantized(plain)
+    tiles = tuple(-(-length // size) for length, size in zip(shape, block, strict=True))
+    check_parts(parts, {name: (FLOAT, tiles)})
+    fine = scale.read()
+    for axis, (length, size) in enumerate(zip(shape, block, strict=True)):
+        own = math.gcd(length, size)
+        fine = np.repeat(fine, size // own, axis).take(np.arange(length // own), axis)
+    return unpack_float_quantized({**plain, "weight_scale": Part.of(fine)})
 
 
 def pack_float_quantized(weight: NarrowFloat) -> dict[str, LazyTensor]:

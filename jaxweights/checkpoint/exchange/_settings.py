@@ -25,11 +25,12 @@ from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS
 from jaxweights.checkpoint.exchange._module import Parts, Represented
 from jaxweights.checkpoint.exchange._narrow_floats import (
     unpack_float_quantized,
+    unpack_fp8,
     unpack_mxfp4,
     unpack_nvfp4,
 )
 
-METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes")
+METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
 # Of scales of the cache, which belong to an attention module.
 _CACHE = (".q_scale", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
@@ -76,6 +77,8 @@ def quantized_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[s
         return _compressed_modules(config, names)
     if method == "bitsandbytes":
         return _bitsandbytes_modules(config, names)
+    if method == "fp8":
+        return _fp8_modules(config, names)
     raise UnknownFormat(
         f"quant_method={method!r:.80} cannot be read. Known are {', '.join(METHODS)}"
     )
@@ -85,7 +88,7 @@ def activation_tensors(
     config: Mapping[str, Any], modules: Mapping[str, Module], names: Iterable[str]
 ) -> tuple[str, ...]:
     """Names of the tensors by which a runtime rounds activations and its cache."""
-    if config.get("quant_method") != "compressed-tensors":
+    if config.get("quant_method") not in ("compressed-tensors", "fp8"):
         return ()
     found = [t for m in modules.values() for part, t in m.tensors.items() if part in INPUT_TENSORS]
     return (*found, *(name for name in names if name.endswith(_CACHE)))
@@ -175,6 +178,26 @@ def _bitsandbytes_modules(config: Mapping[str, Any], names: Iterable[str]) -> di
         for stem in stems
         if f"{stem}.weight" in known
     }
+
+
+def _fp8_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
+    kind = config.get("fmt", "e4m3")
+    if kind != "e4m3":
+        raise UnknownFormat(f"fmt={kind!r:.80} of fp8 cannot be read, only 'e4m3'")
+    block = config.get("weight_block_size")
+    sizes = block if isinstance(block, list) else []
+    if block is not None and (len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes)):
+        raise UnknownFormat(f"weight_block_size={block!r:.80} of fp8 must be two positive integers")
+    unpack = functools.partial(unpack_fp8, block=tuple(sizes) or None)
+    names = list(names)
+    known, found = set(names), {}
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if suffix in ("weight_scale_inv", "weight_scale") and f"{stem}.weight" in known:
+            tensors = {s: f"{stem}.{s}" for s in ("weight", suffix, *INPUT_TENSORS)}
+            tensors = {part: tensor for part, tensor in tensors.items() if tensor in known}
+            found[f"{stem}.weight"] = Module(tensors, unpack, lambda parts: _two(parts, "weight"))
+    return found
 
 
 def _compressed_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:

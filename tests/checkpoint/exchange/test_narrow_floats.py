@@ -15,6 +15,7 @@ from jaxweights.checkpoint.exchange._narrow_floats import (
     pack_nvfp4,
     unfit_floats,
     unpack_float_quantized,
+    unpack_fp8,
     unpack_mxfp4,
     unpack_nvfp4,
 )
@@ -198,3 +199,18 @@ def test_modules_that_vllm_multiplies_at_once_have_one_global_scale(tmp_path):
     again = open_checkpoint(tmp_path / "m")
     for name, weight in new.items():
         np.testing.assert_array_equal(again.represented(name).materialize(), weight.materialize())
+
+
+def test_tiles_of_another_number_and_missing_scales_are_refused():
+    weight = np.ones((100, 64), ml_dtypes.float8_e4m3fn)
+    stored = {"weight": weight, "weight_scale_inv": np.ones((3, 1), np.float32)}
+    held = unpack_fp8(parts(stored), block=(48, 64))
+    assert held.scale.shape == (1, 25)  # of 4 outputs each, which divide 48 and 100
+    stored["weight_scale_inv"] = np.ones((2, 1), np.float32)
+    with pytest.raises(
+        ValueError, match=r"'weight_scale_inv' is float32 \(2, 1\), expected .*3, 1"
+    ):
+        unpack_fp8(parts(stored), block=(48, 64))
+    stored["weight"] = weight.astype(np.float32)
+    with pytest.raises(ValueError, match="'weight' is float32"):
+        unpack_fp8(parts(stored), block=(48, 64))
