@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size", type=int, metavar="N", help="inputs that share a scale; without it, all"
     )
     parser.add_argument(
+        "--pad", action="store_true", help="let the last group be shorter, where N does not divide"
+    )
+    parser.add_argument(
         "--memory", type=byte_count, metavar="BYTES", help="hold no more than this, such as 1GB"
     )
     parser.add_argument(
@@ -98,6 +101,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     settings = {"to": options.to, "dtype": options.dtype}
     if options.bits is not None:
         settings |= {"bits": options.bits, "group_size": options.group_size}
+        settings |= {"pad": "zero"} if options.pad else {}
     provenance = Provenance.collect(recipe={"convert": settings}, source=fingerprint)
     with show_progress(options.quiet) as progress:
         convert = _by_tensor if lazily else _in_memory
@@ -115,6 +119,8 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _refuse_unused(options: argparse.Namespace, lazily: bool) -> None:
     if options.group_size is not None and options.bits is None:
         raise ValueError("--group-size belongs to --bits, which says how many bits to round to.")
+    if options.pad and options.group_size is None:
+        raise ValueError("--pad belongs to --group-size, which says how long the groups are.")
     if options.target is not None and options.to in ("safetensors", "orbax", "gguf"):
         raise ValueError(
             f"--target {options.target} is about GPTQ, AWQ and compressed-tensors, not "
@@ -133,7 +139,9 @@ def _by_tensor(
 ) -> None:
     from jaxweights.recipes._convert import Rounding, convert_checkpoint
 
-    rounding = None if options.bits is None else Rounding(options.bits, options.group_size)
+    rounding = (
+        None if options.bits is None else Rounding(options.bits, options.group_size, options.pad)
+    )
     convert_checkpoint(
         source,
         destination,

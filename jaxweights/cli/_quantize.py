@@ -35,8 +35,8 @@ points, as most readers expect; --set grid=affine gives them.
 --method takes every method of the library that makes a model smaller, and the names rtn,
 smoothquant, autoround. `smooth+gptq` is one after the other, `refine:gptq` one around another;
 smoothquant, or smooth alone, goes on to 8-bit weights and inputs (`int8_dynamic`).
---list shows all with their settings; --bits, --group-size and --act-order are settings that most
-of them have, --set gives any other.
+--list shows all with their settings; --bits, --group-size, --pad and --act-order are settings that
+most of them have, --set gives any other.
 
 The command writes a recipe and runs it. --print-config shows it, for `jaxweights run` to go on
 from; --explain shows what would become of which weight. What does not fit together is refused
@@ -64,6 +64,7 @@ _PLAIN |= {"int64", "int32", "bool"}
 # How the words of a recipe's errors are said here.
 _SAID = (
     (r"\bgroup_size=", "group_size is --group-size"),
+    (r"\bpad='zero'", "pad='zero' is --pad"),
     (r"\bbits=", "bits is --bits"),
     (r"\bwindows of\b", "windows and their length are --windows"),
     (r"\bsequences of\b", "sequences and their length are --samples and --length"),
@@ -85,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, metavar="BITS", help="bits of a code")
     parser.add_argument(
         "--group-size", type=_group_size, metavar="N", help="inputs that share a scale; -1 for all"
+    )
+    parser.add_argument(
+        "--pad", action="store_true", help="let the last group be shorter, where N does not divide"
     )
     parser.add_argument("--act-order", action="store_true", help="round large inputs' rows first")
     parser.add_argument(
@@ -188,6 +192,8 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
             settings[name] = getattr(options, name)
     if options.group_size == -1:
         settings["group_size"] = None
+    if options.pad:
+        settings["pad"] = "zero"
     if options.act_order:
         settings["act_order"] = True
     given = (

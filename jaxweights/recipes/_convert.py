@@ -41,10 +41,12 @@ class Rounding:
     Args:
       bits: Bits per code.
       group_size: Inputs that share a scale; None for all of an output, and 32 in GGUF.
+      pads: Whether the last group may be shorter.
     """
 
     bits: int
     group_size: int | None
+    pads: bool = False
 
 
 def convert_checkpoint(
@@ -170,7 +172,8 @@ def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[
     group_size = rounding.group_size
     if group_size is None and form == "gguf":
         group_size = _GGUF_BLOCK
-    tx = round_to_nearest(bits=rounding.bits, group_size=group_size)
+    pad = "zero" if rounding.pads else None
+    tx = round_to_nearest(bits=rounding.bits, group_size=group_size, pad=pad)
     layout = _layout(config)
 
     def change(path: str, part: Any) -> Any:

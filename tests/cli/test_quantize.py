@@ -131,6 +131,23 @@ def test_peers_formats_hold_what_their_methods_make(
         assert source.quantization["desc_act"] and source.quantization["sym"]
 
 
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors", "native"])
+def test_groups_that_do_not_divide_are_padded_where_that_is_asked_for(
+    quantize, llama, tmp_path, form
+):
+    arguments = ("--method", "rtn", "--group-size", 96, "--pad", "--set", "grid=half")
+    code, _, err = quantize(llama, tmp_path / "out", *arguments, "--format", form, "--no-report")
+    assert code == 0, err
+    written = kernels(load_pretrained(tmp_path / "out").params)
+    # Of 64 and of 128 inputs: one group, and 96 and 32 inputs.
+    full = 0 if form == "compressed-tensors" else 96
+    assert {w.in_dim: w.full_group for w in written} == {64: 0, 128: full}
+    scales = np.asarray(next(w for w in written if w.in_dim == 128).scale)
+    assert scales.shape[-2] == (2 if full else 4)
+    if not full:
+        np.testing.assert_array_equal(scales[..., 0, :], scales[..., 2, :])
+
+
 def test_native_and_gguf_are_folders_that_load_too(quantize, llama, tmp_path):
     base = ("--method", "rtn", "--group-size", 32, "--no-report")
     for form in ("native", "gguf"):
@@ -340,8 +357,10 @@ def test_several_methods_calibrate_before_each_and_one_may_be_around_another():
         (("--method", "rtn", "--bits", 1), ["bits=1", "(bits is --bits)"]),
         (
             ("--method", "rtn", "--group-size", 48),
-            ["group_size=48 does not divide", "64", "group_size is --group-size"],
+            ["group_size=48 does not divide", "64", "group_size is --group-size", "is --pad"],
         ),
+        (("--method", "nf4", "--pad"), ["quantize.nf4 has no setting 'pad'"]),
+        (("--method", "rtn", "--bits", 8, "--pad"), ["pad='zero' fills up groups of rows, but"]),
         (
             ("--method", "rtn", "--group-size", 32, "--bits", 3, "--format", "awq"),
             ["has 3 bits, but AWQ has 4. Quantize to 4 bits", "model.layers.0."],
