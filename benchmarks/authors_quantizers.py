@@ -66,15 +66,17 @@ def awq(
 ) -> list[np.ndarray]:
     """llm-awq's `auto_scale_block` and `auto_clip_layer` for weights that read one input.
 
-    Candidates are judged by the change of the weights' own outputs, from the Gram matrix.
+    Candidates are judged by the change of the weights' own outputs, from the Gram matrix. A last
+    group that is shorter, which the authors' code refuses, is filled up with zeros.
     """
     hessian = torch.tensor(gram)
     rows = [torch.tensor(weight.T) for weight in weights]
     importance = torch.tensor(mean_abs)
 
     def round_groups(weight: torch.Tensor) -> torch.Tensor:
-        groups = weight.reshape(len(weight), -1, group)
-        return rounded(groups, *affine(groups, bits), bits).reshape(weight.shape)
+        groups = _groups(weight, group)
+        levels = rounded(groups, *affine(groups, bits), bits)
+        return levels.reshape(len(weight), -1)[:, : weight.shape[1]]
 
     best, scale = np.inf, torch.ones_like(importance)
     for step in range(20):
@@ -98,8 +100,9 @@ def awq(
 
 def _clip(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """Groups clamped to the range, of ten down to half, whose own output changes least."""
-    count = weight.shape[1] // group
-    groups = weight.reshape(len(weight), count, group)
+    groups, columns = _groups(weight, group), weight.shape[1]
+    missing = -columns % group
+    hessian = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
     blocks = torch.stack(
         [hessian[i : i + group, i : i + group] for i in range(0, len(hessian), group)]
     )
@@ -112,4 +115,10 @@ def _clip(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) ->
         error = (torch.einsum("ogi,gij->ogj", change, blocks) * change).sum(-1, keepdim=True)
         better = error < least
         best, least = torch.where(better, trial, best), torch.where(better, error, least)
-    return groups.clamp(-best, best).reshape(weight.shape)
+    return groups.clamp(-best, best).reshape(len(weight), -1)[:, :columns]
+
+
+def _groups(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """`(out, groups, group)`, with zeros in the last group where it is shorter."""
+    filled = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group))
+    return filled.reshape(len(weight), -1, group)

@@ -28,6 +28,7 @@ class Row:
 
     make: Maker
     reads_data: bool = True
+    pads: bool = True  # whether the last group may be shorter
 
 
 @dataclasses.dataclass
@@ -71,6 +72,15 @@ class Bench:
             self._refined = self.apply(refined_gptq(self.bits, self.group))
         return self._refined
 
+    def matrices(self) -> list[Any]:
+        """What is quantized, `(*stack, in, out)`."""
+        flat, _ = flatten(self.model.params)
+        return [leaf for path, leaf in flat.items() if path.endswith("/kernel")]
+
+    def has_whole_groups(self) -> bool:
+        """Whether the group size divides the inputs and the outputs of all matrices."""
+        return all(n % self.group == 0 for leaf in self.matrices() for n in leaf.shape[-2:])
+
     def in_blocks(self, *stages: jw.Transform) -> Any:
         """Stages, each layer calibrated on what the layers before it, already done, give."""
         return jw.pipeline(
@@ -81,7 +91,8 @@ class Bench:
 def rows(bits: int, group: int) -> dict[str, Row]:
     """The table, a line a row."""
     q = jw.quantize
-    at: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
+    whole: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
+    at = whole | {"pad": "zero"}  # SmolLM2's 576 inputs are 4.5 groups of 128
     rtn, gptq = q.round_to_nearest, q.gptq
     ordered = {"act_order": True, "static_groups": True}
     searched = ordered | {"search": "mse"}
@@ -97,22 +108,18 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         "gptq, ordered, mse": Row(lambda b: b.apply(gptq(**searched, **at))),
         "gptq, blocks": Row(lambda b: b.in_blocks(gptq(**at))),
         "awq, its authors' code": Row(_authors_awq),
-        "awq": Row(lambda b: b.apply(q.awq(bits=bits, group_size=group, scale_dtype="float16"))),
+        "awq": Row(lambda b: b.apply(q.awq(**at))),
         "awq, folded": Row(lambda b: b.apply(q.awq(folds=b.folds(), **at))),
         "rounded, refined": Row(
             lambda b: b.apply(q.refine(rtn(grid="affine", search="mse", **at), sweeps=8))
         ),
-        "hqq": Row(
-            lambda b: b.apply(q.hqq(bits=bits, group_size=group, scale_dtype="float16")), False
-        ),
+        "hqq": Row(lambda b: b.apply(q.hqq(**at)), False),
         "adaround": Row(lambda b: b.apply(q.adaround(**at))),
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
         "learned_clip": Row(lambda b: b.apply(q.learned_clip(**at))),
-        "nupes": Row(
-            lambda b: b.apply(q.nupes(bits=bits, group_size=group, scale_dtype="float16"))
-        ),
-        "adadim": Row(lambda b: b.apply(q.adadim(**at))),
-        "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **at))),
+        "nupes": Row(lambda b: b.apply(q.nupes(**whole)), pads=False),
+        "adadim": Row(lambda b: b.apply(q.adadim(**whole)), pads=False),
+        "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **whole)), pads=False),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),
         "rotated, gptq, refined": Row(lambda b: _rotated(b).apply(best)),
         "gptq, refined": Row(Bench.refined),
@@ -131,7 +138,7 @@ def rows(bits: int, group: int) -> dict[str, Row]:
 def refined_gptq(bits: int, group: int) -> jw.Transform:
     """The best of one pass over the layers, in the bytes of plain GPTQ."""
     settings: dict[str, Any] = {"act_order": True, "static_groups": True, "search": "mse"}
-    settings |= {"group_size": group, "scale_dtype": "float16"}
+    settings |= {"group_size": group, "pad": "zero", "scale_dtype": "float16"}
     return jw.quantize.refine(jw.quantize.gptq(bits=bits, **settings))
 
 
@@ -159,7 +166,9 @@ def _allocated(bench: Bench) -> Any:
         for bits in range(max(bench.bits - 1, 2), bench.bits + 2)
     }
     # Codes, and for each group a scale of 16 bits and a zero point as wide as a code.
-    each = bench.bits + (16 + bench.bits) / group
+    matrices = bench.matrices()
+    scales = sum(leaf.size // leaf.shape[-2] * -(-leaf.shape[-2] // group) for leaf in matrices)
+    each = bench.bits + (16 + bench.bits) * scales / sum(leaf.size for leaf in matrices)
     found = q.allocate(
         bench.model.params,
         candidates,
