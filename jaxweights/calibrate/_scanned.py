@@ -1,4 +1,4 @@
-"""A model taken apart at the scan over its layers: what comes before it, and one layer."""
+"""A model taken apart at the scan over its layers: what comes before and behind it, and a layer."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ class Entrance:
     reads: frozenset[Path]
 
 
+@dataclasses.dataclass(frozen=True)
+class Exit:
+    """What a model does behind its layers.
+
+    Args:
+      run: `(leaves, inputs, carried) -> outputs`; of the leaves it looks at those in `reads`.
+      reads: Paths of the leaves that it needs.
+    """
+
+    run: Callable[[Leaves, Sequence[Any], Sequence[Any]], list[Any]]
+    reads: frozenset[Path]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # compiled programs tell models apart by identity
 class ScannedModel:
     """A model of inputs of certain shapes, divided at the scan over its layers.
@@ -44,6 +57,7 @@ class ScannedModel:
       parts: How the operands of the scan divide.
       length: Number of layers.
       stacks: Path of the parameter behind each stacked operand; None where it is not one.
+      exit: What becomes of what the last layer gives; None where it needs more of the layers.
     """
 
     carry: Entrance
@@ -53,6 +67,7 @@ class ScannedModel:
     parts: _compat.ScanParts
     length: int
     stacks: tuple[Path | None, ...]
+    exit: Exit | None = None
 
     @property
     def inside(self) -> tuple[Path, ...]:
@@ -163,6 +178,7 @@ def find_layers(
         parts,
         eqn.params["length"],
         found,
+        _exit(closed, at, parts.carry, path_of),
     )
 
 
@@ -191,6 +207,36 @@ def _entrance(closed: Any, at: int, wanted: Sequence[Any], path_of: Mapping[Any,
         return [jnp.asarray(x) for x in found]
 
     return Entrance(run, frozenset(reads))
+
+
+def _exit(closed: Any, at: int, carry: int, path_of: Mapping[Any, Path]) -> Exit | None:
+    """The equations that the outputs depend on, but for those behind what the layers carried."""
+    jaxpr = closed.jaxpr
+    carried, others = jaxpr.eqns[at].outvars[:carry], jaxpr.eqns[at].outvars[carry:]
+    outs = [var for var in jaxpr.outvars if not isinstance(var, _compat.Literal)]
+    later, needed = _behind(jaxpr.eqns[at + 1 :], outs)
+    if len(outs) < len(jaxpr.outvars) or any(var in needed for var in others):
+        return None
+    made = {var for var in needed if var not in carried}
+    earlier, before = _behind(jaxpr.eqns[:at], made)
+    needed |= before
+    invars = [var for var in jaxpr.invars if var in needed or var not in path_of]
+    tail = jex.Jaxpr(
+        jaxpr.constvars,
+        [*invars, *carried],
+        outs,
+        [*earlier, *later],
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    tail_fn = jex.jaxpr_as_fun(jex.ClosedJaxpr(tail, closed.consts))
+    reads = [path_of[var] for var in invars if var in path_of]
+
+    def run(leaves: Leaves, given: Sequence[Any], carried: Sequence[Any]) -> list[Any]:
+        dense = [leaves[path] for path in reads]
+        dense = [leaf.materialize() if is_weight(leaf) else leaf for leaf in dense]
+        return list(tail_fn(*dense, *given, *carried))
+
+    return Exit(run, frozenset(reads))
 
 
 def _behind(eqns: Sequence[Any], outs: Collection[Any]) -> tuple[list[Any], set[Any]]:

@@ -45,6 +45,7 @@ before anything is computed.
 --memory 4GB holds one block of layers at a time: for models that do not fit. Each block is
 calibrated on what the quantized blocks before it give (--again never: on what the original ones
 give). What the blocks pass on lies in files beside OUT; a killed run is gone on with by --resume.
+--evaluate measures a language model so, too, before and after.
 
 Nothing appears at the destination before all of it is written."""
 EXAMPLES = """\

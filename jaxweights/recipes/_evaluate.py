@@ -181,11 +181,32 @@ def perplexity(
     count = len(tokens)
     batch = min(batch, count)
     found: list[float] = []
-    for rows in _batches(tokens, batch):
+    for rows in equal_batches(tokens, batch):
         found += np.asarray(_nll_of(fn, params, jnp.asarray(rows)), np.float64).tolist()
         if progress is not None:
             progress(task, min(len(found), count), count)
-    nll = np.asarray(found[:count])  # the last batch is filled up
+    # The last batch is filled up.
+    return score_windows(np.asarray(found[:count]), tokens.shape[1])
+
+
+def score_windows(nll: np.ndarray, length: int) -> PerplexityScore:
+    """The score of windows of so many tokens.
+
+    Args:
+      nll: Mean negative log-likelihood of each, `(windows,)`.
+      length: Tokens of each.
+
+    Returns:
+      The score.
+
+    Raises:
+      ValueError: If one is not finite.
+
+    Example:
+      >>> score_windows(np.array([1.0, 2.0]), 5).tokens
+      8
+    """
+    count = len(nll)
     if not np.isfinite(nll).all():
         raise ValueError(
             f"recipes.perplexity: {int((~np.isfinite(nll)).sum())} of {count} windows gave a "
@@ -193,7 +214,7 @@ def perplexity(
         )
     mean = float(nll.mean())
     error = float(nll.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0
-    scored = count * (tokens.shape[1] - 1)
+    scored = count * (length - 1)
     # exp overflows beyond 709 nats, which only a broken model reaches.
     return PerplexityScore(math.exp(min(mean, 700.0)), mean, error, scored, tuple(nll.tolist()))
 
@@ -201,7 +222,12 @@ def perplexity(
 @functools.partial(jax.jit, static_argnums=0)
 def _nll_of(fn: Callable[[Any, jax.Array], jax.Array], params: Any, window: jax.Array) -> jax.Array:
     """Mean negative log-likelihood of each window, `(batch,)`."""
-    logits = fn(params, window)[:, :-1].astype(jnp.float32)
+    return nll_of_logits(fn(params, window), window)
+
+
+def nll_of_logits(logits: jax.Array, window: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of windows `(batch, time)` under logits, `(batch,)`."""
+    logits = logits[:, :-1].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, window[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked, axis=-1)
 
@@ -374,7 +400,7 @@ def _truncated(ids: list[int]) -> list[int]:
     return [*ids[: _MAX_PASSAGE_TOKENS - 1], ids[-1]]  # the closing token stays
 
 
-def _batches(rows: np.ndarray, batch: int) -> list[np.ndarray]:
+def equal_batches(rows: np.ndarray, batch: int) -> list[np.ndarray]:
     """Batches of one size, so that one program serves all; the last is filled with its end."""
     missing = -len(rows) % batch
     filled = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])

@@ -94,9 +94,10 @@ def prepare_calibration(recipe: Recipe, model: Model, progress: Progress) -> Cal
     return CalibrationData(definition, [(cut,) for cut in cuts])
 
 
-def _perplexity(section: Perplexity, recipe: Recipe, model: Model, progress: Progress) -> Measure:
-    from jaxweights.lift import lift
-
+def perplexity_windows(
+    section: Perplexity, recipe: Recipe, model: Model, progress: Progress
+) -> tuple[np.ndarray, str]:
+    """Tokens `(windows, time)` to measure a language model's perplexity on, and what it is."""
     text = read_text(section, progress)
     shared = recipe.calibrate is not None and _same_text(section, recipe.calibrate)
     # The second half is calibrated on.
@@ -107,7 +108,13 @@ def _perplexity(section: Perplexity, recipe: Recipe, model: Model, progress: Pro
         f"windows of {section.length} tokens that do not overlap, from the beginning of "
         f"{_words(section, text)}; the first token of a window is not predicted."
     )
+    return tokens, definition
 
+
+def _perplexity(section: Perplexity, recipe: Recipe, model: Model, progress: Progress) -> Measure:
+    from jaxweights.lift import lift
+
+    tokens, definition = perplexity_windows(section, recipe, model, progress)
     forward = lift(model.forward)
 
     def score(params: Any, when: str) -> dict[str, Any]:

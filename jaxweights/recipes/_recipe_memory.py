@@ -22,9 +22,10 @@ def check_memory(
     if not found:
         problems.add(root.keys["memory"], f"memory: {given!r} is no size. Write such as 4GB.")
     evaluate, output = sections.get("evaluate"), sections.get("output")
-    measured = evaluate is not None and (evaluate.perplexity or evaluate.retrieval)
     beside = {
-        "evaluate": measured and "`evaluate` runs the whole model",
+        "evaluate": evaluate is not None
+        and evaluate.retrieval
+        and "`evaluate.retrieval` runs the whole model",
         "distill": sections.get("distill") and "`distill` trains the whole model",
         "models": sections.get("models") and "`models` are merged leaf by leaf (`stream: always`)",
         "stream": sections.get("stream", "auto") == "always"

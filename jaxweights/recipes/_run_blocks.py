@@ -11,15 +11,18 @@ import jax
 
 from jaxweights.core import flatten
 from jaxweights.models import load_tokenizer
+from jaxweights.recipes._bytes import say_bytes
 from jaxweights.recipes._download import Progress
 from jaxweights.recipes._findings import Findings, Seen
-from jaxweights.recipes._measure import prepare_calibration
+from jaxweights.recipes._measure import perplexity_windows, prepare_calibration
 from jaxweights.recipes._model import Model, check_fit, locate
 from jaxweights.recipes._plan_recipe import plan_steps
 from jaxweights.recipes._recipe import Recipe
 from jaxweights.recipes._run import Clock, RunResult, flatten_folder, write_report
 from jaxweights.recipes._summary import provenance_of, summarize
+from jaxweights.recipes.onload._block_files import BlockFiles
 from jaxweights.recipes.onload._layers import Layers
+from jaxweights.recipes.onload._measure import BlockMeasure
 from jaxweights.recipes.onload._run import BlockRun
 from jaxweights.recipes.onload._work import refuse_outside, work_folder, write_blocks
 
@@ -56,6 +59,7 @@ def run_blocks(
             key=jax.random.key(recipe.seed),
             memory=recipe.memory,
         )
+        measure = _Measured.of(recipe, model, layers, run, report)
     findings = Findings(recipe, layout, flatten(model.params)[0])
     source = layers.pretrained.source.fingerprint(sampled=True)
     # The result is the same whatever may be held.
@@ -70,6 +74,10 @@ def run_blocks(
                 look=lambda *leaf: dataclasses.asdict(findings.look(*leaf)),
                 progress=report,
             )
+        scores: dict[str, Any] = {}
+        if measure is not None:
+            with clock("measure"):
+                scores = measure.scores(kept / "measure", files, report)
         _look_back(findings, files, layers)
         leaves = findings.leaves()
         provenance = provenance_of(recipe, model, leaves, sampled=True)
@@ -83,11 +91,53 @@ def run_blocks(
             "after": sum(leaf.bytes_after for leaf in leaves),
             "on_disk": flatten_folder(folder, recipe),
         }
-        summary = summarize(recipe, model, sizes, {}, data, leaves, provenance)
+        summary = summarize(recipe, model, sizes, scores, data, leaves, provenance)
         summary["seconds"] = clock.seconds
         panels = findings.spectra() if recipe.output.report else {}
         write_report(folder, recipe, summary, leaves, panels, report)
     return RunResult(directory, summary, leaves, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Perplexity, as a run in memory measures it.
+
+    Args:
+      blocks: Measures it.
+      definition: What it is.
+    """
+
+    blocks: BlockMeasure
+    definition: str
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, model: Model, layers: Layers, run: BlockRun, report: Progress
+    ) -> _Measured | None:
+        """What a recipe asks for, if it does.
+
+        Raises:
+          ValueError: If the memory does not suffice.
+        """
+        section = recipe.evaluate.perplexity
+        if section is None:
+            return None
+        tokens, definition = perplexity_windows(section, recipe, model, report)
+        blocks = BlockMeasure(_NAME, layers, run.programs, tokens, section.batch)
+        needed = run.needed.process + blocks.needed
+        if recipe.memory is not None and needed > recipe.memory:
+            raise ValueError(
+                f"{_NAME}: memory={say_bytes(recipe.memory)} does not suffice to measure: it takes "
+                f"about {say_bytes(needed)}. Give {say_bytes(needed)} or more, take shorter "
+                "windows, or leave `evaluate` out."
+            )
+        return cls(blocks, definition)
+
+    def scores(self, folder: Path, files: BlockFiles, report: Progress) -> dict[str, Any]:
+        """Scores before and behind the change, as `result.json` has them."""
+        found = self.blocks.run(folder, files, report)
+        scored = {when: dataclasses.asdict(score) for when, score in found.items()}
+        return {"perplexity": scored | {"definition": self.definition}}
 
 
 def _look_back(findings: Findings, files: Any, layers: Layers) -> None:

@@ -522,18 +522,53 @@ def test_block_by_block_gives_what_memory_gives_report_included(quantize, llama,
     assert recipe.startswith("memory: 300GB\n") and "again: each_block" in recipe
 
 
+@pytest.mark.parametrize("method", ["gptq", "smooth+int8_dynamic"])
+def test_a_model_is_measured_block_by_block_as_in_memory(quantize, llama, tmp_path, method):
+    grid = ("--bits", 2, "--group-size", 32) if method == "gptq" else ()
+    arguments = ("--method", method, *grid, *DATA, "--no-report", "--again", "each_block")
+    arguments += ("--evaluate", "pydoc-topics", "--windows", "3x32")
+    scores = {}
+    for name, limit in (("blocks", ("--memory", "300GB")), ("whole", ())):
+        code, text, err = quantize(llama, tmp_path / name, *arguments, *limit)
+        assert code == 0, err
+        assert "Perplexity" in text
+        found = json.loads((tmp_path / name / "result.json").read_text())
+        scores[name] = found["evaluation"]["perplexity"]
+    assert scores["blocks"].keys() == scores["whole"].keys()
+    assert scores["blocks"]["definition"] == scores["whole"]["definition"]
+    for when in ("before", "after"):
+        one, two = scores["blocks"][when], scores["whole"][when]
+        assert one["tokens"] == two["tokens"] == 3 * 31
+        np.testing.assert_allclose(one["windows"], two["windows"], rtol=1e-5)
+    assert scores["blocks"]["before"]["nll"] != pytest.approx(scores["blocks"]["after"]["nll"])
+
+
+def test_memory_that_measuring_has_no_room_for_is_refused(refuse, llama, monkeypatch):
+    from jaxweights.recipes.onload._measure import BlockMeasure
+
+    monkeypatch.setattr(BlockMeasure, "_needed_bytes", lambda self, one: 400 * 10**9)
+    arguments = ("--memory", "300GB", "--evaluate", "pydoc-topics", "--windows", "3x32")
+    message = refuse(llama, *GPTQ, *arguments)
+    assert "memory=300GB does not suffice to measure: it takes about 40" in message
+    assert "take shorter windows, or leave `evaluate` out" in message
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (("--memory", "1MB"), "memory=1MB does not suffice: one block needs about"),
         (("--memory", "3GB", "--format", "native"), "the format orbax (native) stacks all layers"),
-        (("--memory", "3GB", "--evaluate", "brown"), "`evaluate` runs the whole model"),
         (("--memory", "3GB", "--distill", 2), "`distill` trains the whole model"),
         (("--resume",), "--resume belongs to --memory"),
     ],
 )
 def test_what_a_limit_of_memory_does_not_go_with_is_refused(refuse, llama, arguments, words):
     assert words in refuse(llama, *GPTQ, *arguments)
+
+
+def test_an_encoder_is_not_measured_block_by_block(refuse, bert):
+    arguments = ("--method", "rtn", "--group-size", 16, "--memory", "300GB", "--evaluate", "brown")
+    assert "`evaluate.retrieval` runs the whole model" in refuse(bert, *arguments)
 
 
 def test_methods_that_look_at_all_layers_are_refused_beside_a_limit(refuse, llama):

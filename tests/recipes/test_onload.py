@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from jaxweights.calibrate import calibrate, pipeline
+from jaxweights.calibrate._blocks import BlockPrograms
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
-from jaxweights.core import apply, chain, identity, partition
+from jaxweights.core import apply, chain, flatten, identity, partition
 from jaxweights.lift import infer_layout
 from jaxweights.models import (
     checkpoint_from_params,
@@ -27,6 +28,10 @@ from jaxweights.models import (
 )
 from jaxweights.quantize import awq, gptq, llama_folds, round_to_nearest, smooth
 from jaxweights.recipes import transform_in_blocks
+from jaxweights.recipes._evaluate import perplexity
+from jaxweights.recipes.onload._block_files import BlockFiles
+from jaxweights.recipes.onload._layers import Layers
+from jaxweights.recipes.onload._measure import BlockMeasure
 from jaxweights.sparsify import magnitude, wanda
 from tests._tiny_models import LLAMA, write_tiny
 
@@ -143,6 +148,53 @@ def test_errors_are_propagated_block_by_block_only(folder, tmp_path):
     with pytest.raises(ValueError, match=words):
         transform_in_blocks(folder / "llama", tmp_path / "out", tx, tokens(), again="each_step")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_lies_behind_the_layers_makes_the_logits_of_what_they_gave(folder, family):
+    loaded = load_pretrained(folder / family)
+    flat, _ = flatten(loaded.params)
+    [batch, *_] = tokens(1)
+    programs = BlockPrograms(forward(loaded), loaded.params, (batch,))
+    model = programs.model
+    carried = programs.enter(flat, (batch,))
+    one = programs.read(flat, (batch,), carried)
+    for layer in range(model.length):
+        block = {path: flat[path][layer] for path in model.inside}
+        one = one._replace(carried=programs.advance(block, one, layer))
+    assert model.exit is not None
+    leaves = {path: flat[path] for path in model.exit.reads}
+    assert not any(path.startswith("layers/") for path in leaves)
+    [logits] = model.exit.run(leaves, [batch], one.carried)
+    expected = forward(loaded)(loaded.params, batch)
+    assert float(np.std(expected)) > 0.01
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_do_not_fill_a_batch_are_measured_alike(folder, tmp_path):
+    rows = np.concatenate(tokens(2))[:5]
+    layers = Layers("test", folder / "llama")
+    loaded = load_pretrained(folder / "llama")
+    [fewer, *_] = tokens(1)
+    programs = BlockPrograms(forward(layers.pretrained), layers.pretrained.params, (fewer,))
+    measure = BlockMeasure("test", layers, programs, rows, batch=2)
+    (tmp_path / "files").mkdir()
+    files = BlockFiles(tmp_path / "files")
+    for layer in range(layers.count):
+        up = layers.read("layers/mlp/up/kernel", layer)
+        files.write(layer, {"layers/mlp/up/kernel": up * (2.0 + layer)}, {})
+    scores = measure.run(tmp_path / "states", files, lambda *_: None)
+    scale = np.arange(2.0, 2.0 + layers.count, dtype=np.float32)[:, None, None]
+    kernel = loaded.params["layers"]["mlp"]["up"]["kernel"]
+    changed = dict(loaded.params)
+    changed["layers"] = jax.tree.map(lambda x: x, loaded.params["layers"])
+    changed["layers"]["mlp"]["up"]["kernel"] = kernel * scale
+    for when, params in (("before", loaded.params), ("after", changed)):
+        whole = perplexity(forward(loaded), params, rows, batch=5)
+        np.testing.assert_allclose(scores[when].windows, whole.windows, rtol=1e-5)
+        assert scores[when].tokens == whole.tokens == 5 * 23
+    assert scores["before"].nll != pytest.approx(scores["after"].nll, rel=1e-3)
+    assert not list((tmp_path / "states").iterdir())
 
 
 def test_methods_without_data_need_no_batches(folder, tmp_path):

@@ -88,22 +88,22 @@ def needed_bytes(
         stats = Stats({}, (), programs.layout)
         if stage.reads is not None:
             needs = stage.transform.needs(layers.shapes | block)
-            largest = max(batches, key=_tree_bytes)
+            largest = max(batches, key=tree_bytes)
             one = programs.read_shapes(layers.shapes, largest)
             if programs.compares(needs):
                 one = one._replace(original=one.carried)
             stats, temporaries = programs.abstract(needs, block, one)
             # Beside what comes in: what goes out, and NumPy's copy of one of them.
-            passing = _tree_bytes((one.shared, one.original)) + 3 * _tree_bytes(one.carried)
+            passing = tree_bytes((one.shared, one.original)) + 3 * tree_bytes(one.carried)
             batch = max(batch, temporaries + passing)
-        statistics = max(statistics, _tree_bytes(stats.values))
+        statistics = max(statistics, tree_bytes(stats.values))
         method = max(method, _method_bytes(block, stats))
         block = _after(layers, stage, block, stats, inside)
     sizes = [math.prod(leaf.shape) for leaf in before.values()]
     # A block is read while none is held, and one of its leaves is made dense to be compared.
-    held = _tree_bytes(before) + _tree_bytes(block)
-    held = max(held + 8 * max(sizes), 2 * _tree_bytes(before))
-    outside = [_tree_bytes(leaf) for path, leaf in layers.shapes.items() if path not in before]
+    held = tree_bytes(before) + tree_bytes(block)
+    held = max(held + 8 * max(sizes), 2 * tree_bytes(before))
+    outside = [tree_bytes(leaf) for path, leaf in layers.shapes.items() if path not in before]
     process = resident_bytes() + _PROGRAMS
     return Bytes(process, held, statistics, batch, method, 3 * max(outside, default=0))
 
@@ -127,10 +127,11 @@ def _method_bytes(block: Any, stats: Stats) -> int:
     for owner in dict.fromkeys(stats.owner(path) for path in block):
         sharing = [leaf for path, leaf in block.items() if stats.owner(path) == owner]
         entries = sum(math.prod(leaf.shape) for leaf in sharing)
-        held = _tree_bytes(stats.values.get(owner, {}))
+        held = tree_bytes(stats.values.get(owner, {}))
         most = max(most, _WIDE_BYTES * entries + _GRAMS * held)
     return most
 
 
-def _tree_bytes(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all leaves, abstract ones too."""
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
