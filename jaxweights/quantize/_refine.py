@@ -189,6 +189,7 @@ def _refine_matrix(
     )
     in_dim = codes.shape[0]
     of_row = operands["group_index"]
+    together = group_size if of_row is None else None  # rows of groups of neighbouring rows
     of_row = jnp.arange(in_dim) // group_size if of_row is None else of_row
     if offset is not None:
         value = value - offset[of_row].astype(jnp.float32)
@@ -202,7 +203,7 @@ def _refine_matrix(
     def sweep(_: int, best: _Columns) -> _Columns:
         moved = _descend(best.codes, best.scale[of_row], zeros, value, gram, grid)
         best = _keep(best, moved, best.scale, error_of(moved, best.scale))
-        fitted = _fit_scales(best.codes, best.scale, zeros, of_row, value, gram)
+        fitted = _fit_scales(best.codes, best.scale, zeros, of_row, together, value, gram)
         return _keep(best, best.codes, fitted, error_of(best.codes, fitted))
 
     start = _Columns(codes, scale, error_of(codes, scale))
@@ -272,19 +273,32 @@ def _fit_scales(
     scale: jax.Array,
     zero: jax.Array | None,
     of_row: jax.Array,
+    group_size: int | None,
     value: jax.Array,
     gram: jax.Array,
 ) -> jax.Array:
     """The scales of the least error for given codes, `(rows, out)`, in the scales' dtype."""
     rows, out_dim = scale.shape
     steps = decode(codes, jnp.ones((1, 1)), zero)  # (in, out), multiples of a scale
-    by_group = lambda x: jax.ops.segment_sum(x, of_row, num_segments=rows)  # noqa: E731
-    target = by_group(steps * _matmul(gram, value))  # (rows, out)
+    wanted = _matmul(gram, value)
+    if group_size is not None:
+        missing = rows * group_size - len(steps)  # in the last group
+        steps, wanted = (jnp.pad(x, ((0, missing), (0, 0))) for x in (steps, wanted))
+        gram = jnp.pad(gram, (0, missing))
+
+    def by_group(x: jax.Array) -> jax.Array:
+        if group_size is None:
+            return jax.ops.segment_sum(x, of_row, num_segments=rows)
+        return jnp.sum(x.reshape(rows, group_size, out_dim), axis=1)
 
     def against(group: jax.Array) -> jax.Array:
-        own = jnp.where((of_row == group)[:, None], steps, 0)
-        return by_group(steps * _matmul(gram, own))
+        if group_size is None:
+            return by_group(steps * _matmul(gram, jnp.where((of_row == group)[:, None], steps, 0)))
+        cut = jax.lax.dynamic_slice_in_dim
+        own = cut(steps, group * group_size, group_size)
+        return by_group(steps * _matmul(cut(gram, group * group_size, group_size, axis=1), own))
 
+    target = by_group(steps * wanted)  # (rows, out)
     system = jax.lax.map(against, jnp.arange(rows))  # (rows, rows, out)
     system = jnp.moveaxis(system, -1, 0)
     mean = jnp.trace(system, axis1=-2, axis2=-1) / rows
