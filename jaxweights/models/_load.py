@@ -163,6 +163,9 @@ class _Tensors(Mapping[str, _Lazy]):
         return len(self._names)
 
 
+_AGAIN = "The description is written again with compressed-tensors."
+
+
 def _how_to_round_inputs(quantization: Mapping[str, Any]) -> tuple[str, str] | None:
     """What a config calls the rounding of inputs, and which transforms do it; None if it has none.
 
@@ -172,22 +175,23 @@ def _how_to_round_inputs(quantization: Mapping[str, Any]) -> tuple[str, str] | N
     if quantization.get("quant_method") == "fp8":
         tile = quantization.get("weight_block_size")
         groups = f"input_group_size={tile[1]}" if isinstance(tile, list) and len(tile) == 2 else ""
-        return "activation_scheme", f"Apply quantize.fp8_dynamic({groups}) to round them as well."
+        return "activation_scheme", f"Apply quantize.fp8_dynamic({groups}) to round them. {_AGAIN}"
     groups = quantization.get("config_groups")
     groups = groups.values() if isinstance(groups, Mapping) else ()
     told = [g.get("input_activations") for g in groups if isinstance(g, Mapping)]
     told = [one for one in told if one]
     if not told:
         return None
-    kinds = {(o.get("type", "int"), o.get("num_bits")) for o in told if isinstance(o, Mapping)}
-    known = {
-        ("int", 8): "Apply quantize.int8_dynamic() for products of integers.",
-        ("float", 8): "Apply quantize.fp8_dynamic() for products of 8-bit floats.",
-    }
-    advice = [words for kind, words in known.items() if kind in kinds]
-    return "input_activations", " ".join(
-        [*advice, "The description is written again with compressed-tensors."]
-    )
+    told = [one for one in told if isinstance(one, Mapping)]
+    advice = []
+    if any((one.get("type", "int"), one.get("num_bits")) == ("int", 8) for one in told):
+        advice.append("Apply quantize.int8_dynamic() for products of integers.")
+    floats = [one for one in told if (one.get("type"), one.get("num_bits")) == ("float", 8)]
+    if floats:
+        size = floats[0].get("group_size") if floats[0].get("strategy") == "group" else None
+        groups = f"input_group_size={size}" if size else ""
+        advice.append(f"Apply quantize.fp8_dynamic({groups}) for products of 8-bit floats.")
+    return "input_activations", " ".join([*advice, _AGAIN])
 
 
 def carried_tensors(source: Checkpoint, names: NameMap) -> dict[str, np.ndarray]:

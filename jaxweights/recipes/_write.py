@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxweights.checkpoint.exchange._narrow_floats import E2M1
+from jaxweights.checkpoint.exchange._settings import fp8_as_compressed
 from jaxweights.quantize._nf4 import NF4_LEVELS
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
@@ -158,8 +159,10 @@ def write_lazily(
 
 
 def kept_settings(form: Format, source: Any) -> Mapping[str, Any] | None:
-    """What a checkpoint's own `quantization_config` says, where the format stays the same."""
+    """What a checkpoint's own `quantization_config` says, where the format says the same."""
     given = source.quantization
+    if form == "compressed-tensors" and given.get("quant_method") == "fp8":
+        return fp8_as_compressed(given)
     return given if form.startswith(str(given.get("quant_method"))) else None
 
 

@@ -466,7 +466,7 @@ def test_narrow_floats_come_back_and_run(dense_model, tmp_path, case):
     assert {"lm_head", "model.layers.1.self_attn.q_proj"} <= set(skipped)
 
 
-def fp8_folder(folder, tile, *, scales="weight_scale_inv", seed=0):
+def fp8_folder(folder, tile, *, scales="weight_scale_inv", scheme="dynamic", seed=0):
     """As DeepSeek-V3 and Qwen3-FP8 are released, and the dense matrices `(in, out)`."""
     rng = np.random.default_rng(seed)
     tensors, dense = common(rng), {}
@@ -481,12 +481,14 @@ def fp8_folder(folder, tile, *, scales="weight_scale_inv", seed=0):
             spread = scale[np.arange(out_dim) // tall][:, np.arange(in_dim) // wide]
             dense[stem] = (weight.astype(np.float32) * spread).T
             tensors |= {f"{stem}.weight": weight, f"{stem}.{scales}": scale}
+            if scheme == "static":
+                tensors[f"{stem}.input_scale"] = np.full(1, 0.25, np.float32)
             if name[-6:] in ("q_proj", "k_proj", "v_proj"):
                 tensors[f"{stem}.bias"] = (rng.normal(size=out_dim) * 0.1).astype(np.float16)
     settings = {
         "quant_method": "fp8",
         "fmt": "e4m3",
-        "activation_scheme": "dynamic",
+        "activation_scheme": scheme,
         "weight_block_size": tile and list(tile),
         "modules_to_not_convert": ["lm_head"],
     }
@@ -500,7 +502,7 @@ def test_a_released_fp8_folder_is_read_run_and_written_for_others(tmp_path, tile
     scales = "weight_scale_inv" if tile else "weight_scale"
     dense = fp8_folder(tmp_path / "m", tile, scales=scales)
     call = r"quantize.fp8_dynamic\(" + (f"input_group_size={tile[1]}" if tile else "") + r"\)"
-    with pytest.warns(UserWarning, match=rf"\('activation_scheme'\) .*Apply {call} to"):
+    with pytest.warns(UserWarning, match=rf"\('activation_scheme'\) .*Apply {call} to round"):
         got = load_pretrained(tmp_path / "m")
     for stem, matrix in dense.items():
         _, _, layer, *name = stem.split(".")
@@ -514,11 +516,34 @@ def test_a_released_fp8_folder_is_read_run_and_written_for_others(tmp_path, tile
     exact = np.asarray(logits(got, got.params))
     near = np.asarray(logits(got, products)) - exact
     assert 0 < np.linalg.norm(near) < 0.2 * np.linalg.norm(exact)
-    written = again(tmp_path / "out", got, got.params, form="compressed-tensors")
+    with pytest.warns(UserWarning, match=rf"Apply {call} for products of 8-bit floats"):
+        written = again(tmp_path / "out", got, got.params, form="compressed-tensors")
     for path, kernel in kernels(got.params).items():
         back = kernels(written.params)[path]
         assert isinstance(back, NarrowFloat)
         np.testing.assert_array_equal(back.materialize(), kernel.materialize())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    said = TOKENWISE | {"type": "float"}
+    if tile:
+        said |= {"strategy": "group", "group_size": tile[1]}
+    groups = config["config_groups"].values()  # cut tiles are of another size than whole ones
+    assert len(groups) > 0 and all(group["input_activations"] == said for group in groups)
+    assert not config.keys() & {"activation_scheme", "weight_block_size", "fmt"}
+
+
+@pytest.mark.filterwarnings("ignore:.*inputs rounded")
+def test_fixed_scales_of_inputs_of_an_fp8_folder_are_written_for_others(tmp_path):
+    fp8_folder(tmp_path / "m", None, scales="weight_scale", scheme="static")
+    got = load_pretrained(tmp_path / "m")
+    again(tmp_path / "out", got, got.params, form="compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    [group] = config["config_groups"].values()
+    fixed = {"type": "float", "strategy": "tensor", "dynamic": False}
+    assert group["input_activations"] == TOKENWISE | fixed
+    reader = open_safetensors(tmp_path / "out")
+    scales = [name for name in reader if name.endswith("input_scale")]
+    assert len(scales) == LAYERS * len(LINEARS)
+    assert all(reader.read(name).tolist() == [0.25] for name in scales)
 
 
 @pytest.mark.slow

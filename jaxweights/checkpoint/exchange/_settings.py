@@ -106,6 +106,29 @@ def activations_of(config: Mapping[str, Any], stem: str) -> Mapping[str, Any] | 
     return found if isinstance(found, dict) else None
 
 
+def fp8_as_compressed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What compressed-tensors says of inputs that `quant_method: fp8` has rounded.
+
+    Args:
+      config: `quantization_config` of that method.
+
+    Returns:
+      A `quantization_config` that says nothing of weights.
+    """
+    block = config.get("weight_block_size")
+    fixed = config.get("activation_scheme") == "static"
+    said = {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor" if fixed else "group" if block else "token",
+        "dynamic": not fixed,
+    }
+    if block and not fixed:
+        said["group_size"] = block[1]
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "input_activations": said}}}
+
+
 def _gptq_modules(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Module]:
     bits = _number(config, "bits", BITS)
     variant = config.get("checkpoint_format", "gptq") or "gptq"
