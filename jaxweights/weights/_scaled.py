@@ -38,8 +38,9 @@ class Scaled(MatrixWeight):
         scale.shape == (*stack, rows, cols);  in % rows == 0 and out % cols == 0
         offset is None, or likewise with divisors of its own
 
-    So `(1, 1)` is one scale per matrix, `(1, out)` one per output, `(in/g, out)` one per `g` input
-    rows, `(in/128, out/128)` one per square block. Scales may themselves be a `Scaled` matrix
+    Rows of a `Quantized` need not divide its inputs: it says which one an input reads. So `(1, 1)`
+    is one scale per matrix, `(1, out)` one per output, `(in/g, out)` one per `g` input rows,
+    `(in/128, out/128)` one per square block. Scales may themselves be a `Scaled` matrix
     `(rows, cols)`: that is double quantization.
 
     No metadata depends on the stack or on how the arrays are sharded: slicing every field along

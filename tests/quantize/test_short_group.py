@@ -11,6 +11,8 @@ import jaxweights as jw
 from jaxweights import quantize
 from jaxweights.checkpoint import load_tree, save_tree
 from jaxweights.core import Layout
+from jaxweights.models._alike import in_one_form
+from jaxweights.quantize.training._thresholds import threshold_distance
 from jaxweights.weights import Axes, Masked, QuantizedProduct
 
 GROUP = 12
@@ -170,6 +172,63 @@ def test_a_weight_with_a_shorter_group_is_refined_and_takes_a_change_on_its_grid
     np.testing.assert_array_equal(moved.scale, weight.scale)
     nearest = np.clip(np.round(target / np.repeat(weight.scale, GROUP, 0)[:INPUTS]), -4, 3)
     np.testing.assert_array_equal(moved.codes_matrix(), nearest)
+
+
+def test_training_on_such_a_grid_sees_the_levels_of_every_input():
+    tx = rounding(bits=3, grid="affine")
+    x = jax.random.normal(jax.random.key(8), (5, INPUTS))
+
+    def loss(params):
+        fake = quantize.fake_quant(params, tx, clipped="zero")
+        return jnp.sum(jnp.tanh(x @ fake["kernel"]))
+
+    value, slope = jax.value_and_grad(loss)({"kernel": WEIGHT})
+    weight = one(tx, WEIGHT)
+    expected, pull = jax.value_and_grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(weight.materialize())
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(slope["kernel"], pull, rtol=1e-4, atol=1e-5)  # nothing is clipped
+    whole = jnp.asarray(padded_by_hand(WEIGHT))
+    np.testing.assert_allclose(
+        threshold_distance(WEIGHT, weight),
+        threshold_distance(whole, one(tx, whole))[:INPUTS],
+        rtol=1e-6,
+    )
+
+
+def test_codes_and_scales_are_distilled():
+    x = jax.random.normal(jax.random.key(9), (64, INPUTS))
+    model = lambda params, x: jnp.tanh(x @ params["kernel"])  # noqa: E731
+    original, start = {"kernel": WEIGHT}, {"kernel": one(rounding(bits=2), WEIGHT)}
+    found = quantize.distill(model, original, start, [(x,)] * 4, steps=40)
+    assert found.params["kernel"].full_group == GROUP
+    error = lambda params: jnp.mean(  # noqa: E731
+        jnp.square(model(original, x) - jw.lift(model)(params, x))
+    )
+    assert error(found.params) < 0.9 * error(start)
+
+
+def test_layers_are_stacked_where_their_groups_are_alike():
+    host = lambda tx: jax.tree.map(np.asarray, one(tx, WEIGHT))  # noqa: E731
+    unlike = [
+        host(rounding(bits=3, grid="affine")),
+        host(rounding(bits=4)),
+        host(quantize.round_to_nearest(bits=8)),
+    ]
+    alike = in_one_form(unlike)
+    assert len({jax.tree.structure(layer) for layer in alike}) == 1
+    for one_form, layer in zip(alike, unlike, strict=True):
+        np.testing.assert_array_equal(one_form.materialize(), layer.materialize())
+    assert in_one_form([unlike[0], host(quantize.round_to_nearest(bits=3, group_size=8))]) is None
+
+
+def test_embeddings_are_padded_along_what_they_are_multiplied_by():
+    table = jax.random.normal(jax.random.key(10), (50, INPUTS))
+    axes = Axes(inputs=(-1,), outputs=(-2,), kind="embedding")
+    tx = jw.partition(("kernel", rounding()))
+    weight = one(tx, table, layout=Layout.of({"kernel": axes}))
+    assert weight.scale.shape == (3, 50)
+    rows = jw.lift(lambda table, i: table[i])(weight, jnp.array([49, 0]))
+    np.testing.assert_array_equal(rows, weight.materialize()[jnp.array([49, 0])])
 
 
 def test_inputs_that_are_sharded_give_the_same_codes(mesh):
