@@ -183,6 +183,14 @@ def test_windows_that_do_not_fill_a_batch_are_measured_alike(folder, tmp_path):
     for layer in range(layers.count):
         up = layers.read("layers/mlp/up/kernel", layer)
         files.write(layer, {"layers/mlp/up/kernel": up * (2.0 + layer)}, {})
+
+    def kill(_, done, total):
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(tmp_path / "states", files, kill)
+    assert list((tmp_path / "states").iterdir())  # what a killed run leaves does no harm
     scores = measure.run(tmp_path / "states", files, lambda *_: None)
     scale = np.arange(2.0, 2.0 + layers.count, dtype=np.float32)[:, None, None]
     kernel = loaded.params["layers"]["mlp"]["up"]["kernel"]
