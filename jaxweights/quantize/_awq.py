@@ -19,8 +19,7 @@ from jaxweights.core._context import Context
 from jaxweights.core._host import on_host
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, check_pattern, fail, flatten, unflatten
-from jaxweights.core._stats import Needs
-from jaxweights.core._transform import Transform, stateless
+from jaxweights.core._transform import Transform
 from jaxweights.quantize._awq_search import Duo, clip_and_round, search_scale
 from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._folds import (
@@ -32,7 +31,7 @@ from jaxweights.quantize._folds import (
     keep_scale,
 )
 from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, Pad, make_grid, unfit_group
-from jaxweights.quantize._groups import Group, find_groups, group_needs, group_targets
+from jaxweights.quantize._groups import Group, find_groups, group_targets, scales_groups
 from jaxweights.quantize._leaves import REFUSAL, describe_bad_scales, pack, replace_leaf
 from jaxweights.quantize._settings import check_flags, is_word
 from jaxweights.weights._axes import View
@@ -235,17 +234,7 @@ def awq(
         fail(_NAME, problems)
         return unflatten(treedef, new)
 
-    def needs(params: Params, *, named: bool = False) -> Needs:
-        return group_needs(params, wanted, named=named)
-
-    return stateless(
-        update,
-        name=_NAME,
-        needs=needs,
-        reads_statistics=True,
-        moves_inputs=True,
-        scope="block",
-    )
+    return scales_groups(update, _NAME, wanted)
 
 
 def _settings(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, Path, flatten
 from jaxweights.core._stats import Needs, Statistic
 from jaxweights.core._targets import may_be_target, targets_of
+from jaxweights.core._transform import Transform, stateless
 from jaxweights.quantize._folds import Fold, Site, find_sites, inner
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
@@ -104,14 +105,34 @@ def find_groups(
     ]
 
 
-def group_needs(params: Params, wanted: frozenset[Statistic], *, named: bool) -> Needs:
-    """Statistics of the targets; of other matrices a count, which tells who reads what."""
+def scales_groups(
+    update: Callable[[Params, Context], Params], name: str, wanted: frozenset[Statistic]
+) -> Transform:
+    """A transform that moves scales between weights and those that write their inputs.
+
+    Args:
+      update: What it does.
+      name: What errors call it.
+      wanted: Statistics of its targets; of other matrices it needs a count, which tells who reads
+        what.
+    """
     count: frozenset[Statistic] = frozenset({"count"})
-    return {
-        path: wanted if may_be_target(path, leaf, named) else count
-        for path, leaf in flatten(params)[0].items()
-        if may_be_target(path, leaf, True)
-    }
+
+    def needs(params: Params, *, named: bool = False) -> Needs:
+        return {
+            path: wanted if may_be_target(path, leaf, named) else count
+            for path, leaf in flatten(params)[0].items()
+            if may_be_target(path, leaf, True)
+        }
+
+    return stateless(
+        update,
+        name=name,
+        needs=needs,
+        reads_statistics=True,
+        moves_inputs=True,
+        scope="block",
+    )
 
 
 def nonfinite_leaves(flat: Flat, finite: dict[Path, jax.Array]) -> list[str]:

@@ -14,11 +14,10 @@ from jaxweights.core._context import Context
 from jaxweights.core._host import on_host
 from jaxweights.core._layout import Layout
 from jaxweights.core._paths import Flat, Params, fail, flatten, unflatten
-from jaxweights.core._stats import Needs
-from jaxweights.core._transform import Transform, stateless
+from jaxweights.core._transform import Transform
 from jaxweights.quantize._folds import Fold, Site, check_folds, fold_scale
 from jaxweights.quantize._grid import check_bits
-from jaxweights.quantize._groups import group_needs, group_targets
+from jaxweights.quantize._groups import group_targets, scales_groups
 from jaxweights.quantize._norms import move_shift, norm_sites, shift_homes
 from jaxweights.quantize._settings import check_flags, check_share
 
@@ -149,17 +148,7 @@ def outlier_tune(
             flat = fold_steps(flat, site, steps, context.layout)
         return unflatten(treedef, flat)
 
-    def needs(params: Params, *, named: bool = False) -> Needs:
-        return group_needs(params, wanted, named=named)
-
-    return stateless(
-        update,
-        name=_NAME,
-        needs=needs,
-        reads_statistics=True,
-        moves_inputs=True,
-        scope="block",
-    )
+    return scales_groups(update, _NAME, wanted)
 
 
 def _check(asker: str, bits: Any, alpha: Any, symmetrize: Any) -> None:

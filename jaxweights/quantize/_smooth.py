@@ -12,15 +12,14 @@ from jaxtyping import Array, Float
 
 from jaxweights.core._context import Context
 from jaxweights.core._paths import Params, fail, flatten, unflatten
-from jaxweights.core._stats import Needs
-from jaxweights.core._transform import Transform, stateless
+from jaxweights.core._transform import Transform
 from jaxweights.quantize._folds import Fold, check_folds, fold_scale, inner, keep_scale
 from jaxweights.quantize._groups import (
     Group,
     find_groups,
-    group_needs,
     group_targets,
     nonfinite_leaves,
+    scales_groups,
 )
 from jaxweights.quantize._settings import check_share, is_word
 from jaxweights.weights._axes import View
@@ -122,17 +121,7 @@ def smooth(
         fail(_NAME, nonfinite_leaves(flat, finite))
         return unflatten(treedef, new)
 
-    def needs(params: Params, *, named: bool = False) -> Needs:
-        return group_needs(params, wanted, named=named)
-
-    return stateless(
-        update,
-        name=_NAME,
-        needs=needs,
-        reads_statistics=True,
-        moves_inputs=True,
-        scope="block",
-    )
+    return scales_groups(update, _NAME, wanted)
 
 
 def _scale_of(
