@@ -18,6 +18,7 @@ from jaxweights.analyze._matrices import (
 )
 from jaxweights.analyze._report import Report, Select, selected
 from jaxweights.core._apply import LayoutLike, resolve_layout
+from jaxweights.core._computed_first import computed_first
 from jaxweights.core._layout import Layout, is_float
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten
@@ -286,5 +287,6 @@ def _output_error(scaled: jax.Array, step: jax.Array, old: jax.Array, gram: jax.
 
 def _quadratic(matrix: jax.Array, gram: jax.Array) -> jax.Array:
     """tr(Wᵀ G W), not negative."""
+    matrix = computed_first(matrix)
     product = jnp.matmul(gram, matrix, precision="highest")
     return jnp.maximum(jnp.sum(matrix * product, axis=(-2, -1)), 0)
