@@ -20,7 +20,10 @@ from jaxweights.stream._jobs import Job, Piece, Survey, cut
 from jaxweights.stream._memory import Budget, resident_bytes
 from jaxweights.stream._meter import Meter, Progress
 
-_SMALLEST_LIMIT = 64 << 20  # what the smallest stream needs beside what the process holds already
+# What compiling adds to a process: pages of the compiler itself, and what it leaves behind. It is
+# most where DARE and DELLA restore norms, five programs of two shapes.
+_COMPILER = 64 << 20
+_SMALLEST_LIMIT = 24 << 20  # what the smallest stream needs besides
 
 
 def run_jobs(
@@ -45,11 +48,12 @@ def run_jobs(
       ValueError: If a tensor does not fit into the memory.
     """
     held = resident_bytes()
-    limit = None if memory is None else memory - held
+    limit = None if memory is None else memory - held - _COMPILER
     if limit is not None and limit < _SMALLEST_LIMIT:
         raise ValueError(
             f"{function}: memory={memory} leaves nothing beside the {held} bytes that the process "
-            f"holds before it reads anything. Give {held + 4 * _SMALLEST_LIMIT} or more."
+            f"holds before it reads anything, and {_COMPILER} that compiling takes. Give "
+            f"{held + _COMPILER + 4 * _SMALLEST_LIMIT} or more."
         )
     budget = Budget(limit)
     todo = [job for job in jobs if job.name not in destination.done]

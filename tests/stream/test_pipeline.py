@@ -14,11 +14,11 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
-from jaxweights.stream import _flow, _jobs, _pipeline
+from jaxweights.stream import _flow, _jobs, _pipeline, transform_checkpoint
 from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
 from jaxweights.stream._jobs import Job, Operand, Piece
 from jaxweights.stream._mean import mean_job
-from jaxweights.stream._memory import Budget
+from jaxweights.stream._memory import Budget, resident_bytes
 from jaxweights.stream._run import stream_jobs
 from jaxweights.stream._transform import transform_job
 from jaxweights.stream._turns import Stopped, Turns
@@ -240,3 +240,18 @@ def test_a_dtype_that_jax_does_not_hold_is_refused_in_what_is_made():
     made = Made([Job("w", (8,), np.dtype(np.float64), (operand,), lambda x, _: np.float32(x[0]))])
     with pytest.raises(ValueError, match=r"'w': became float32, but was planned as float64"):
         made.read("w")
+
+
+def test_memory_that_compiling_alone_would_take_is_refused(tmp_path):
+    tensors = {"w": np.ones((64, 64), np.float32)}
+    write_safetensors(tmp_path / "a", tensors)
+    memory = resident_bytes() + (64 << 20)
+    with pytest.raises(ValueError, match=r"leaves nothing beside .* that compiling takes. Give"):
+        transform_checkpoint(
+            jw.merge.task_arithmetic(),
+            tmp_path / "a",
+            tmp_path / "out",
+            models=[tmp_path / "a"],
+            memory=memory,
+        )
+    assert not (tmp_path / "out").exists()
