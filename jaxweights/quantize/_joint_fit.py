@@ -14,6 +14,7 @@ import numpy as np
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._stored import stored_as
 from jaxweights.quantize._low_rank_of import low_rank_of
+from jaxweights.quantize._output_error import output_errors
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
 from jaxweights.weights._outliers import Outliers
@@ -130,8 +131,8 @@ def _correct(
         left = residual - jnp.matmul(
             down.astype(jnp.float32), up.astype(jnp.float32), precision="highest"
         )
-        weighted = left if gram is None else jnp.matmul(gram, left, precision="highest")
-        return down, up, jnp.sum(left * weighted)
+        moments = jnp.ones(len(left)) if gram is None else gram
+        return down, up, jnp.sum(output_errors(left, moments))
 
     down, up, error = map_over_stack(one, (residual, gram), residual.shape[:-2])
     return parts._replace(down=down, up=up), error
