@@ -32,12 +32,14 @@ def candidates(weight: jax.Array, x: jax.Array) -> dict[str, Callable[[], Any]]:
     int8 = jw.apply(jw.quantize.round_to_nearest(bits=8), {"w": weight})
     dynamic = jw.apply(jw.quantize.int8_dynamic(), {"w": weight})
     static = {"w": jw.weights.QuantizedProduct.of(int8["w"], step)}
+    floats = jw.apply(jw.quantize.fp8_dynamic(), {"w": weight})
     run = jax.jit(jw.lift(model))
     found: dict[str, Callable[[], Any]] = {
         "float32": lambda: jax.block_until_ready(run({"w": weight}, x)),
         "int8 weights only": lambda: jax.block_until_ready(run(int8, x)),
         "int8_dynamic": lambda: jax.block_until_ready(run(dynamic, x)),
         "int8_static": lambda: jax.block_until_ready(run(static, x)),
+        "fp8_dynamic": lambda: jax.block_until_ready(run(floats, x)),
     }
     return found | torch_candidates(np.asarray(weight), np.asarray(x))
 

@@ -33,8 +33,9 @@ of 512 tokens to calibrate on, compressed-tensors. Codes of compressed-tensors a
 points, as most readers expect; --set grid=affine gives them.
 
 --method takes every method of the library that makes a model smaller, and the names rtn,
-smoothquant, autoround. `smooth+gptq` is one after the other, `refine:gptq` one around another;
-smoothquant, or smooth alone, goes on to 8-bit weights and inputs (`int8_dynamic`).
+smoothquant, autoround, fp8_block. `smooth+gptq` is one after the other, `refine:gptq` one around
+another; smoothquant, or smooth alone, goes on to 8-bit weights and inputs (`int8_dynamic`).
+`fp8_dynamic` rounds both to 8-bit floats, `gptq+fp8_dynamic` is 4-bit weights and such inputs.
 --list shows all with their settings; --bits, --group-size, --pad and --act-order are settings that
 most of them have, --set gives any other.
 
@@ -54,6 +55,7 @@ examples:
   jaxweights quantize Llama-3.2-1B out --method awq --format awq --calibration prose.txt
   jaxweights quantize Llama-3.2-1B out --method smoothquant --set alpha=0.8 --calibration prose.txt
   jaxweights quantize model out --method rtn --bits 8 --format gguf --evaluate moby-dick
+  jaxweights quantize Llama-3.1-8B out --method fp8_dynamic --memory 8GB --evaluate moby-dick
   jaxweights quantize Mistral-7B out --method gptq --calibration prose.txt --memory 8GB
   jaxweights quantize model out --method refine:gptq --calibration prose.txt --print-config
   jaxweights quantize --list"""

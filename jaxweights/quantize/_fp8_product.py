@@ -43,7 +43,8 @@ def fp8_dynamic(
     Matrices become `RoundedInputs`: under `lift`, products and convolutions with them scale a token
     so that its largest magnitude is 448, and round it to e4m3. Weights are those of `fp8`; those
     that are quantized already (to integers of four bits by `gptq`, say) keep their numbers, which
-    is W4A8. Needs no data. Inside `fake_quant` inputs are rounded, too.
+    is W4A8. Needs no data. Inside `fake_quant` inputs are rounded, too. On a CPU the product
+    takes as long as one of floats.
 
     Written as compressed-tensors, vLLM multiplies the same 8-bit floats, and transformers rounds
     weights and inputs to the same ones.

@@ -21,6 +21,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("round_to_nearest", {}),
     "smoothquant": ("smooth+int8_dynamic", {}),
     "autoround": ("auto_round", {}),
+    "fp8_block": ("fp8_dynamic", {"group_size": [128, 128], "input_group_size": 128}),
 }
 # What goes without saying where a format holds only what is quantized.
 _COMPLETED = {"compressed-tensors": {"smooth": "smooth+int8_dynamic"}}

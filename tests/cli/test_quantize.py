@@ -193,6 +193,18 @@ def test_rounded_inputs_are_written_so_that_other_programs_round_them(
     assert moved == (method != "int8_dynamic")
 
 
+def test_tiles_and_groups_of_inputs_have_a_name(quantize, llama, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = quantize(llama, out, "--method", "fp8_block", "--print-config")
+    assert code == 0
+    [step] = parse_recipe(text).steps
+    assert step.method == "quantize.fp8_dynamic"
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in step.settings.items()} == {
+        "group_size": (128, 128),
+        "input_group_size": 128,
+    }
+
+
 @pytest.mark.filterwarnings("ignore:.*tokens were seen")
 @pytest.mark.parametrize("method", ["fp8_dynamic", "gptq+fp8_dynamic"])
 def test_8_bit_floats_as_inputs_are_written_and_run(quantize, llama, tmp_path, method):
