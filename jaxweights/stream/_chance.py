@@ -1,14 +1,15 @@
 """Delta merges that drop by chance, with the draws of `merge.delta_merge`, slice by slice.
 
 DELLA ranks within the inputs of one output, so that a slice of whole rows is all it takes; where a
-norm is restored, those of each layer are surveyed first.
+norm is restored, those of each layer are surveyed first, and then, where the sign of most entries
+decides about ties, what they elect.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxweights.merge._delta import DeltaMerge
-from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
+from jaxweights.merge._delta_leaf import LeafPlan, Rescale, Row, add_deltas, delta_of
 from jaxweights.merge._models import compute_dtype, model_key, per_model
 from jaxweights.stream._grouping import Grouping
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._norm_sums import norms_of_runs, run_norms
 from jaxweights.stream._row_ranks import row_ranks
 from jaxweights.stream._store import checked, stored
-from jaxweights.stream._sums import PartialSums, folded
-from jaxweights.stream._surveys import OfBlocks
+from jaxweights.stream._surveys import InTurn, OfBlocks
 
 # Bits of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
 _MOST_KEPT = 1 << 28
@@ -52,9 +53,8 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
         return None
     draws = _Draws.of(leaf, merge, rows)
     survey = None
-    if row.rescale == "l1":
-        keeps = leaf.entries * len(draws.drops) <= _MOST_KEPT
-        survey = OfBlocks(functools.partial(_Norms, draws, keeps), matrices.before, matrices.block)
+    restores = row.rescale in ("l1", "l2", "linf")
+    keeps = restores and leaf.entries * len(draws.drops) <= _MOST_KEPT
     n = len(leaf.operands) - 1
     numbers = _Numbers(
         *(np.asarray(x, draws.wide) for x in (draws.weights, draws.density, draws.epsilon)),
@@ -62,19 +62,38 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
         scale=np.asarray(merge.scale, draws.wide),
     )
 
-    def compute(arrays: Sequence[Any], start: int) -> np.ndarray:
-        base, *models = arrays
-        own, factors, masks = numbers, None, None
-        if survey is not None:
-            factors, masks = survey.of(start).found(start, base.size)
-            own = dataclasses.replace(numbers, factors=np.asarray(factors, draws.wide))
+    def thinning(arrays: Sequence[Any], start: int, norms: _Norms | None) -> _Thinning:
+        size, own, masks = arrays[0].size, numbers, None
+        if norms is not None:
+            own = dataclasses.replace(numbers, factors=np.asarray(norms.factors(), draws.wide))
+            masks = norms.kept(start, size)
         needs = masks is None or row.rescale == "inverse_density"
         ranks = draws.ranks(arrays) if needs else (None,) * n
-        masks = draws.masks(start, base.size, ranks) if masks is None else masks
-        ranks = ranks if row.rescale == "inverse_density" else (None,) * n
-        merged = _merge_slice(
-            base, tuple(models), masks, ranks, own, row=row, along=rows.along, dtype=leaf.dtype
+        masks = draws.masks(start, size, ranks) if masks is None else masks
+        return _Thinning(masks, ranks if row.rescale == "inverse_density" else (None,) * n, own)
+
+    how = {"row": row, "along": rows.along}
+
+    def elected(arrays: Sequence[Any], start: int, norms: _Norms | None) -> jax.Array:
+        base, *models = arrays
+        return _elected(base, tuple(models), thinning(arrays, start, norms), **how)
+
+    if restores or row.asks_majority:
+        make = functools.partial(
+            _Layer,
+            functools.partial(_Norms, draws, keeps, row.rescale) if restores else None,
+            elected if row.asks_majority else None,
         )
+        survey = OfBlocks(make, matrices.before, matrices.block)
+
+    def compute(arrays: Sequence[Any], start: int) -> np.ndarray:
+        base, *models = arrays
+        layer = None if survey is None else survey.of(start)
+        thinned = thinning(arrays, start, layer and layer.norms)
+        sign = layer and layer.signs and layer.signs.sign
+        merged = _merge_slice(base, tuple(models), thinned, sign, **how, dtype=leaf.dtype)
+        if layer is not None:
+            layer.forget(start)
         return checked(name, leaf.operands, arrays, merged)
 
     return leaf.job(
@@ -82,16 +101,14 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
         matrices,
         temporaries=(16 if ranked else 6) * n + 60,
         survey=survey,
-        kept=-(-n // 8) if survey is not None and keeps else 0,
+        kept=-(-n // 8) if keeps else 0,
         unit=draws.run,
     )
 
 
 def _can_slice(merge: DeltaMerge) -> bool:
     return (
-        not merge.row.asks_majority
-        and merge.row.rescale in ("none", "inverse_density", "l1")
-        and merge.output.rounding == "nearest"
+        merge.output.rounding == "nearest"
         and np.all(np.asarray(merge.trim) == 1)
         # Such a key gives every entry its number by its place.
         and bool(jax.config.jax_threefry_partitionable)  # pyright: ignore
@@ -108,6 +125,15 @@ class _Numbers:
     epsilon: Any  # (models,)
     factors: Any  # (models,), restoring norms
     scale: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Thinning:
+    # What chance leaves of a slice, per model; None where it drops nothing, or ranks do not count.
+    masks: tuple[Any, ...]
+    ranks: tuple[Any, ...]
+    numbers: _Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +216,10 @@ class _Draws:
             for i, drops in enumerate(self.drops)
         )
 
-    def run_sums(self, values: jax.Array, count: int) -> np.ndarray:
-        """Sums of runs `(runs,)` float64, the same however a tensor is cut."""
-        parts = np.asarray(_folded(values, run=self.run))
-        real = -(-count * len(parts) // values.size)
-        return parts[:real].sum(axis=1, dtype=np.float64)
+    def run_norms(self, values: jax.Array, count: int, kind: Rescale) -> np.ndarray:
+        """What runs add to norms, `(runs,)` float64, the same however a tensor is cut."""
+        found = run_norms(values, self.run, kind)
+        return found[: -(-count * len(found) // values.size)]
 
 
 @jax.jit
@@ -228,55 +253,115 @@ def _mask(
     return ones - 1 < _chance(ranks, density, epsilon, along).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="run")
-def _folded(values: jax.Array, *, run: int) -> jax.Array:
-    return folded(values.reshape(-1, run))
-
-
 @jax.jit
 def _sizes(base: Any, model: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
     size = jnp.abs(delta_of(base, model))
     return size, jnp.where(mask, size, 0)
 
 
+def _thinned(
+    deltas: Sequence[jax.Array], thinning: _Thinning, row: Row, along: int
+) -> list[jax.Array]:
+    """What is left of deltas, rescaled."""
+    kept, numbers = [], thinning.numbers
+    for i, (delta, mask) in enumerate(zip(deltas, thinning.masks, strict=True)):
+        left = delta if mask is None else jnp.where(mask, delta, 0)
+        if mask is not None and row.rescale == "inverse_density":
+            ranks = thinning.ranks[i]
+            left = left / _chance(ranks, numbers.density[i], numbers.epsilon[i], along)
+        elif mask is not None and row.rescale != "none":
+            left = left * numbers.factors[i]
+        kept.append(left)
+    return kept
+
+
 @functools.partial(jax.jit, static_argnames=("row", "along", "dtype"))
 def _merge_slice(
     base: Any,
     models: tuple[Any, ...],
-    masks: tuple[Any, ...],
-    ranks: tuple[Any, ...],
-    numbers: _Numbers,
+    thinning: _Thinning,
+    sign: jax.Array | None,
     *,
     row: Row,
     along: int,
     dtype: Any,
 ) -> jax.Array:
     deltas = [delta_of(base, model) for model in models]
-    kept = []
-    for i, (delta, mask) in enumerate(zip(deltas, masks, strict=True)):
-        left = delta if mask is None else jnp.where(mask, delta, 0)
-        if mask is not None and row.rescale == "inverse_density":
-            left = left / _chance(ranks[i], numbers.density[i], numbers.epsilon[i], along)
-        elif mask is not None and row.rescale == "l1":
-            left = left * numbers.factors[i]
-        kept.append(left)
+    kept, numbers = _thinned(deltas, thinning, row, along), thinning.numbers
     plan = LeafPlan((), ())
-    new = add_deltas(base, kept, numbers.weights, numbers.scale, row=row, plan=plan, sign=None)
+    new = add_deltas(base, kept, numbers.weights, numbers.scale, row=row, plan=plan, sign=sign)
     return stored(new, dtype, *deltas)
 
 
+@functools.partial(jax.jit, static_argnames=("row", "along"))
+def _elected(
+    base: Any, models: tuple[Any, ...], thinning: _Thinning, *, row: Row, along: int
+) -> jax.Array:
+    """Sign of the weighted sum of what is left of deltas, int8."""
+    kept = _thinned([delta_of(base, model) for model in models], thinning, row, along)
+    total = sum(thinning.numbers.weights[i] * left for i, left in enumerate(kept))
+    return jnp.sign(jnp.asarray(total)).astype(jnp.int8)
+
+
+class _Layer(InTurn):
+    """What is known of one layer before it is made: norms, then the sign that most entries have."""
+
+    def __init__(self, norms: Callable[[], _Norms] | None, elected: Elected | None):
+        self.norms = None if norms is None else norms()
+        self.signs = None if elected is None else _Signs(elected, self.norms)
+        super().__init__(*(survey for survey in (self.norms, self.signs) if survey is not None))
+
+    def forget(self, start: int) -> None:
+        """Lets go of what is kept of a slice that is made."""
+        if self.norms is not None:
+            self.norms.forget(start)
+
+
+class _Signs(Survey):
+    """Sums up the signs that the entries of one layer elect.
+
+    Args:
+      elected: Gives those of a slice.
+      norms: What restores norms, known by then.
+    """
+
+    def __init__(self, elected: Elected, norms: _Norms | None):
+        self._elected = elected
+        self._norms = norms
+        self._sum = 0
+
+    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> int:
+        del job
+        signs = np.asarray(self._elected(arrays, start, self._norms))[:count]
+        return int(np.count_nonzero(signs > 0)) - int(np.count_nonzero(signs < 0))
+
+    def add(self, job: Job, start: int, seen: int) -> None:
+        del job, start
+        self._sum += seen
+
+    def decide(self) -> bool:
+        return False
+
+    @property
+    def sign(self) -> np.float32:
+        """Their sum, whose sign decides about entries that tie."""
+        return np.float32(self._sum)
+
+
 class _Norms(Survey):
-    """L1 norms of each delta of one layer, and of what chance leaves of it.
+    """Norms of each delta of one layer, and of what chance leaves of it.
 
     Args:
       draws: What chance keeps.
       keeps: Whether it is remembered until the layer is made.
+      kind: Which norm.
     """
 
-    def __init__(self, draws: _Draws, keeps: bool):
+    def __init__(self, draws: _Draws, keeps: bool, kind: Rescale):
         self._draws = draws
         self._keeps = keeps
-        self._sums = PartialSums()
+        self._kind: Rescale = kind
+        self._runs: list[np.ndarray] = []
         self._drawn: dict[int, list[np.ndarray | None]] = {}
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
@@ -288,25 +373,36 @@ class _Norms(Survey):
         sums = []
         for model, mask in zip(models, masks, strict=True):
             if mask is not None:
-                sums += [draws.run_sums(x, count) for x in _sizes(base, model, mask)]
+                sizes = _sizes(base, model, mask)
+                sums += [draws.run_norms(x, count, self._kind) for x in sizes]
         return np.stack(sums) if sums else np.zeros((0, 1))
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
         del job, start
-        self._sums.add(seen)
+        self._runs.append(seen)
 
     def decide(self) -> bool:
         return False
 
-    def found(self, start: int, size: int) -> tuple[np.ndarray, tuple[Any, ...] | None]:
-        """What restores each norm, and the masks of a slice, once, if they were kept."""
-        whole, left = self._sums.total().reshape(-1, 2).T
+    def factors(self) -> np.ndarray:
+        """What restores each norm, `(models,)`."""
+        whole, left = norms_of_runs(self._runs, self._kind).reshape(-1, 2).T
         factors = np.ones(len(self._draws.drops))
         factors[np.array(self._draws.drops)] = np.where(
             left > 0, whole / np.where(left > 0, left, 1), 1
         )
-        bits = self._drawn.pop(start, None)
+        return factors
+
+    def kept(self, start: int, size: int) -> tuple[Any, ...] | None:
+        """The masks of a slice, if they were kept."""
+        bits = self._drawn.get(start)
         if bits is None:
-            return factors, None
-        masks = (None if b is None else np.unpackbits(b, count=size).view(bool) for b in bits)
-        return factors, tuple(masks)
+            return None
+        return tuple(None if b is None else np.unpackbits(b, count=size).view(bool) for b in bits)
+
+    def forget(self, start: int) -> None:
+        """Lets go of the masks of a slice."""
+        self._drawn.pop(start, None)
+
+
+Elected = Callable[[Sequence[Any], int, _Norms | None], jax.Array]

@@ -43,6 +43,9 @@ EXACT = {
         consensus="sum",
         sign_ties="majority",
     ),
+    "della by majority": functools.partial(
+        _merge.delta_merge, sparsifier="ranked", **_CHANCE, consensus="sum", sign_ties="majority"
+    ),
     "arcee fusion": _merge.arcee_fusion,
     "nearswap": functools.partial(_merge.nearswap, t=0.01),
     "ram": functools.partial(_merge.ram, epsilon=0.01),
@@ -58,6 +61,17 @@ SUMMED = {
     "dare": functools.partial(_merge.dare_linear, density=[0.5, 0.3, 1.0]),
     "della of mergekit": functools.partial(_merge.della, **_CHANCE, compat="mergekit"),
     "dare of mergekit": functools.partial(_merge.dare_linear, density=0.3, compat="mergekit"),
+    "della in l2": functools.partial(
+        _merge.delta_merge, sparsifier="ranked", **_CHANCE, rescale="l2"
+    ),
+    "dare in linf by majority": functools.partial(
+        _merge.delta_merge,
+        sparsifier="bernoulli",
+        **_SHARES,
+        rescale="linf",
+        consensus="sum",
+        sign_ties="majority",
+    ),
     "sce": functools.partial(_merge.sce, density=0.3),
     "sce of mergekit": functools.partial(_merge.sce, density=0.9, compat="mergekit"),
     "sce of all": _merge.sce,
@@ -163,6 +177,32 @@ def test_masks_that_are_kept_are_those_that_are_drawn_anew(tmp_path, monkeypatch
     assert len(calls) == 2 * 7 * 2  # two models that drop entries, seven layers, twice
     for name in SHAPES:
         np.testing.assert_array_equal(kept[name], anew[name])
+
+
+@pytest.mark.parametrize("sparsifier", ["bernoulli", "ranked"])
+def test_the_sign_of_most_entries_decides_where_what_chance_leaves_cancels(
+    tmp_path, monkeypatch, sparsifier
+):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    draw, given = np.random.default_rng(0), ({}, {}, {})
+    for name, shape in SHAPES.items():
+        base = draw.integers(-8, 8, shape).astype(np.float32)
+        step = np.where(draw.random(shape) < 0.8, -0.25, 0.25).astype(np.float32)
+        for tree, x in zip(given, (base, base + step, base - step), strict=True):
+            tree[name] = x
+    epsilon = {"epsilon": 0.05} if sparsifier == "ranked" else {}
+    made = {}
+    for ties in ("majority", "positive"):
+        tx = _merge.delta_merge(
+            sparsifier=sparsifier, density=[0.9, 0.5], consensus="sum", sign_ties=ties, **epsilon
+        )
+        made[ties] = streamed(tmp_path / ties, tx, given)
+        want = in_memory(tx, given)
+        for name in SHAPES:
+            np.testing.assert_array_equal(made[ties][name], want[name], err_msg=name)
+    for name in SHAPES:
+        differ = made["majority"][name] - made["positive"][name]
+        assert (differ < 0).mean() > 0.1  # most signs are negative
 
 
 def test_numbers_of_entries_go_on_beyond_the_32nd_bit():
