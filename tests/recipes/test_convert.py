@@ -1,5 +1,7 @@
 """Conversion tensor by tensor gives the bytes of a conversion in memory."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +160,18 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     arguments = ["convert", str(dense), str(tmp_path / "out"), "--quiet"]
     assert main([*arguments, "--to", "gptq", "--group-size", "32"]) == 1
     assert "--group-size belongs to --bits" in capsys.readouterr().err
+    assert main([*arguments, "--to", "gptq", "--bits", "4", "--pad"]) == 1
+    assert "--pad belongs to --group-size" in capsys.readouterr().err
+    # Inputs that no whole number of groups makes.
+    rounds = [*arguments, "--to", "gptq", "--bits", "4", "--group-size", "48"]
+    assert main(rounds) == 1
+    assert "fill up the last group by pad='zero'" in capsys.readouterr().err
+    assert main([*rounds, "--pad"]) == 0
+    written = open_checkpoint(tmp_path / "out")
+    found = [written.represented(name) for name in written.names if "_proj" in name]
+    assert all(weight.full_group == (48 if weight.in_dim % 48 else 0) for weight in found)
+    assert 48 in {weight.full_group for weight in found}
+    shutil.rmtree(tmp_path / "out")
     assert main([*arguments, "--to", "orbax", "--bits", "4"]) == 1
     assert "--bits convert tensor by tensor" in capsys.readouterr().err
     assert main([*arguments, "--to", "safetensors", "--target", "vllm"]) == 1
