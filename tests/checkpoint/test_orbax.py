@@ -298,6 +298,13 @@ def items(manifest) -> dict:
     return dict(manifest["tree"]["items"])
 
 
+def test_settings_that_an_earlier_version_did_not_have_are_as_they_were_then(saved):
+    edit(saved, lambda m: items(m)["q"]["static"].pop("full_group"))
+    loaded = load_tree(saved).tree["q"]
+    assert loaded.full_group == 0
+    np.testing.assert_array_equal(loaded.materialize(), quantized().materialize())
+
+
 NONE = {"kind": "none"}
 TAMPERED = {
     "bits": (
