@@ -187,11 +187,7 @@ def check_bits(asker: str, bits: Any) -> int:
 
 
 def check_pad(asker: str, pad: Any, group_size: Any, group_axis: Any = "input") -> None:
-    """Refuses what is no way to fill up a group, and one where no group needs it.
-
-    Raises:
-      ValueError: If it is unknown, or groups are not of so many rows each.
-    """
+    """Refuses what is no way to fill up a group, and one where there are no groups of rows."""
     if pad is None:
         return
     if not is_word(pad, get_args(Pad)):
@@ -210,11 +206,7 @@ def check_pad(asker: str, pad: Any, group_size: Any, group_axis: Any = "input") 
 def unfit_group(grid: Grid, in_dim: int, out_dim: int, *, pads: bool = True) -> str | None:
     """What is wrong with the group size for a matrix of these lengths, if anything.
 
-    Args:
-      grid: The grid.
-      in_dim: Rows of the matrix.
-      out_dim: Columns of the matrix.
-      pads: Whether the caller has a setting `pad` to name as a remedy.
+    `pads` tells whether the caller has a setting `pad`, to be named as a remedy.
     """
     size = grid.group_size
     length = in_dim if grid.group_axis == "input" else out_dim
@@ -224,8 +216,8 @@ def unfit_group(grid: Grid, in_dim: int, out_dim: int, *, pads: bool = True) -> 
     padded = ", fill up the last group by pad='zero'" if pads and grid.group_axis == "input" else ""
     return (
         f"group_size={size} does not divide the {grid.group_axis} axis, which has length {length}. "
-        f"Choose one "
-        f"of {', '.join(map(str, divisors))}{padded}, or leave this weight out with `partition`."
+        f"Choose one of {', '.join(map(str, divisors))}{padded}, or leave this weight out with "
+        "`partition`."
     )
 
 
