@@ -25,6 +25,7 @@ from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
 from jaxweights.stream._norm_sums import norms_of_runs, run_norms
 from jaxweights.stream._row_ranks import row_ranks
+from jaxweights.stream._signs import Signs
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._surveys import InTurn, OfBlocks
 
@@ -74,7 +75,8 @@ def chance_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
 
     how = {"row": row, "along": rows.along}
 
-    def elected(arrays: Sequence[Any], start: int, norms: _Norms | None) -> jax.Array:
+    def elected(norms: _Norms | None, job: Job, start: int, arrays: Sequence[Any]) -> jax.Array:
+        del job
         base, *models = arrays
         return _elected(base, tuple(models), thinning(arrays, start, norms), **how)
 
@@ -306,46 +308,17 @@ def _elected(
 class _Layer(InTurn):
     """What is known of one layer before it is made: norms, then the sign that most entries have."""
 
-    def __init__(self, norms: Callable[[], _Norms] | None, elected: Elected | None):
+    def __init__(
+        self, norms: Callable[[], _Norms] | None, elected: Callable[..., jax.Array] | None
+    ):
         self.norms = None if norms is None else norms()
-        self.signs = None if elected is None else _Signs(elected, self.norms)
+        self.signs = None if elected is None else Signs(functools.partial(elected, self.norms))
         super().__init__(*(survey for survey in (self.norms, self.signs) if survey is not None))
 
     def forget(self, start: int) -> None:
         """Lets go of what is kept of a slice that is made."""
         if self.norms is not None:
             self.norms.forget(start)
-
-
-class _Signs(Survey):
-    """Sums up the signs that the entries of one layer elect.
-
-    Args:
-      elected: Gives those of a slice.
-      norms: What restores norms, known by then.
-    """
-
-    def __init__(self, elected: Elected, norms: _Norms | None):
-        self._elected = elected
-        self._norms = norms
-        self._sum = 0
-
-    def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> int:
-        del job
-        signs = np.asarray(self._elected(arrays, start, self._norms))[:count]
-        return int(np.count_nonzero(signs > 0)) - int(np.count_nonzero(signs < 0))
-
-    def add(self, job: Job, start: int, seen: int) -> None:
-        del job, start
-        self._sum += seen
-
-    def decide(self) -> bool:
-        return False
-
-    @property
-    def sign(self) -> np.float32:
-        """Their sum, whose sign decides about entries that tie."""
-        return np.float32(self._sum)
 
 
 class _Norms(Survey):
@@ -403,6 +376,3 @@ class _Norms(Survey):
     def forget(self, start: int) -> None:
         """Lets go of the masks of a slice."""
         self._drawn.pop(start, None)
-
-
-Elected = Callable[[Sequence[Any], int, _Norms | None], jax.Array]

@@ -14,7 +14,8 @@ from jaxweights.checkpoint import Checkpoint, open_checkpoint
 from jaxweights.core._layout import Layout, conventional_layout, is_vector
 from jaxweights.core._paths import check_pattern, fail, matching, nearest
 from jaxweights.core._transform import Transform
-from jaxweights.stream._delta import DeltaRanks, can_slice, delta_job, delta_settings
+from jaxweights.stream._delta import DeltaRanks, delta_job
+from jaxweights.stream._delta_settings import can_slice, delta_settings
 from jaxweights.stream._jobs import Job, Operand
 from jaxweights.stream._meter import Progress
 from jaxweights.stream._run import Format, Streamed, stream_jobs

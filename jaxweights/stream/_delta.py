@@ -15,71 +15,20 @@ import numpy as np
 from jaxweights.merge._delta import DeltaMerge
 from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
 from jaxweights.merge._delta_tree import Thinning
-from jaxweights.merge._models import compute_dtype, per_model
+from jaxweights.merge._models import compute_dtype
+from jaxweights.stream._delta_settings import DeltaSettings, delta_settings
 from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._leaf import Leaf
 from jaxweights.stream._ranked_norms import RankedNorms, kept_by_rank
 from jaxweights.stream._ranks import RankSurvey, Target
+from jaxweights.stream._signs import Signs, sum_of
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
 from jaxweights.stream._surveys import InTurn, OfBlocks
 
 # Bits of draws that are kept from the survey of a tensor until it is made; more are drawn anew.
 _MOST_KEPT = 1 << 27
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaSettings:
-    """One tensor's delta merge; numbers are per model.
-
-    Args:
-      row: The method's row of the table.
-      weights: Weight of each delta.
-      density: Share of each that is kept.
-      outliers: Share of the largest entries that is dropped.
-      scale: λ.
-      models: Names, for random draws.
-      seed: Of the run, for random draws.
-    """
-
-    row: Row
-    weights: tuple[float, ...]
-    density: tuple[float, ...]
-    outliers: tuple[float, ...]
-    scale: float
-    models: tuple[str, ...]
-    seed: int
-
-
-def can_slice(settings: Any) -> bool:
-    """Whether a transform's settings are those of a delta merge over the whole tree."""
-    return (
-        isinstance(settings, DeltaMerge)
-        and settings.row.scope == "tree"
-        and settings.row.sparsifier in ("none", "magnitude", "outliers")
-        and settings.row.rescale == "none"
-        and settings.output.rounding == "nearest"
-        and settings.output.dtype is None
-    )
-
-
-def delta_settings(merge: DeltaMerge, names: Sequence[str], seed: int) -> DeltaSettings:
-    """A transform's settings, spread over models of some names."""
-
-    def spread(argument: str, value: Any, default: float) -> tuple[float, ...]:
-        given = default if value is None else value
-        return tuple(map(float, per_model("stream", argument, given, len(names))))
-
-    return DeltaSettings(
-        row=merge.row,
-        weights=spread("weights", merge.weights, 1.0),
-        density=spread("density", merge.density, 1.0),
-        outliers=spread("outliers", merge.outliers, 0.0),
-        scale=float(merge.scale),
-        models=tuple(merge.names or names),
-        seed=seed,
-    )
 
 
 def delta_job(
@@ -125,7 +74,8 @@ def delta_job(
         layer = survey.of(start) if isinstance(survey, OfBlocks) else None
         own = survey if isinstance(survey, DeltaRanks) else layer and layer.ranks
         if own is not None:
-            bounds, sign = own.bounds(job, start, arrays), own.sign
+            bounds = own.bounds(job, start, arrays)
+            sign = own.sign if layer is None or layer.signs is None else layer.signs.sign
         norms = survey if isinstance(survey, _DeltaNorms) else layer and layer.norms
         if norms is not None:
             factors = norms.factors()
@@ -175,8 +125,7 @@ def layered_delta_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
     if (
         row.scope != "leaf"
         or row.sparsifier not in ("magnitude", "outliers")
-        or row.rescale not in ("none", "l1")
-        or (row.rescale == "l1" and row.asks_majority)
+        or row.rescale == "inverse_density"
         or merge.output.rounding != "nearest"
     ):
         return None
@@ -254,11 +203,13 @@ class DeltaRanks(RankSurvey):
     Args:
       settings: What is done.
       entries: Number of entries that are ranked together.
+      elects: Whether signs are elected by what ranking leaves, where most of them decide.
     """
 
-    def __init__(self, settings: DeltaSettings, entries: int):
+    def __init__(self, settings: DeltaSettings, entries: int, *, elects: bool = True):
         """Starts with nothing seen."""
         self._settings = settings
+        self._elects = elects and settings.row.asks_majority
         self._skipped: list[Target] = []
         self._through: list[Target] = []
         for i, (density, outliers) in enumerate(
@@ -278,16 +229,21 @@ class DeltaRanks(RankSurvey):
         """As in `RankSurvey`; then the sum of the elected signs of a slice."""
         if not self._electing:
             return super().look(job, start, count, arrays)
+        return sum_of(self.elected(np.ones(len(arrays) - 1), job, start, arrays), count)
+
+    def elected(
+        self, factors: np.ndarray, job: Job, start: int, arrays: Sequence[Any]
+    ) -> jax.Array:
+        """Signs that the entries of a slice elect when what ranking leaves has some factors."""
         base, *models = arrays
         wide, row = compute_dtype(base), self._settings.row
         numbers = _Numbers(
             np.asarray(self._settings.weights, wide),
-            np.ones(len(models), wide),
+            np.asarray(factors, wide),
             np.asarray(1, wide),
             self.bounds(job, start, arrays),
         )
-        elected = np.asarray(_elected(base, tuple(models), numbers, row=row))
-        return int(np.count_nonzero(elected > 0)) - int(np.count_nonzero(elected < 0))
+        return _elected(base, tuple(models), numbers, row=row)
 
     def add(self, job: Job, start: int, seen: Any) -> None:
         """Takes in what was seen."""
@@ -302,13 +258,13 @@ class DeltaRanks(RankSurvey):
             return False
         if super().decide():
             return True
-        self._electing = self._settings.row.asks_majority
+        self._electing = self._elects
         return self._electing
 
     @property
     def sign(self) -> jax.Array | None:
         """Sum of the elected signs of all entries, where it decides about those that tie."""
-        return jnp.float32(self._sum) if self._settings.row.asks_majority else None
+        return jnp.float32(self._sum) if self._elects else None
 
     def bounds(self, job: Job, start: int, arrays: Sequence[Any]) -> np.ndarray:
         """What tells the kept entries of a slice from others, as `_Numbers.bounds`."""
@@ -320,13 +276,23 @@ class DeltaRanks(RankSurvey):
 
 
 class _Layer(InTurn):
-    """What is known of one layer before it is made: ranks, and norms where they are restored."""
+    """What is known of one layer before it is made: ranks, and norms where they are restored.
+
+    Where most signs decide, they are elected by what is restored.
+    """
 
     def __init__(self, settings: DeltaSettings, entries: int):
         row = settings.row
-        self.ranks = DeltaRanks(settings, entries)
-        self.norms = RankedNorms(self.ranks.bounds, row) if row.rescale == "l1" else None
-        super().__init__(self.ranks, *([] if self.norms is None else [self.norms]))
+        restores = row.rescale in ("l1", "l2", "linf")
+        self.ranks = DeltaRanks(settings, entries, elects=not restores)
+        self.norms = RankedNorms(self.ranks.bounds, row) if restores else None
+        self.signs = Signs(self._elected) if restores and row.asks_majority else None
+        also = (survey for survey in (self.norms, self.signs) if survey is not None)
+        super().__init__(self.ranks, *also)
+
+    def _elected(self, job: Job, start: int, arrays: Sequence[Any]) -> jax.Array:
+        assert self.norms is not None
+        return self.ranks.elected(self.norms.factors(), job, start, arrays)
 
 
 @functools.partial(jax.jit, static_argnames="row")

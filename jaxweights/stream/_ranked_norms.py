@@ -1,4 +1,4 @@
-"""L1 norms of deltas, and of what ranking keeps of them."""
+"""Norms of deltas, and of what ranking keeps of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxweights.merge._delta_leaf import Row, delta_of
 from jaxweights.stream._jobs import Job, Survey
+from jaxweights.stream._norm_sums import norms_of_runs, run_norms
 from jaxweights.stream._ranks import among
-from jaxweights.stream._sums import PartialSums, partial_sums, run_sums
+from jaxweights.stream._sums import RUN, partial_sums, run_sums
 
 Bounds = Callable[[Job, int, Sequence[Any]], np.ndarray]
 
@@ -35,7 +36,7 @@ def kept_by_rank(delta: jax.Array, bounds: Any, row: Row) -> jax.Array:
 
 
 class RankedNorms(Survey):
-    """Sums up each model's delta, and what ranking keeps of it.
+    """Finds the norms of each model's delta, and of what ranking keeps of it.
 
     Args:
       bounds: Gives those of a slice, when ranks are known.
@@ -46,23 +47,25 @@ class RankedNorms(Survey):
         """Nothing is summed yet."""
         self._bounds = bounds
         self._row = row
-        self._sums = PartialSums()
+        self._runs: list[np.ndarray] = []
 
     def look(self, job: Job, start: int, count: int, arrays: Sequence[Any]) -> np.ndarray:
-        """Sums of a slice, in runs."""
+        """What a slice adds to the norms, in runs."""
         del count
         base, *models = arrays
         bounds = self._bounds(job, start, arrays)
-        norms = [
-            _norms(base, model, own, row=self._row)
-            for model, own in zip(models, bounds, strict=True)
-        ]
-        return np.concatenate([run_sums(parts) for parts in norms])
+        pairs, kind = zip(models, bounds, strict=True), self._row.rescale
+        if kind == "l1":
+            norms = [_l1_norms(base, model, own, row=self._row) for model, own in pairs]
+            return np.concatenate([run_sums(parts) for parts in norms])
+        run = min(RUN, base.size)
+        sizes = [_sizes(base, model, own, row=self._row) for model, own in pairs]
+        return np.stack([run_norms(size, run, kind) for both in sizes for size in both])
 
     def add(self, job: Job, start: int, seen: np.ndarray) -> None:
         """Takes in what was seen."""
         del job, start
-        self._sums.add(seen)
+        self._runs.append(seen)
 
     def decide(self) -> bool:
         """One pass is enough."""
@@ -70,14 +73,20 @@ class RankedNorms(Survey):
 
     def factors(self) -> np.ndarray:
         """What restores each norm, `(models,)`."""
-        whole, left = self._sums.total().reshape(-1, 2).T
+        whole, left = norms_of_runs(self._runs, self._row.rescale).reshape(-1, 2).T
         return np.where(left > 0, whole / np.where(left > 0, left, 1), 1)
 
 
 @functools.partial(jax.jit, static_argnames="row")
-def _norms(base: Any, model: Any, bounds: Any, *, row: Row) -> tuple[jax.Array, jax.Array]:
+def _l1_norms(base: Any, model: Any, bounds: Any, *, row: Row) -> tuple[jax.Array, jax.Array]:
+    sizes = _sizes(base, model, bounds, row=row)
+    sums = partial_sums(jax.lax.complex(*sizes))  # see `_delta._partial_norms`
+    return sums.real, sums.imag
+
+
+@functools.partial(jax.jit, static_argnames="row")
+def _sizes(base: Any, model: Any, bounds: Any, *, row: Row) -> tuple[jax.Array, jax.Array]:
+    """Magnitudes, and those that are kept."""
     delta = delta_of(base, model)
     size = jnp.abs(delta)
-    kept = jnp.where(kept_by_rank(delta, bounds, row), size, 0)
-    sums = partial_sums(jax.lax.complex(size, kept))  # see `_delta._partial_norms`
-    return sums.real, sums.imag
+    return size, jnp.where(kept_by_rank(delta, bounds, row), size, 0)

@@ -13,7 +13,8 @@ from jaxweights.core import apply
 from jaxweights.merge import delta_merge
 from jaxweights.merge._delta_leaf import Row
 from jaxweights.stream import _delta, _jobs
-from jaxweights.stream._delta import DeltaSettings, delta_job
+from jaxweights.stream._delta import delta_job
+from jaxweights.stream._delta_settings import DeltaSettings
 from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Operand, cut
 from jaxweights.stream._virtual import Made

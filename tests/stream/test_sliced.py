@@ -55,6 +55,17 @@ SUMMED = {
     "ties with norms": functools.partial(
         _merge.delta_merge, sparsifier="magnitude", **_SHARES, consensus="sum", rescale="l1"
     ),
+    "ties with norms by majority": functools.partial(
+        _merge.delta_merge,
+        sparsifier="magnitude",
+        **_SHARES,
+        consensus="sum",
+        rescale="l2",
+        sign_ties="majority",
+    ),
+    "breadcrumbs in linf": functools.partial(
+        _merge.delta_merge, sparsifier="outliers", **_SHARES, outliers=0.1, rescale="linf"
+    ),
     "breadcrumbs with norms": functools.partial(
         _merge.delta_merge, sparsifier="outliers", **_SHARES, outliers=0.1, rescale="l1"
     ),
@@ -203,6 +214,34 @@ def test_the_sign_of_most_entries_decides_where_what_chance_leaves_cancels(
     for name in SHAPES:
         differ = made["majority"][name] - made["positive"][name]
         assert (differ < 0).mean() > 0.1  # most signs are negative
+
+
+def test_signs_are_elected_by_what_restores_norms(tmp_path, monkeypatch):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 10)
+    draw, given = np.random.default_rng(0), ({}, {}, {}, {})
+    for name, shape in SHAPES.items():
+        base = draw.integers(-8, 8, shape).astype(np.float32)
+        step = draw.choice(np.float32([-0.25, 0.25]), shape)
+        # Of the first half of the entries, which ranking keeps, those of two models cancel.
+        third = -0.25 * (np.arange(base.size) >= base.size // 2).reshape(shape).astype(np.float32)
+        changed = (base, base + step, base - step, base + third)
+        for tree, x in zip(given, changed, strict=True):
+            tree[name] = x
+    made = {}
+    for ties in ("majority", "positive"):
+        tx = _merge.delta_merge(
+            sparsifier="magnitude",
+            density=[0.5, 0.5, 0.9],
+            rescale="l2",
+            consensus="sum",
+            sign_ties=ties,
+        )
+        made[ties] = streamed(tmp_path / ties, tx, given)
+        want = in_memory(tx, given)
+        for name in SHAPES:
+            np.testing.assert_allclose(made[ties][name], want[name], rtol=0, atol=1e-6)
+    differ = made["majority"]["a.kernel"] - made["positive"]["a.kernel"]
+    assert (differ < 0).mean() > 0.4
 
 
 def test_numbers_of_entries_go_on_beyond_the_32nd_bit():

@@ -58,7 +58,8 @@ class _Delta:
 
     def __call__(self, inputs: Inputs) -> Job:
         from jaxweights.merge._delta_leaf import Row
-        from jaxweights.stream._delta import DeltaSettings, delta_job
+        from jaxweights.stream._delta import delta_job
+        from jaxweights.stream._delta_settings import DeltaSettings
 
         values, base = inputs.values, inputs.base
         assert base is not None
