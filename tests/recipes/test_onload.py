@@ -28,7 +28,7 @@ from jaxweights.models import (
 )
 from jaxweights.quantize import awq, gptq, llama_folds, round_to_nearest, smooth
 from jaxweights.recipes import transform_in_blocks
-from jaxweights.recipes._evaluate import perplexity
+from jaxweights.recipes._perplexity import perplexity
 from jaxweights.recipes.onload._block_files import BlockFiles
 from jaxweights.recipes.onload._layers import Layers
 from jaxweights.recipes.onload._measure import BlockMeasure

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxweights.recipes._evaluate import perplexity, windows
 from jaxweights.recipes._packages import TEXTS
+from jaxweights.recipes._perplexity import perplexity
 from jaxweights.recipes._texts import load_text, read_text_file
+from jaxweights.recipes._tokens import windows
 from jaxweights.recipes._yaml import RecipeError
 from jaxweights.recipes.mergekit._config import MergeConfig
 from jaxweights.recipes.mergekit._model_ref import ModelRef

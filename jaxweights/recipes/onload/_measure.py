@@ -14,12 +14,8 @@ from jaxweights.calibrate._blocks import BlockPrograms
 from jaxweights.calibrate._scanned import ScannedModel
 from jaxweights.core import Path as LeafPath
 from jaxweights.recipes._download import Progress
-from jaxweights.recipes._evaluate import (
-    PerplexityScore,
-    equal_batches,
-    nll_of_logits,
-    score_windows,
-)
+from jaxweights.recipes._perplexity import PerplexityScore, nll_of_logits, score_windows
+from jaxweights.recipes._tokens import equal_batches
 from jaxweights.recipes.onload._block_files import BlockFiles
 from jaxweights.recipes.onload._hidden_states import HiddenStates
 from jaxweights.recipes.onload._layers import Layers
