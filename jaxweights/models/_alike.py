@@ -24,7 +24,7 @@ def in_one_form(layers: list[Any]) -> list[Any] | None:
     Returns:
       The layers, or None where that cannot be: dense ones among them, offsets beside none, dtypes
       that differ, indices of groups beside groups of another size, or a last group that is shorter
-    beside groups of another size.
+      beside groups of another size.
     """
     if not all(is_weight(layer) for layer in layers):
         return None
