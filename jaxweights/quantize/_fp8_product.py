@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import Block, check_block, unfit_block
+from jaxweights.quantize._fixed_step import describe_bad_step, fixed_step
 from jaxweights.quantize._fp8 import fp8_matrix
 from jaxweights.quantize._leaves import (
     REFUSAL,
@@ -24,7 +24,6 @@ from jaxweights.quantize._leaves import (
 )
 from jaxweights.quantize._settings import check_count
 from jaxweights.weights._axes import View
-from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._rounded_inputs import LARGEST, RoundedInputs, unfit_groups
@@ -122,9 +121,9 @@ def _transform(
     check_block(name, group_size)
     check_scale_dtype(name, scale_dtype)
 
-    def quantize(weight: jax.Array, **extremes: jax.Array) -> tuple[NarrowFloat, Any]:
+    def quantize(weight: jax.Array, **seen: jax.Array) -> tuple[NarrowFloat, Any]:
         matrix = fp8_matrix(weight, group_size=group_size, scale_dtype=scale_dtype)
-        return matrix, _static_scale(**extremes) if static else None
+        return matrix, fixed_step(seen["min"], seen["max"], LARGEST) if static else None
 
     def wrap(leaf: Any, result: tuple[NarrowFloat, Any], view: View) -> RoundedInputs:
         matrix, scale = result
@@ -139,14 +138,7 @@ def _transform(
 
     def verify(path: Path, result: tuple[NarrowFloat, Any]) -> str | None:
         matrix, scale = result
-        problem = describe_bad_blocks(path, matrix)
-        if problem is None and scale is not None and not np.isfinite(on_host(scale)).all():
-            problem = (
-                f"{path!r}: the largest magnitude of its inputs is not finite: no calibration "
-                "token reached it, or they held infinity. Calibrate on more data, choose "
-                "fp8_dynamic, or leave this weight out with `partition`."
-            )
-        return problem
+        return describe_bad_blocks(path, matrix) or describe_bad_step(path, scale, "fp8_dynamic")
 
     return leafwise(
         quantize,
@@ -159,13 +151,6 @@ def _transform(
         verify=verify,
         checks_finite=False,
     )
-
-
-def _static_scale(*, min: jax.Array, max: jax.Array) -> jax.Array:
-    """The scale `(1, 1)` of all inputs of one matrix, from their extremes `(in,)`."""
-    largest = jnp.max(jnp.maximum(jnp.abs(min), jnp.abs(max)), initial=0.0)
-    scale = divide(largest.astype(jnp.float32), LARGEST)
-    return jnp.where(scale == 0, jnp.ones_like(scale), scale).reshape(1, 1)
 
 
 def _is_quantized(leaf: Any) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
+from jaxweights.quantize._fixed_step import describe_bad_step, fixed_step
 from jaxweights.quantize._grid import Codes, Grid, GridKind, GroupSize, Pad, make_grid, round_matrix
 from jaxweights.quantize._leaves import (
     REFUSAL,
@@ -22,7 +20,6 @@ from jaxweights.quantize._leaves import (
 )
 from jaxweights.quantize._settings import check_between
 from jaxweights.weights._axes import View
-from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import (
@@ -151,9 +148,10 @@ def _transform(
         )
     input_bits = check_between(name, "input_bits", input_bits, 2, 8)
 
-    def quantize(weight: jax.Array, **extremes: jax.Array) -> tuple[Codes, jax.Array | None]:
+    def quantize(weight: jax.Array, **seen: jax.Array) -> tuple[Codes, jax.Array | None]:
         found = round_matrix(weight, settings)
-        step = _static_step(**extremes, input_bits=input_bits) if static else None
+        top = 2 ** (input_bits - 1) - 1
+        step = fixed_step(seen["min"], seen["max"], top) if static else None
         return pack(found, settings), step
 
     def wrap(leaf: Any, result: tuple[Codes, jax.Array | None], view: View) -> QuantizedProduct:
@@ -174,14 +172,7 @@ def _transform(
 
     def verify(path: Path, result: tuple[Codes, jax.Array | None]) -> str | None:
         codes, step = result
-        problem = describe_bad_scales(path, codes)
-        if problem is None and step is not None and not np.isfinite(on_host(step)).all():
-            problem = (
-                f"{path!r}: the largest magnitude of its inputs is not finite: no calibration "
-                "token reached it, or they held infinity. Calibrate on more data, choose "
-                "int8_dynamic, or leave this weight out with `partition`."
-            )
-        return problem
+        return describe_bad_scales(path, codes) or describe_bad_step(path, step, "int8_dynamic")
 
     return leafwise(
         quantize,
@@ -194,13 +185,6 @@ def _transform(
         verify=verify,
         checks_finite=False,
     )
-
-
-def _static_step(*, min: jax.Array, max: jax.Array, input_bits: int) -> jax.Array:
-    """The step `(1, 1)` of all inputs of one matrix, from their extremes `(in,)`."""
-    largest = jnp.max(jnp.maximum(jnp.abs(min), jnp.abs(max)), initial=0.0)
-    step = divide(largest.astype(jnp.float32), 2 ** (input_bits - 1) - 1)
-    return jnp.where(step == 0, jnp.ones_like(step), step).reshape(1, 1)
 
 
 def _unfit(leaf: Any, view: View, grid: Grid, input_bits: int) -> str | None:
