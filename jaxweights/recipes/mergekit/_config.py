@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from jaxweights.recipes.mergekit._chat_templates import AUTO, CHAT_TEMPLATES
 from jaxweights.recipes.mergekit._method import Compat
 from jaxweights.recipes.mergekit._methods import METHODS
 from jaxweights.recipes.mergekit._model_ref import ModelRef, read_model
-from jaxweights.recipes.mergekit._parameters import Setting, read_setting
+from jaxweights.recipes.mergekit._parameters import Setting, check_share, read_setting
 from jaxweights.recipes.mergekit._tokenizer_rules import TokenizerRules, read_tokenizer
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,10 +31,11 @@ _ORIGIN = "jaxweights merge"
 _KINDS = {name: p.kind for method in METHODS.values() for name, p in method.parameters.items()}
 # How mergekit stores signs on the way; without effect on any value, for any method.
 _WITHOUT_EFFECT = ("int8_mask",)
-# Keys of the configurations of mergekit's other programs, and what there is instead.
+# Keys of files for other programs, and what there is instead.
 _OTHERS = {
     "experts": "This is a configuration of mergekit-moe, which builds another architecture. "
     "jaxweights.merge.upcycle and jaxweights.models.mixtral_checkpoint do so from Python.",
+    "transforms": "This is a recipe. Run it with `jaxweights run`.",
     "genome": "This is a configuration of mergekit-evolve. jaxweights.merge.evolution searches "
     "for coefficients with a score of your own.",
 }
@@ -143,17 +145,21 @@ class MergeConfig:
         return tuple(found)
 
     @property
-    def unused(self) -> dict[str, Setting]:
-        """Parameters that the method does not have, by name."""
+    def settings(self) -> tuple[tuple[str, Setting], ...]:
+        """Every parameter that is given at any level, with its name."""
         parts = [part for module in self.modules for part in module.slices]
         levels = [self.parameters]
         levels += [holder.parameters for holder in (*self.modules, *parts)]
         levels += [source.parameters for part in parts for source in part.sources]
+        return tuple(pair for level in levels for pair in level.items())
+
+    @property
+    def unused(self) -> dict[str, Setting]:
+        """Parameters that the method does not have, by name."""
         known = METHODS[self.method].parameters if self.method in METHODS else _KINDS
         return {
             name: setting
-            for level in levels
-            for name, setting in level.items()
+            for name, setting in self.settings
             if name not in known and name not in _WITHOUT_EFFECT
         }
 
@@ -165,7 +171,7 @@ def load_merge_config(
 
     Args:
       path: A YAML file as mergekit reads it.
-      compat: `"mergekit"` lets parameters pass that another method has and this one ignores.
+      compat: `"mergekit"` lets pass parameters that this method ignores, and shares above 1.
 
     Returns:
       Its documents.
@@ -199,6 +205,8 @@ def load_merge_config(
                 f"{config.method} has no parameter {name!r}: mergekit ignores it. Leave it out, or "
                 "say --compat mergekit to have it ignored here, too.",
             )
+    for name, setting in (pair for config in configs for pair in config.settings):
+        check_share(name, setting, problems, most=1 if compat == "fixed" else math.inf)
     problems.check()
     return configs
 
@@ -225,7 +233,7 @@ def _document(node: Located, file: str, problems: Problems) -> Any:
         if isinstance(node.value, dict) and key in node.value:
             problems.add(node.keys[key], f"{key}: {_OTHERS[key]}")
             return MISSING
-    values = read_keys(node, _KEYS, ["merge_method"], "recipe", problems)
+    values = read_keys(node, _KEYS, ["merge_method"], "configuration", problems)
     if not isinstance(node.value, dict):
         return MISSING
     keys: dict[str, Located] = node.value

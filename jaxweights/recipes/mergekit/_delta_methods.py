@@ -40,7 +40,7 @@ class _Della:
             inputs,
             della if self.consensus else della_linear,
             weights=values["weight"],
-            density=values["density"],
+            density=[min(density, 1.0) for density in values["density"]],
             epsilon=epsilon,
             normalize=values["normalize"],
             rescale=None if values["rescale"] else "none",
@@ -64,7 +64,7 @@ class _Delta:
         values, base = inputs.values, inputs.base
         assert base is not None
         n = len(inputs.models)
-        densities = tuple(values["density"])
+        densities = tuple(min(density, 1.0) for density in values["density"])
         thins = self.sparsifier != "none" and any(density < 1 for density in densities)
         sparsifier = self.sparsifier if thins else "none"
         rescale = "l1" if values["rescale"] and thins else "none"

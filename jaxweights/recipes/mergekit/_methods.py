@@ -106,7 +106,8 @@ def _arcee_fusion(inputs: Inputs) -> Job:
 def _sce(inputs: Inputs) -> Job:
     from jaxweights.merge import sce
 
-    return on_base(inputs, sce, density=inputs.values["select_topk"], compat=inputs.mode)
+    density = min(inputs.values["select_topk"], 1.0)
+    return on_base(inputs, sce, density=density, compat=inputs.mode)
 
 
 def _ram(inputs: Inputs) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from jaxweights.recipes._check import Problems, describe
@@ -29,6 +30,8 @@ class Parameter:
 
 
 REQUIRED: Any = object()
+# What counts a part of a tensor's entries.
+_SHARES = ("density", "gamma", "select_topk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,21 @@ def read_setting(node: Located, kind: Kind | None, name: str, problems: Problems
     return Setting(tuple(found), node.line)
 
 
+def check_share(name: str, setting: Setting, problems: Problems, *, most: float) -> None:
+    """Notes a share of entries that is negative or above `most`, which percents are."""
+    values = [value for _, gradient in setting.values for value in gradient]
+    wrong = [value for value in values if not 0 <= value <= most] if name in _SHARES else []
+    if not wrong:
+        return
+    remedy = "Give a fraction of the entries."
+    if wrong[0] > 1:
+        remedy = (
+            f"Give a fraction of the entries, such as {wrong[0] / 100:g} for {wrong[0]:g} percent, "
+            "or say --compat mergekit to have it taken as 1, as mergekit does."
+        )
+    problems.add(setting.line, f"{name}: is {wrong[0]:g}. It must lie in [0, 1]. {remedy}")
+
+
 def _gradient(
     node: Located, kind: Kind | None, name: str, problems: Problems
 ) -> tuple[Any, ...] | None:
@@ -102,14 +120,16 @@ def _gradient(
 
 
 _WORDS: dict[Any, str] = {
-    float: "a number",
+    float: "a finite number",
     int: "a whole number",
     bool: "true or false",
-    None: "a number, or true or false",
+    None: "a finite number, or true or false",
 }
 
 
 def _value(value: Any, kind: Kind | None) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if kind is bool:
         return bool(value) if isinstance(value, bool) or value in (0, 1) else None
     if kind is None:

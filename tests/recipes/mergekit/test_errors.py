@@ -33,9 +33,14 @@ models:
     "old, new, words",
     [
         ("merge_method: ties", "merge_method: tise", r"x.yml:1: .*'tise'. Did you mean 'ties'"),
-        ("base_model", "base_modle", r"x.yml:2: recipe: unknown key 'base_modle'. Did you mean"),
+        ("base_model", "base_modle", r"x.yml:2: configuration: unknown key 'base_modle'. Did"),
         ("density", "densty", r"x.yml:5: .*unknown key 'densty'. Did you mean 'density'"),
-        ("weight: 1.0", "weight: heavy", r"x.yml:5: weight: is the text 'heavy'.*a number"),
+        ("weight: 1.0", "weight: heavy", r"x.yml:5: weight: is the text 'heavy'.*a finite number"),
+        ("weight: 1.0", "weight: .nan", r"x.yml:5: weight: is .*nan.*a finite number"),
+        ("density: 0.5", "density: [0.5, .inf]", r"x.yml:5: density: .*a finite number"),
+        ("density: 0.5", "density: -0.5", r"x.yml:5: density: is -0.5. It must lie in \[0, 1\]"),
+        ("density: 0.5", "density: [1, 50]", r"x.yml:5: density: is 50. .*0.5 for 50 percent"),
+        ("merge_method: ties", "transforms: []", r"x.yml:1: transforms: This is a recipe"),
         ("models:", "slices: []\nmodels:", r"'models' and 'slices'.*exactly one"),
         ("base_model: base", "dtype: float8", r"x.yml:2: dtype: .*float32, float16, bfloat16"),
         ("parameters: {", "layers: 3\n    parameters: {", r"unknown key 'layers'"),
@@ -45,6 +50,21 @@ def test_a_typo_is_refused_with_its_line(tmp_path, old, new, words):
     path = write_config(tmp_path, TEXT.replace(old, new), "x.yml")
     with pytest.raises(ValueError, match=words):
         load_merge_config(path)
+
+
+@pytest.mark.parametrize("method, share", [("ties", "density"), ("della", "density"),
+                                           ("sce", "select_topk")])  # fmt: skip
+def test_shares_above_one_are_taken_as_one_where_mergekit_does_so(folder, tmp_path, method, share):
+    merged = []
+    for value, options in ((1.0, {}), (50, {"compat": "mergekit"})):
+        config = {"merge_method": method, "base_model": str(folder / "base"), "parameters": {}}
+        config["models"] = [{"model": str(folder / name)} for name in ("ft1", "ft2")]
+        config["parameters"] = {share: value} | ({} if method == "sce" else {"weight": 1.0})
+        out = tmp_path / str(value)
+        run_merge(write_config(tmp_path, config, "share.yml"), out, **options)
+        merged.append(read(out))
+    for name, tensor in merged[0].items():
+        np.testing.assert_allclose(merged[1][name], tensor, atol=1e-6)
 
 
 def _models(*names, **parameters):
