@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def read_json_object(path: Path, *, where: str) -> dict[str, Any]:
 def dump_json(value: Any) -> str:
     """JSON text as it is written into checkpoints: readable, stable, ending in a line break."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sayable(value: Any) -> Any:
+    """The value with null for every infinite float and NaN, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: sayable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [sayable(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Refused(Exception):

@@ -78,9 +78,37 @@ def _compare(
         if old.shape != new.shape:
             one_sided.append(f"{name}: {old.shape} in one, {new.shape} in the other")
         else:
-            tensors.append(_difference(name, old, new, ranks))
+            identical = old.dtype == new.dtype and old.tobytes() == new.tobytes()
+            if not identical:
+                _refuse_incomparable(name, (first, old), (second, new))
+            tensors.append(_difference(name, old, new, identical, ranks))
         progress("Comparing", done, len(shared))
+    if not tensors:
+        raise ValueError(
+            f"'{first}' and '{second}' have no tensor of one shape in common: they are different "
+            f"models. Of what both hold, {one_sided[-1]}."
+        )
     return tensors, one_sided
+
+
+def _refuse_incomparable(name: str, *sides: tuple[Path, np.ndarray]) -> None:
+    """Refuses two tensors that differ, but have no difference to measure."""
+    from jaxweights.core._host import where_not_finite
+
+    arrays = [array for _, array in sides]
+    if not all(_is_float(array) for array in arrays):
+        kinds = " and ".join(str(array.dtype) for array in arrays)
+        raise ValueError(f"{name!r} holds {kinds} that differ, not weights.")
+    problems = []
+    for path, array in sides:
+        bad = where_not_finite(array)
+        if len(bad):
+            problems.append(
+                f"'{path}': {name!r}: {len(bad)} of {array.size} values are not finite, the first "
+                f"at {bad[0].tolist()}. Repair the checkpoint."
+            )
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _as_parameters(path: Path) -> dict[str, Any]:
@@ -92,11 +120,12 @@ def _as_parameters(path: Path) -> dict[str, Any]:
     return flatten(materialize(load_pretrained(path).params))[0]
 
 
-def _difference(name: str, old: np.ndarray, new: np.ndarray, ranks: bool) -> dict[str, Any]:
+def _difference(
+    name: str, old: np.ndarray, new: np.ndarray, identical: bool, ranks: bool
+) -> dict[str, Any]:
     from jaxweights.analyze import compare
     from jaxweights.weights import Axes
 
-    identical = old.dtype == new.dtype and old.tobytes() == new.tobytes()
     result: dict[str, Any] = {
         "name": name,
         "shape": list(old.shape),
@@ -105,13 +134,11 @@ def _difference(name: str, old: np.ndarray, new: np.ndarray, ranks: bool) -> dic
         "angle_degrees": 0.0,
         "largest_difference": 0.0,
         "zeros": float(np.mean(new == 0)) if new.size else 0.0,
-        "norm": float(np.linalg.norm(old.astype(np.float64).ravel())),
+        "norm": _norm(old),
         "error_norm": 0.0,
     }
     if identical:
         return result
-    if not _is_float(old) or not _is_float(new):
-        raise ValueError(f"{name!r} holds {old.dtype} and {new.dtype} that differ, not weights.")
     whole = compare({"all": old.ravel()}, {"all": new.ravel()}, ranks=False)["all"]
     result |= {
         "relative_error": float(np.squeeze(whole.relative_error)),
@@ -124,6 +151,12 @@ def _difference(name: str, old: np.ndarray, new: np.ndarray, ranks: bool) -> dic
         found = compare({"all": old}, {"all": new}, layout=plain)["all"]
         result["rank_of_difference"] = np.asarray(found.numerical_rank).tolist()
     return result
+
+
+def _norm(array: np.ndarray) -> float:
+    """Of the values that have one: masks of minus infinity lie beside weights in some files."""
+    wide = array.astype(np.float64).ravel()
+    return float(np.linalg.norm(wide[np.isfinite(wide)]))
 
 
 def _is_float(array: np.ndarray) -> bool:

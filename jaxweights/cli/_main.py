@@ -27,9 +27,10 @@ example:
   jaxweights run configs/quickstart.yaml
 
 exit codes:
-  0  done
-  1  refused or failed; nothing was written
-  2  the command line was wrong"""
+  0    done
+  1    refused or failed; nothing was written
+  2    the command line was wrong
+  130  interrupted by Ctrl-C"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,10 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(_clean(error, options.command), options)
         return FAILED
     try:
-        print(json.dumps(result, ensure_ascii=False) if options.json else text, flush=True)
+        print(_as_json(result) if options.json else text, flush=True)
     except BrokenPipeError:  # `| head` closed its end
         sys.stderr.close()
     return OK
+
+
+def _as_json(result: dict[str, Any]) -> str:
+    from jaxweights.checkpoint._json import sayable
+
+    return json.dumps(sayable(result), ensure_ascii=False, allow_nan=False)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxweights.calibrate import calibrate, pipeline
 from jaxweights.checkpoint import atomic_directory
 from jaxweights.checkpoint._check_destination import check_destination
+from jaxweights.checkpoint._json import sayable
 from jaxweights.core import Context, Transform, apply, chain, flatten
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import fail
@@ -374,7 +375,8 @@ def write_report(
 ) -> None:
     (folder / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
     (folder / "result.json").write_text(
-        json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
+        json.dumps(sayable(summary), indent=1, ensure_ascii=False, allow_nan=False),
+        encoding="utf-8",
     )
     if recipe.output.report:
         report("Writing the report", 0, 1)

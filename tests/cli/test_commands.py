@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxweights.checkpoint import load_tree, open_checkpoint
+from jaxweights.checkpoint import load_tree, open_checkpoint, write_safetensors
 from jaxweights.cli import main
 from jaxweights.core import apply
 from jaxweights.models import load_pretrained
@@ -99,8 +99,6 @@ def test_compare_measures_across_formats(capsys, llama, quantized):
 
 
 def test_the_rank_of_the_difference_tells_an_adapter_from_rounding(capsys, llama, tmp_path):
-    from jaxweights.checkpoint import write_safetensors
-
     checkpoint = open_checkpoint(llama)
     tensors = {name: np.array(value) for name, value in checkpoint.items()}
     name = "model.layers.0.mlp.up_proj.weight"
@@ -116,8 +114,6 @@ def test_the_rank_of_the_difference_tells_an_adapter_from_rounding(capsys, llama
 
 
 def test_a_tensor_that_one_lacks_is_listed(capsys, llama, tmp_path):
-    from jaxweights.checkpoint import write_safetensors
-
     tensors = dict(open_checkpoint(llama).items())
     del tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((2, 2), np.float32)
@@ -131,12 +127,54 @@ def test_a_tensor_that_one_lacks_is_listed(capsys, llama, tmp_path):
 
 
 def test_models_without_a_common_tensor_are_refused(capsys, llama, tmp_path):
-    from jaxweights.checkpoint import write_safetensors
-
     write_safetensors(tmp_path / "other.safetensors", {"a": np.ones(3, np.float32)})
     code = main(["compare", str(llama / "model.safetensors"), str(tmp_path / "other.safetensors")])
     assert code == 1
     assert capsys.readouterr().err
+
+
+def test_models_whose_every_tensor_has_another_shape_are_refused(capsys, tmp_path):
+    for name, size in (("one", 3), ("two", 4)):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"a": np.ones(size, np.float32)})
+    assert main(["compare", *(str(tmp_path / f"{n}.safetensors") for n in ("one", "two"))]) == 1
+    assert "Of what both hold, a: (3,) in one, (4,) in the other." in capsys.readouterr().err
+
+
+def test_a_value_that_is_not_finite_is_found_by_file_tensor_and_place(capsys, llama, tmp_path):
+    tensors = {name: np.array(array) for name, array in open_checkpoint(llama).items()}
+    tensors["model.layers.0.mlp.up_proj.weight"][2, 1] = np.nan
+    write_safetensors(tmp_path / "broken", tensors)
+    assert main(["compare", str(llama), str(tmp_path / "broken"), "--quiet"]) == 1
+    message = capsys.readouterr().err
+    assert (
+        f"'{tmp_path / 'broken'}': 'model.layers.0.mlp.up_proj.weight': 1 of 2048 values are not "
+        "finite, the first at [2, 1]." in message
+    )
+
+
+def test_equal_masks_of_minus_infinity_are_no_hindrance(capsys, tmp_path):
+    mask = np.array([0, -np.inf], np.float32)
+    for name, weight in (("one", 1), ("two", 2)):
+        tensors = {"mask": mask, "weight": np.full(4, weight, np.float32)}
+        write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    assert run_json(capsys, "compare", *files)["relative_error"] == 1
+
+
+def test_numbers_that_json_has_no_word_for_are_null(capsys, tmp_path):
+    for name, weight in (("one", 0), ("two", 1)):
+        tensors = {"a": np.ones(3, np.float32), "b": np.full(4, weight, np.float32)}
+        write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+    out, _ = run(
+        capsys, "compare", *(tmp_path / f"{name}.safetensors" for name in ("one", "two")), "--json"
+    )
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = json.loads(out, parse_constant=refuse)
+    errors = {tensor["name"]: tensor["relative_error"] for tensor in found["tensors"]}
+    assert errors == {"a": 0, "b": None}
 
 
 def test_converting_there_and_back_changes_no_bit(capsys, llama, tmp_path):
