@@ -21,6 +21,8 @@ def check_destination(
     Returns:
       The destination with links resolved, so that its siblings lie on the same disk.
     """
+    if not os.fspath(destination):
+        raise ValueError(f"{function}: the destination is empty. Name what shall be written.")
     path = Path(os.path.realpath(destination))
     _refuse_unwritable(function, destination, path.parent)
     if not os.path.lexists(path):

@@ -44,6 +44,14 @@ examples:
   jaxweights convert runs/smollm2 small --to safetensors --dtype bfloat16
   jaxweights convert Qwen2.5-0.5B-Instruct-GPTQ-Int4 out --to compressed-tensors --target vllm"""
 
+# How the words of the library's errors are said here.
+WORDS = (
+    (r"\bgroup_size=", "group_size is --group-size"),
+    (r"\bpad='zero'", "pad='zero' is --pad"),
+    (r"\bbits=", "bits is --bits"),
+    (r"`partition`", "`jaxweights quantize --skip PATTERN` leaves weights as they are"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
@@ -129,8 +137,9 @@ def _refuse_unused(options: argparse.Namespace, lazily: bool) -> None:
     given = [f"--{n}" for n in ("bits", "memory") if getattr(options, n) is not None]
     if given and not lazily:
         raise ValueError(
-            f"{' and '.join(given)} convert tensor by tensor, which trees of parameters and Orbax "
-            "are not. Convert to safetensors first, or leave them out."
+            f"{' and '.join(given)}: only for checkpoints that are read and written tensor by "
+            "tensor, unlike trees of parameters and Orbax. Leave it out, or convert to "
+            "safetensors first."
         )
 
 

@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -80,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        _say(_clean(error, options.command), options)
+        message = _clean(error, options.command)
+        _say(_in_its_words(message, getattr(command, "WORDS", ())), options)
         return FAILED
     try:
         print(_as_json(result) if options.json else text, flush=True)
@@ -151,6 +153,18 @@ def _clean(error: Exception, command: str) -> str:
     if isinstance(error, ValueError | TypeError | OSError | RuntimeError | ImportError | KeyError):
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (--debug shows where)"
+
+
+def _in_its_words(message: str, words: Sequence[tuple[str, str]]) -> str:
+    """A message of the library, with how a command says what it speaks of.
+
+    Example:
+      >>> print(_in_its_words("bits=9 must lie in [2, 8].", [("bits=", "bits is --bits")]))
+      bits=9 must lie in [2, 8].
+      (bits is --bits)
+    """
+    said = [here for pattern, here in words if re.search(pattern, message)]
+    return message + (f"\n({'; '.join(said)})" if said else "")
 
 
 _REMEDIES = {

@@ -15,6 +15,9 @@ EXAMPLES = """\
 example:
   jaxweights plan configs/quickstart.yaml"""
 
+# How the words of the library's errors are said in a recipe.
+WORDS = ((r"`partition`", "what stays as it is is named by `except` in the step"),)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""

@@ -60,12 +60,8 @@ examples:
   jaxweights quantize model out --method refine:gptq --calibration prose.txt --print-config
   jaxweights quantize --list"""
 
-_NAME = "quantize.yaml"  # of the recipe, in errors and in what is written
-# What models that are not quantized store: floats, and such integers as position ids.
-_PLAIN = {"float32", "float16", "bfloat16", "float64", "F32", "F16", "BF16", "F64"}
-_PLAIN |= {"int64", "int32", "bool"}
-# How the words of a recipe's errors are said here.
-_SAID = (
+# How the words of the library's errors are said here.
+WORDS = (
     (r"\bgroup_size=", "group_size is --group-size"),
     (r"\bpad='zero'", "pad='zero' is --pad"),
     (r"\bbits=", "bits is --bits"),
@@ -76,6 +72,11 @@ _SAID = (
     (r"`again: each_block`", "it is --again each_block"),
     (r"\bmemory\b.*(Give|Remove)|`memory`", "memory is --memory, a batch --batch"),
 )
+
+_NAME = "quantize.yaml"  # of the recipe, in errors and in what is written
+# What models that are not quantized store: floats, and such integers as position ids.
+_PLAIN = {"float32", "float16", "bfloat16", "float64", "F32", "F16", "BF16", "F64"}
+_PLAIN |= {"int64", "int32", "bool"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,9 +231,9 @@ def _recipe(options: argparse.Namespace, progress: Any) -> Any:
 
 
 def _refuse_missing(options: argparse.Namespace) -> None:
-    if options.source is None:
+    if not options.source:
         raise ValueError("SOURCE is missing. Name a checkpoint, or say --list for the methods.")
-    if options.destination is None:
+    if not options.destination:
         raise ValueError("OUT is missing. Name the folder to make.")
     if options.method is None:
         raise ValueError("--method is missing. Say which, such as gptq; --list shows all.")
@@ -290,14 +291,15 @@ def _is_decoder(options: argparse.Namespace, progress: Any) -> bool:
 
 
 def _said(message: str) -> str:
-    """An error of the recipe in the words of the command line."""
+    """An error of the recipe that the command line wrote, of which its user knows nothing."""
     message = re.sub(rf"(?m)^(jaxweights run: )?({re.escape(_NAME)}(?::\d+)?: )?", "", message)
-    message = message.replace(
+    return message.replace(
         "but the recipe has no `calibrate` section. Add one,",
         "but there is no text to run it on. Say --calibration TEXT,",
+    ).replace(
+        "beside the weights, or remove this section.",
+        "beside the weights, or leave out --calibration and --evaluate.",
     )
-    said = [here for words, here in _SAID if re.search(words, message)]
-    return message + (f"\n({'; '.join(said)})" if said else "")
 
 
 def _listed() -> tuple[dict[str, Any], str]:

@@ -25,6 +25,9 @@ The folder that is written holds
   safetensors/     the weights as dense arrays, for other tools
 or a folder for each of the formats that the recipe names"""
 
+# How the words of the library's errors are said in a recipe.
+WORDS = ((r"`partition`", "what stays as it is is named by `except` in the step"),)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""

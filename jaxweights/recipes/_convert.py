@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.checkpoint import Checkpoint, Provenance
 from jaxweights.checkpoint.exchange._module import LazyWeight
-from jaxweights.core import Layout, apply
+from jaxweights.core import Layout, apply, plan
 from jaxweights.core._layout import is_default_target, is_vector
 from jaxweights.lift import infer_layout
 from jaxweights.models._arrange import nest
@@ -175,6 +175,7 @@ def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[
     pad = "zero" if rounding.pads else None
     tx = round_to_nearest(bits=rounding.bits, group_size=group_size, pad=pad)
     layout = _layout(config)
+    plan(tx, _abstract(config), layout=layout)  # refuses all groups that do not divide at once
 
     def change(path: str, part: Any) -> Any:
         axes = layout.get(path)
@@ -199,8 +200,12 @@ def _rounded(rounding: Rounding, config: ModelConfig, form: Format) -> Callable[
 
 @functools.lru_cache(maxsize=8)
 def _layout(config: ModelConfig) -> Layout:
-    shapes = param_shapes(config)
-    leaves = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
     model: Any = build(config)
     run = lambda params, tokens: model.apply({"params": params}, tokens)  # noqa: E731
-    return infer_layout(run, nest(leaves), jax.ShapeDtypeStruct((1, 8), np.int32))
+    return infer_layout(run, _abstract(config), jax.ShapeDtypeStruct((1, 8), np.int32))
+
+
+def _abstract(config: ModelConfig) -> Any:
+    """The model's parameters as shapes."""
+    shapes = param_shapes(config)
+    return nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from jaxweights.checkpoint import _atomic, atomic_directory, atomic_file
+from jaxweights.checkpoint._check_destination import check_destination
 from tests.checkpoint._helpers import everything, kill, start
 
 
@@ -74,6 +75,11 @@ def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "a").write_text("theirs")
     assert everything(tmp_path) == {"out/a": b"theirs"}
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in():
+    with pytest.raises(ValueError, match=r"the destination is empty\. Name what shall be written"):
+        check_destination("write", "", overwrite=True, directory=True)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_what_the_system_refuses_is_said_with_its_path_and_a_remedy(invoke, tmp_
     assert err == f"jaxweights inspect: {words}\n"
 
 
+def test_a_recipe_that_a_weight_must_be_left_out_of_is_told_how(invoke, two_models, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {two_models}/one}}\ntransforms:\n  - method: quantize.round_to_nearest\n"
+        f"    bits: 4\n    group_size: 48\noutput: {{directory: {tmp_path}/out}}\n"
+    )
+    code, _, err = invoke("plan", recipe)
+    assert code == 1 and "leave this weight out with `partition`" in err
+    assert err.endswith("(what stays as it is is named by `except` in the step)\n")
+
+
 def test_debug_lets_the_error_through(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["inspect", str(tmp_path / "absent"), "--debug"])

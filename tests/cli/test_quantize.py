@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -456,6 +457,21 @@ def test_a_text_that_is_too_short_is_refused_with_what_to_ask_for(refuse, llama,
     )
     assert "too few for 128 sequences of 512 tokens" in message
     assert "--samples and --length" in message
+
+
+@pytest.mark.parametrize("place, word", [(0, "SOURCE"), (1, "OUT")])
+def test_an_empty_name_is_no_folder(capsys, llama, tmp_path, place, word):
+    names = [str(llama), str(tmp_path / "out")]
+    names[place] = ""  # such as that of a variable of the shell that is not set
+    assert main(["quantize", *names, "--method", "rtn"]) == 1
+    assert f"{word} is missing" in capsys.readouterr().err
+
+
+def test_a_source_without_a_tokenizer_says_which_options_need_it(refuse, llama, tmp_path):
+    source = tmp_path / "bare"
+    shutil.copytree(llama, source, ignore=shutil.ignore_patterns("tokenizer*"))
+    message = refuse(source, "--method", "gptq", "--group-size", 32, *DATA)
+    assert "Put its tokenizer.json beside the weights, or leave out --calibration" in message
 
 
 def test_an_existing_destination_is_kept(refuse, llama, tmp_path):

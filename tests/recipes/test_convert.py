@@ -165,7 +165,11 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     # Inputs that no whole number of groups makes.
     rounds = [*arguments, "--to", "gptq", "--bits", "4", "--group-size", "48"]
     assert main(rounds) == 1
-    assert "fill up the last group by pad='zero'" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.count("fill up the last group by pad='zero'") == 6  # all matrices but `down`
+    assert (
+        "(group_size is --group-size; pad='zero' is --pad; `jaxweights quantize --skip" in message
+    )
     assert main([*rounds, "--pad"]) == 0
     written = open_checkpoint(tmp_path / "out")
     found = [written.represented(name) for name in written.names if "_proj" in name]
@@ -173,7 +177,10 @@ def test_the_command_rounds_and_refuses_settings_that_it_could_not_use(dense, tm
     assert 48 in {weight.full_group for weight in found}
     shutil.rmtree(tmp_path / "out")
     assert main([*arguments, "--to", "orbax", "--bits", "4"]) == 1
-    assert "--bits convert tensor by tensor" in capsys.readouterr().err
+    assert (
+        "--bits: only for checkpoints that are read and written tensor by"
+        in capsys.readouterr().err
+    )
     assert main([*arguments, "--to", "safetensors", "--target", "vllm"]) == 1
     assert "--target vllm is about GPTQ, AWQ and" in capsys.readouterr().err
     assert main([*arguments, "--to", "safetensors", "--bits", "4"]) == 1
