@@ -56,5 +56,6 @@ class Reference:
             f"calibrate: {path!r}: {problem}, where they cannot be paired with those of the "
             "reference model, as 'cross_gram' does. Scanned layers are gone through by "
             "pipeline(block_by_block=True); leave other weights out with `partition`, or choose "
-            "a setting that does not need 'cross_gram', such as gptq(error_propagation=0)."
+            "a setting that does not need 'cross_gram', such as gptq(error_propagation=0, "
+            "asymmetric_calibration=0)."
         )

@@ -48,7 +48,8 @@ def needs_around(
         asker,
         [
             f"{path!r}: {quantizer.name} changes the weight to make up for errors of its inputs, "
-            "which approximating the weight as it was would undo. Set error_propagation=0."
+            "which approximating the weight as it was would undo. Set error_propagation=0 and "
+            "asymmetric_calibration=0."
             for path, names in own.items()
             if "cross_gram" in names
         ],

@@ -60,6 +60,19 @@ def normalize_gram(gram: Float[Array, "n n"], *, fill: float | None = None) -> F
     return divide(filled, jnp.mean(diagonal))
 
 
+def over_mean(change: Float[Array, "n n"], gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """A float32 matrix over the number that `normalize_gram` divides a Gram matrix by.
+
+    Example:
+      >>> over_mean(jnp.ones((2, 2)), jnp.diag(jnp.array([4.0, 0.0]))).tolist()
+      [[0.25, 0.25], [0.25, 0.25]]
+    """
+    diagonal = jnp.diagonal(gram).astype(jnp.float32)
+    live = jnp.maximum(jnp.sum(diagonal != 0), 1).astype(jnp.float32)
+    mean = divide(jnp.sum(diagonal), live)
+    return divide(change, jnp.where(mean > 0, mean, 1))
+
+
 def damped_factor(gram: Float[Array, "n n"], damping: float) -> Factor:
     """Factors G + d I for the least d that works.
 

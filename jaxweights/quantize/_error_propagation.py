@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxweights.core._lapack import cholesky, solve_factored
-from jaxweights.quantize._damped_factor import normalize_gram
-from jaxweights.weights._divide import divide
+from jaxweights.quantize._damped_factor import normalize_gram, over_mean
 
 _HIGHEST = "highest"
 
@@ -38,9 +37,7 @@ def propagation_matrix(
     """
     gram = gram.astype(jnp.float32)
     dead = jnp.diagonal(gram) == 0
-    live = jnp.maximum(jnp.sum(~dead), 1).astype(jnp.float32)
-    mean = divide(jnp.sum(jnp.diagonal(gram)), live)  # by which normalize_gram divides
-    change = divide(cross_gram.astype(jnp.float32) - gram, jnp.where(mean > 0, mean, 1))
+    change = over_mean(cross_gram.astype(jnp.float32) - gram, gram)
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
     known = jnp.where(jnp.isnan(damping), 1, damping).astype(jnp.float32)
     lower = cholesky(normalize_gram(gram) + known * identity)

@@ -70,6 +70,7 @@ def gptq(
     search: Search = "absmax",
     compat: bool = False,
     error_propagation: float = 0.0,
+    asymmetric_calibration: float = 0.0,
     on_failure: OnFailure = "error",
     report: ReportLeaf | None = None,
 ) -> Transform:
@@ -106,17 +107,21 @@ def gptq(
         to 1, the more calibration tokens it takes, which it otherwise follows too far. Goes through
         the layers by `pipeline(block_by_block=True)`, or takes the statistics of
         `calibrate(reference=...)`.
+      asymmetric_calibration: Share, 0 to 1, of the errors of each row's input that the rows rounded
+        after it make up for, as they do for its rounding; 0.25 in the authors' code. Another answer
+        to what `error_propagation` answers, from the same statistics, one of which may be given.
       on_failure: What to do with a matrix that no token reached, or whose Gram matrix no damping
         makes positive definite: refuse it by name, or round it to nearest.
       report: Called on the host with each leaf's path and `LeafReport`, which tells which matrices
         were rounded to nearest or damped, and their errors; such as the `__setitem__` of a dict.
         Costs one product more for each matrix. Not called under `jit`. With `error_propagation`
-        the error is that of rounding the changed weight.
+        the error is that of rounding the changed weight; with `asymmetric_calibration` what makes
+        up for errors of inputs counts as one.
 
     Returns:
       A transform from dense or masked matrices to `Quantized` ones (for tables `Codebook` ones), of
       the same shape and dtype. It needs the statistics "gram" and "count", and "cross_gram" for
-      `error_propagation`.
+      `error_propagation` and `asymmetric_calibration`.
 
     Raises:
       TypeError: If a setting is of the wrong kind.
@@ -142,8 +147,11 @@ def gptq(
       ('gptq', True)
 
     Source: Frantar et al. 2023, arXiv:2210.17323, Algorithm 1; `error_propagation`: Arai and
-      Ichikawa 2025, arXiv:2504.09629.
-    Differs: As `gptq_matrix`.
+      Ichikawa 2025, arXiv:2504.09629; `asymmetric_calibration`: Li et al. 2025, arXiv:2504.02692
+      (GPTAQ), Algorithm 1.
+    Differs: As `gptq_matrix`. Of asymmetric calibration: (1) Later blocks, too, are handed what was
+      rounded in a row; the authors' code hands them the level it became. (2) A moving group's
+      scales also see what its rows hand each other for the errors of their inputs.
     """
     levels = make_levels(
         _NAME,
@@ -158,7 +166,9 @@ def gptq(
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
     check_flags(_NAME, compat=compat)
     check_share(_NAME, error_propagation=error_propagation)
-    share = float(error_propagation)
+    check_share(_NAME, asymmetric_calibration=asymmetric_calibration)
+    share, asymmetric = float(error_propagation), float(asymmetric_calibration)
+    _check_answers(share, asymmetric, compat)
     check_failures(_NAME, on_failure, report)
 
     pads = isinstance(levels, GridLevels) and act_order != "groups"
@@ -168,8 +178,16 @@ def gptq(
     ) -> tuple[PreparedGram, jax.Array | None]:
         del count
         fill = 1.0 if compat else None
-        ready = prepare_gram(gram, levels.grid, act_order=act_order, damping=damping, fill=fill)
-        if cross_gram is None:
+        ready = prepare_gram(
+            gram,
+            levels.grid,
+            act_order=act_order,
+            damping=damping,
+            fill=fill,
+            cross_gram=cross_gram,
+            asymmetric=asymmetric,
+        )
+        if cross_gram is None or not share:
             return ready, None
         return ready, propagation_matrix(gram, cross_gram, ready.factor.damping)
 
@@ -228,7 +246,7 @@ def gptq(
     return leafwise(
         quantize,
         name=_NAME,
-        needs=("gram", "count", *(["cross_gram"] if share else [])),
+        needs=("gram", "count", *(["cross_gram"] if share or asymmetric else [])),
         prepare=prepare,
         wrap=wrap,
         accepts=(Masked,),
@@ -239,3 +257,17 @@ def gptq(
         verify=verify,
         checks_finite=False,
     )
+
+
+def _check_answers(share: float, asymmetric: float, compat: bool) -> None:
+    """Refuses two answers to the same errors, and habits of code that knows none of them."""
+    if share and asymmetric:
+        raise ValueError(
+            f"{_NAME}: error_propagation={share} and asymmetric_calibration={asymmetric} both make "
+            "up for the errors of the inputs, which would be twice. Set one of them to 0."
+        )
+    if asymmetric and compat:
+        raise ValueError(
+            f"{_NAME}: compat=True repeats code that knows no asymmetric_calibration={asymmetric}. "
+            "Leave one of them out."
+        )

@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxweights.core._compiled import compiled
-from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram
+from jaxweights.quantize._asymmetric import asymmetric_factor, carried
+from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram, over_mean
 from jaxweights.quantize._gptq_levels import (
     GridLevels,
     Levels,
@@ -62,11 +63,13 @@ class PreparedGram(NamedTuple):
       factor: Of the damped matrix, in the order in which rows are visited.
       order: That order, `(in,)`, or None for the rows' own.
       dead: Inputs that never came, `(in,)` bool, in the rows' own order.
+      carry: As in `Asymmetric`, in the order of visits, or None.
     """
 
     factor: Factor
     order: Int[Array, "in"] | None
     dead: Bool[Array, "in"]
+    carry: Float[Array, "in in"] | None = None
 
 
 @compiled
@@ -224,8 +227,10 @@ def prepare_gram(
     act_order: ActOrder,
     damping: float,
     fill: float | None = None,
+    cross_gram: Float[Array, "in in"] | None = None,
+    asymmetric: float = 0.0,
 ) -> PreparedGram:
-    """Orders and factors a Gram matrix, once for all weights that read the same input.
+    r"""Orders and factors a Gram matrix, once for all weights that read the same input.
 
     Args:
       gram: As in `gptq_matrix`.
@@ -233,17 +238,27 @@ def prepare_gram(
       act_order: As in `gptq_matrix`.
       damping: As in `gptq_matrix`.
       fill: As in `normalize_gram`.
+      cross_gram: :math:`X^\top X_f` of the quantized and the original model's inputs, or None.
+      asymmetric: `share` of `asymmetric_factor`, where there is a `cross_gram`.
 
     Returns:
       The factor, the order of rows, and which inputs are dead.
     """
     dead = jnp.diagonal(gram) == 0
+    change = None
+    if cross_gram is not None and asymmetric:
+        change = over_mean(cross_gram.astype(jnp.float32) - gram.astype(jnp.float32), gram)
     gram = normalize_gram(gram, fill=fill)
     order = None
     if act_order:
         order = _visiting_order(jnp.diagonal(gram), grid if act_order == "groups" else None)
         gram = gram[order][:, order]
-    return PreparedGram(damped_factor(gram, damping), order, dead)
+    factor = damped_factor(gram, damping)
+    if change is None:
+        return PreparedGram(factor, order, dead)
+    change = change if order is None else change[order][:, order]
+    factor, carry = asymmetric_factor(factor, change, asymmetric)
+    return PreparedGram(factor, order, dead, carry)
 
 
 def _visiting_order(diagonal: jax.Array, grouped: Grid | None) -> jax.Array:
@@ -286,7 +301,7 @@ def round_rows(
       As `gptq_matrix`.
     """
     in_dim, out_dim = weight.shape
-    factor, order, dead = prepared
+    factor, order, dead, carry = prepared
     if weight.size == 0:
         codes = Codes(weight.astype(levels.code_dtype), *levels.scales(weight.astype(jnp.float32)))
         return GptqMatrix(codes, None, factor.damping, jnp.zeros([], jnp.float32))
@@ -323,7 +338,7 @@ def round_rows(
             each = size
         scales = RowScales(scale, zero, visited // each)
     codes, scales, loss = quantize_rows(
-        in_order(alive),
+        carried(in_order(alive), carry),
         factor,
         scales,
         levels,

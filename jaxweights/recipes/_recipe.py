@@ -267,10 +267,10 @@ def _check_chain(steps: tuple[Step, ...], problems: Problems) -> None:
 def _check_alone(steps: tuple[Step, ...], problems: Problems) -> None:
     """Refuses a step that compares blocks of layers where they are not gone through one by one."""
     for step in steps:
-        if step.settings.get("error_propagation"):
+        for name in filter(step.settings.get, ("error_propagation", "asymmetric_calibration")):
             problems.add(
                 step.line,
-                f"{step.method}: error_propagation compares every block of layers with the "
+                f"{step.method}: {name} compares every block of layers with the "
                 "original one, so they are gone through one by one. Add `again: each_block` to "
                 "`calibrate`.",
             )

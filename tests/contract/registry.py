@@ -116,6 +116,7 @@ CASES = [
     Case("quantize.gptq short", lambda: _Q.gptq(bits=4, group_size=12, pad="zero")),
     Case("quantize.gptq ordered", lambda: _Q.gptq(bits=3, act_order=True, static_groups=True)),
     Case("quantize.gptq errors", lambda: _Q.gptq(bits=4, error_propagation=0.5)),
+    Case("quantize.gptq asymmetric", lambda: _Q.gptq(bits=4, asymmetric_calibration=0.25)),
     Case("quantize.gptq groups", lambda: _Q.gptq(bits=4, group_size=8, act_order="groups")),
     Case("quantize.gptq nf4", lambda: _Q.gptq(bits=4, grid="nf4", group_size=8)),
     Case("quantize.gptq columns", lambda: _Q.gptq(bits=4, group_size=4, group_axis="output")),

@@ -82,7 +82,8 @@ class BlockRun:
         }
         if self._comparing and again != "each_block":
             raise ValueError(
-                f"{asker}: again={again!r}: error_propagation compares every block of layers with "
+                f"{asker}: again={again!r}: what makes up for errors of inputs "
+                "(error_propagation, asymmetric_calibration) compares every block of layers with "
                 "the original one, so they are gone through one by one. Choose 'each_block'."
             )
         reads = {stage.reads for stage in self._stages if stage.reads is not None}
