@@ -91,6 +91,7 @@ _CALLED = ("x", 1, 0.5, True, [], *_ODD)
 WRONG = {
     "act_order": (None, 1, "x", 0.5, *_ODD),
     "alpha": _SHARES,
+    "asymmetric_calibration": _SHARES,
     "bits": (None, 0, 9, *_INTEGERS),
     "block": (None, 0, *_INTEGERS),
     "block_size": (None, 0, *_INTEGERS),
