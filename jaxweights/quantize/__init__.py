@@ -21,6 +21,9 @@ from jaxweights.quantize._distill import distill as distill
 from jaxweights.quantize._folds import Fold as Fold
 from jaxweights.quantize._fp8 import fp8 as fp8
 from jaxweights.quantize._fp8 import fp8_matrix as fp8_matrix
+from jaxweights.quantize._fp8_kv import Fp8KV as Fp8KV
+from jaxweights.quantize._fp8_kv import fp8_kv as fp8_kv
+from jaxweights.quantize._fp8_kv import update_fp8_kv as update_fp8_kv
 from jaxweights.quantize._fp8_product import fp8_dynamic as fp8_dynamic
 from jaxweights.quantize._fp8_product import fp8_static as fp8_static
 from jaxweights.quantize._gptq import gptq as gptq

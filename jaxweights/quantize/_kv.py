@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxweights.quantize._fp8_kv import Fp8KV, dequantize_fp8_kv
 from jaxweights.quantize._settings import check_between, check_count, check_float_dtype
 from jaxweights.weights._divide import divide
 from jaxweights.weights._packed_codes import codes_per_byte, pack_codes, unpack_codes
@@ -114,12 +115,12 @@ def quantize_kv(
 
 
 def dequantize_kv(
-    quantized: QuantizedKV, *, dtype: DTypeLike = jnp.float32
+    quantized: QuantizedKV | Fp8KV, *, dtype: DTypeLike = jnp.float32
 ) -> tuple[Float[Array, "*batch tokens head_dim"], Float[Array, "*batch tokens head_dim"]]:
     """The keys and values that codes stand for.
 
     Args:
-      quantized: Of `quantize_kv`.
+      quantized: Of `quantize_kv` or `fp8_kv`.
       dtype: Dtype of the result.
 
     Returns:
@@ -130,6 +131,8 @@ def dequantize_kv(
       >>> dequantize_kv(quantize_kv(x, x, group_size=2))[1].tolist()
       [[0.0, 1.0], [2.0, 3.0]]
     """
+    if isinstance(quantized, Fp8KV):
+        return dequantize_fp8_kv(quantized, dtype)
     keys = _dequantize(quantized.keys, quantized.codes_per_byte)
     turned = _dequantize(_turn(quantized.values), quantized.codes_per_byte)
     return keys.astype(dtype), jnp.swapaxes(turned, -1, -2).astype(dtype)

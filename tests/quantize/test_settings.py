@@ -38,6 +38,7 @@ REQUIRED = {
     "fp8_dynamic": {},
     "fp8_matrix": {"weight": _WEIGHT},
     "fp8_static": {},
+    "fp8_kv": {"keys": _WEIGHT, "values": _WEIGHT},
     "fuse_norms": {"folds": _FOLD},
     "gptq": {"bits": 4},
     "gptq_matrix": {"weight": _WEIGHT, "gram": jnp.eye(32), "bits": 4},
@@ -150,6 +151,7 @@ WRONG = {
 }
 # Data, and what is looked at only together with a tree.
 DATA = {"axis", "gram", "input_max", "keys", "layout", "levels", "low", "high", "mask", "residual"}
+DATA |= {"key_scale", "value_scale"}
 DATA |= {"input_mean", "bound", "step", "values", "weight", "weight_max", "x"}
 # What a setting may be here that it may not be elsewhere.
 ALLOWED = {
