@@ -115,9 +115,13 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         ),
         "hqq": Row(lambda b: b.apply(q.hqq(**at)), False),
         "adaround": Row(lambda b: b.apply(q.adaround(**at))),
+        "adaround, 250 steps": Row(
+            lambda b: b.apply(q.adaround(steps=250, learning_rate=0.1, **at))
+        ),
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
         "learned_clip": Row(lambda b: b.apply(q.learned_clip(**at))),
         "nupes": Row(lambda b: b.apply(q.nupes(**whole)), pads=False),
+        "nupes, 250 steps": Row(lambda b: b.apply(q.nupes(steps=250, **whole)), pads=False),
         "adadim": Row(lambda b: b.apply(q.adadim(**whole)), pads=False),
         "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **whole)), pads=False),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),
