@@ -13,17 +13,12 @@ from jaxtyping import Array, Float, Integer
 
 from jaxweights.core._stored import stored_as
 from jaxweights.quantize._extremes import extremes, largest_magnitude, percentiles
-from jaxweights.quantize._settings import (
-    check_between,
-    check_float_dtype,
-    check_numbers,
-    is_whole,
-    is_word,
-)
+from jaxweights.quantize._search import Search as Search
+from jaxweights.quantize._search import check_search, rms_end
+from jaxweights.quantize._settings import check_between, check_float_dtype, is_whole, is_word
 from jaxweights.weights._divide import divide
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
-Search = Literal["absmax", "mse"] | float
 GroupSize = int | Literal["tensor"] | None
 GroupAxis = Literal["input", "output"]
 Pad = Literal["zero"]
@@ -77,7 +72,8 @@ class Grid:
       scale_dtype: Dtype that scales are stored in, and rounded to before codes are chosen.
       search: Where the range ends: "absmax" at the extremes; "mse" where the sum of |error|^2.4 is
         least among 80 ranges from 1 to 0.21 times that; a number p at the extremes without the
-        (100 - p) % largest magnitudes on either side.
+        (100 - p) % largest magnitudes on either side; ("rms", k) at k times the root mean square,
+        for all kinds but "affine".
       group_axis: "input" for groups of neighbouring rows of one output; "output" for groups of
         neighbouring columns of one input, so that an input whose weights are large shares its
         scales with no other.
@@ -159,16 +155,6 @@ def make_grid(
     if not is_word(grid, get_args(GridKind)):
         raise ValueError(f"{asker}: grid={grid!r} is unknown. Choose one of {get_args(GridKind)}.")
     check_float_dtype(asker, scale_dtype=scale_dtype)
-    if isinstance(search, str):
-        if search not in ("absmax", "mse"):
-            raise ValueError(
-                f"{asker}: search={search!r} is unknown. Choose 'absmax', 'mse', or a percentile "
-                "such as 99.9."
-            )
-    else:
-        check_numbers(asker, search=search)
-        if not 50 < search <= 100:
-            raise ValueError(f"{asker}: search={search} must be a percentile above 50, up to 100.")
     if not is_word(group_axis, get_args(GroupAxis)):
         raise ValueError(
             f"{asker}: group_axis={group_axis!r} is unknown. Choose 'input' (groups of rows of one "
@@ -177,8 +163,8 @@ def make_grid(
     check_pad(asker, pad, group_size, group_axis)
     # Grids are static under `jit`, and numbers of NumPy no weak types: those of Python are kept.
     size = int(group_size) if is_whole(group_size) else group_size
-    rank = search if isinstance(search, str) else float(search)
-    return Grid(grid, bits, size, jnp.dtype(scale_dtype), rank, group_axis, pad)
+    end = check_search(asker, search, grid=grid, pad=pad)
+    return Grid(grid, bits, size, jnp.dtype(scale_dtype), end, group_axis, pad)
 
 
 def check_bits(asker: str, bits: Any) -> int:
@@ -305,6 +291,8 @@ def range_of(groups: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array, jax.A
         groups = groups.reshape(1, -1, 1)
     if groups.size == 0:
         low = high = jnp.zeros((groups.shape[0], 1, groups.shape[2]))
+    elif isinstance(grid.search, tuple):
+        low = high = rms_end(groups, grid.search[1])
     elif not isinstance(grid.search, str):
         low, high = percentiles(groups, float(grid.search))
     elif grid.kind == "affine":

@@ -18,8 +18,8 @@ from jaxweights.quantize._blocks import add_up, refuse_unfit
 from jaxweights.quantize._extremes import extremes
 from jaxweights.quantize._grid import GroupSize, Pad, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
+from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_count, check_numbers
-from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._divide import divide
 from jaxweights.weights._quantized import Quantized
 

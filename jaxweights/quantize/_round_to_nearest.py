@@ -65,7 +65,8 @@ def round_to_nearest(
         distributed weights is the least of the symmetric grids (0.77 of "narrow"'s at 4 bits).
       scale_dtype: Dtype that scales are stored in; codes are chosen for the stored scale.
       search: "absmax" spans the whole range of a group, "mse" the shrunken range that errs least, a
-        number p the p-th percentile.
+        number p the p-th percentile, ("rms", k) k times the root mean square, on which one outlier
+        has little influence.
 
     Returns:
       A transform from dense or masked matrices to `Quantized` ones, of the same shape and dtype.
@@ -86,7 +87,7 @@ def round_to_nearest(
     Source: "narrow": Zeng et al. 2022, arXiv:2210.02414, section 3.3: GLM-130B's INT8 and INT4 are
       `grid="narrow", scale_dtype=jnp.float16`, one scale per output; "signed_max": the Q4_0 blocks
       of GGUF; "gptq_sym" and the "mse" search: Frantar et al. 2023, arXiv:2210.17323, the authors'
-      code.
+      code; "rms": the calibration of that name of qwix.
     Differs: (1) 0 is always on the grid. (2) A group of zeros has scale 1 and zero point 0. (3)
       Codes are chosen for the scale as it is stored. (4) "gptq_sym" spans both signs also where a
       group has only one; the authors' code then clips half of the range.

@@ -112,6 +112,11 @@ CASES = [
     Case("quantize.power", lambda: _Q.power(bits=4), per_slice=False),
     Case("quantize.power fixed", lambda: _Q.power(bits=3, exponents=[0.7]), elementwise=True),
     Case("quantize.power leaf", lambda: _Q.power(bits=4, group_size=8, scope="leaf")),
+    Case(
+        "quantize.round_to_nearest rms",
+        lambda: _Q.round_to_nearest(bits=4, group_size=8, search=("rms", 2.5)),
+        elementwise=True,
+    ),
     Case("quantize.gptq", lambda: _Q.gptq(bits=4, group_size=8)),
     Case("quantize.gptq short", lambda: _Q.gptq(bits=4, group_size=12, pad="zero")),
     Case("quantize.gptq ordered", lambda: _Q.gptq(bits=3, act_order=True, static_groups=True)),

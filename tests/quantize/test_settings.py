@@ -134,7 +134,7 @@ WRONG = {
     "scale_dtype": _FLOATS,
     "scale_rule": (None, *_NAMES),
     "scope": (None, *_NAMES),
-    "search": (None, "x", True, 40, 101, math.nan, [], {}, *_ODD),
+    "search": (None, "x", True, 40, 101, math.nan, [], {}, (), ("rms",), ("x", 2.0), *_ODD),
     "share": (None, *_NAMES),
     "shrinkage": (None, "x", 1, 0.5, True, Q.Shrinkage(norm=0), Q.Shrinkage(beta="x"), *_ODD),  # type: ignore[arg-type]
     "signed": _FLAGS,

@@ -17,8 +17,8 @@ from jaxweights.quantize._leaves import (
     pack,
     replace_leaf,
 )
+from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import is_word
-from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
 

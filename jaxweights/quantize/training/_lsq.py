@@ -15,8 +15,8 @@ from jaxweights.core._paths import Params, Path, flatten, unflatten
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._grid import GroupSize, make_grid, unfit_group
 from jaxweights.quantize._leaves import REFUSAL
+from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_between, check_flags
-from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
 from jaxweights.weights._learned_step import LearnedStep, learned_round

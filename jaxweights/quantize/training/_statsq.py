@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from jaxweights.core._compiled import compiled
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._leaves import represented
+from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_between
-from jaxweights.quantize.training._ordered_sum import ordered_sum
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
 
