@@ -39,7 +39,7 @@ from jaxweights.core import (
 )
 from jaxweights.core._apply import LayoutLike
 from jaxweights.lift import _compat
-from jaxweights.lift._infer_layout import trace_model
+from jaxweights.lift._infer_layout import arrays_of, trace_model
 from jaxweights.lift._walk import Walk
 
 Arrays = Sequence[Any]
@@ -85,7 +85,7 @@ class BlockPrograms:
         """Takes the model apart and compiles nothing yet."""
         self._fn = fn
         flat, self._treedef = flatten(params)
-        self._flat = {path: _compat.shape_of(leaf) for path, leaf in flat.items()}
+        self._flat = flat | {path: _compat.shape_of(x) for path, x in arrays_of(flat).items()}
         trace = trace_model(fn, params, _arguments(batch))
         self.layout = _merged_layout(trace.layout, layout, list(self._flat))
         self._owners = dict(trace.owners)

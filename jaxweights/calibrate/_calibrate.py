@@ -23,7 +23,7 @@ from jaxweights.core._stats import (
     MATRIX_STATISTICS,
     STATISTICS,
 )
-from jaxweights.lift._infer_layout import trace_model
+from jaxweights.lift._infer_layout import arrays_of, trace_model
 from jaxweights.lift._lift import evaluate_lifted
 from jaxweights.lift._walk import Walk
 from jaxweights.weights import InputChange, View
@@ -109,10 +109,12 @@ def calibrate(
 
     @jax.jit
     def collect(
-        flat: dict[Path, Any], before: dict[Path, Any] | None, batch: Batch
+        arrays: dict[Path, Any], before_arrays: dict[Path, Any] | None, batch: Batch
     ) -> dict[Path, Any]:
-        records = _input_records(fn, flat, before, treedef, axes, input_needs, batch, mask)
-        for path, record in _gradient_records(loss, flat, treedef, gradient_paths, batch).items():
+        whole = flat | arrays
+        old = None if before is None or before_arrays is None else before | before_arrays
+        records = _input_records(fn, whole, old, treedef, axes, input_needs, batch, mask)
+        for path, record in _gradient_records(loss, whole, treedef, gradient_paths, batch).items():
             records[path] = records.get(path, {}) | record
         return records
 
@@ -120,9 +122,10 @@ def calibrate(
     def add(total: dict[Path, Any], new: dict[Path, Any]) -> dict[Path, Any]:
         return {path: combine_records(record, new[path]) for path, record in total.items()}
 
+    operands = arrays_of(flat), None if before is None else arrays_of(before)
     total: dict[Path, Any] | None = None
     for done, batch in enumerate(itertools.chain([first], batches), start=1):
-        new = collect(flat, before, batch)
+        new = collect(*operands, batch)
         if needs and not new:
             raise ValueError(_nothing_to_watch(needs, trace.layout))
         total = new if total is None else add(total, new)

@@ -13,6 +13,7 @@ from jax.extend import core as jex
 from jaxweights.calibrate._calibrate import Batch, _arguments
 from jaxweights.core import Path, unflatten
 from jaxweights.lift import _compat
+from jaxweights.lift._infer_layout import arrays_of
 from jaxweights.lift._walk import Named, Walk
 from jaxweights.weights import is_weight
 
@@ -132,16 +133,17 @@ def find_layers(
         filled = list(inputs)
         for i, x in zip(arrays, given, strict=True):
             filled[i] = x
-        tree = unflatten(treedef, dict(zip(flat, leaves, strict=True)))
+        tree = unflatten(treedef, {**flat, **dict(zip(weights, leaves, strict=True))})
         out = fn(tree, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 
-    leaves = [_compat.shape_of(x) for x in flat.values()]
+    weights = arrays_of(flat)
+    leaves = [_compat.shape_of(x) for x in weights.values()]
     given = [_compat.shape_of(inputs[i]) for i in arrays]
     closed = jax.make_jaxpr(run)(leaves, given)
     closed = jax.make_jaxpr(lambda *xs: _inline(closed.jaxpr, closed.consts, xs))(*leaves, *given)
     jaxpr = closed.jaxpr
-    path_of = dict(zip(jaxpr.invars, flat, strict=False))
+    path_of = dict(zip(jaxpr.invars, weights, strict=False))
 
     def stacks(eqn: Any) -> tuple[Path | None, ...]:
         parts = _compat.scan_parts(eqn.params)

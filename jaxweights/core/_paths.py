@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import zlib
@@ -17,7 +18,21 @@ Params = Any  # a pytree of arrays and represented weights
 Flat = dict[Path, Any]  # itself a pytree, with the same paths as the tree it came from
 
 
-def flatten(tree: Params) -> tuple[Flat, Any]:
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What `unflatten` needs to know of a tree.
+
+    Args:
+      treedef: Its structure, as JAX has it.
+      paths: The paths of its leaves, in its order. A dict by path keeps this order only until `jit`
+        or `jax.tree.map` sort it, which puts `layers/10` before `layers/2`.
+    """
+
+    treedef: Any
+    paths: tuple[Path, ...]
+
+
+def flatten(tree: Params) -> tuple[Flat, Structure]:
     """Lists the leaves of a tree by path; represented weights are leaves.
 
     Args:
@@ -43,25 +58,25 @@ def flatten(tree: Params) -> tuple[Flat, Any]:
                 "rename a key that contains one."
             )
         flat[path] = leaf
-    return flat, treedef
+    return flat, Structure(treedef, tuple(flat))
 
 
-def unflatten(treedef: Any, flat: Mapping[Path, Any]) -> Params:
+def unflatten(structure: Structure, flat: Mapping[Path, Any]) -> Params:
     """Rebuilds the tree that `flatten` took apart.
 
     Args:
-      treedef: The structure that `flatten` gave.
-      flat: Leaves by path, in the order in which `flatten` listed them; any values.
+      structure: What `flatten` gave.
+      flat: Leaves by path, in any order; any values.
 
     Returns:
       The tree.
 
     Example:
-      >>> flat, treedef = flatten({"up": 1.0, "down": 2.0})
-      >>> unflatten(treedef, {path: 10 * leaf for path, leaf in flat.items()})
+      >>> flat, structure = flatten({"up": 1.0, "down": 2.0})
+      >>> unflatten(structure, {path: 10 * leaf for path, leaf in flat.items()})
       {'down': 20.0, 'up': 10.0}
     """
-    return jax.tree.unflatten(treedef, list(flat.values()))
+    return jax.tree.unflatten(structure.treedef, [flat[path] for path in structure.paths])
 
 
 def path_key(key: jax.Array, path: Path) -> jax.Array:

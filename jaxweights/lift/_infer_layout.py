@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxweights.core._layout import Layout
-from jaxweights.core._paths import Params, Path, flatten, unflatten
+from jaxweights.core._paths import Flat, Params, Path, flatten, unflatten
 from jaxweights.lift._compat import shape_of
 from jaxweights.lift._uses import Use, find_uses
 from jaxweights.weights._axes import Axes, Kind
@@ -59,7 +59,8 @@ def infer_layout(fn: Callable[..., Any], params: Params, *inputs: Any) -> Layout
 
 def trace_model(fn: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Trace:
     """Traces a model once and lists how it uses its leaves."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
+    weights = {path: shape_of(leaf) for path, leaf in arrays_of(flat).items()}
     input_leaves, input_tree = jax.tree.flatten(tuple(inputs))
     traced = [i for i, x in enumerate(input_leaves) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
@@ -67,16 +68,22 @@ def trace_model(fn: Callable[..., Any], params: Params, inputs: Sequence[Any]) -
         filled = list(input_leaves)
         for i, x in zip(traced, arrays, strict=True):
             filled[i] = x
-        params = unflatten(treedef, dict(zip(flat, leaves, strict=True)))
+        params = unflatten(structure, flat | dict(zip(weights, leaves, strict=True)))
         out = fn(params, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 
-    leaves = [shape_of(x) if is_weight(x) or hasattr(x, "dtype") else x for x in flat.values()]
-    closed = jax.make_jaxpr(run)(leaves, [shape_of(input_leaves[i]) for i in traced])
-    paths: list[Path | None] = [*flat, *(None for _ in traced)]
+    closed = jax.make_jaxpr(run)(
+        list(weights.values()), [shape_of(input_leaves[i]) for i in traced]
+    )
+    paths: list[Path | None] = [*weights, *(None for _ in traced)]
     uses = find_uses(closed.jaxpr, closed.consts, paths)
     ranks = {path: len(getattr(leaf, "shape", ())) for path, leaf in flat.items()}
     return Trace(_layout_of(uses, ranks), tuple(uses), _owners(uses))
+
+
+def arrays_of(flat: Mapping[Path, Any]) -> Flat:
+    """The leaves that are traced; what else a module holds, such as functions, stays as it is."""
+    return {p: leaf for p, leaf in flat.items() if is_weight(leaf) or hasattr(leaf, "dtype")}
 
 
 def _layout_of(uses: Sequence[Use], ranks: dict[Path, int]) -> Layout:

@@ -117,8 +117,7 @@ def _stack_scanned(
             for flat, part, factor in zip(flats, parts, factors, strict=True)
         ]
         merged[path] = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-    ordered = {path: merged[path] for path in flats[0]}
-    return unflatten(flatten(parts[0].model)[1], ordered)
+    return unflatten(flatten(parts[0].model)[1], merged)
 
 
 def _lengths(i: int, flat: Flat, paths: list[Path]) -> int:

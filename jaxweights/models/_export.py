@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxweights.core._paths import flatten
+from jaxweights.core._paths import flatten, unflatten
 from jaxweights.models._arrange import write_tree
 from jaxweights.models._bert import BertConfig
 from jaxweights.models._convert import name_map
@@ -180,7 +180,8 @@ def _without_masks(params: Any) -> Any:
     from jaxweights.checkpoint.exchange._module import without_mask
 
     flat, treedef = flatten(params)
-    return treedef.unflatten([without_mask(x) if is_weight(x) else x for x in flat.values()])
+    bare = {path: without_mask(x) if is_weight(x) else x for path, x in flat.items()}
+    return unflatten(treedef, bare)
 
 
 def _config_json(given: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def test_every_container_gives_readable_paths():
     ]
 
 
+def test_a_tree_is_rebuilt_whatever_order_its_leaves_come_in():
+    tree = {"layers": list(range(12))}
+    flat, structure = flatten(tree)
+    # Both sort dicts by their keys as text, so that layer 10 comes before layer 2.
+    for leaves in (jax.tree.map(lambda x: x, flat), jax.jit(lambda x: x)(flat)):
+        assert list(leaves) != list(flat)
+        assert unflatten(structure, leaves) == tree
+
+
 def test_represented_weights_are_leaves_and_a_flat_tree_keeps_its_paths():
     weight = Masked(jnp.ones((2, 2)), jnp.ones((2, 2), bool))
     flat, _ = flatten({"a": {"b": weight}})

@@ -169,6 +169,52 @@ def test_modules_in_the_style_of_equinox_are_lifted_under_vmap_and_grad():
     assert all(float(jnp.abs(g).max()) > 0 for g in grads.values())
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Fields in the order of their use, not of the alphabet; a function and a flag as leaves."""
+
+    up: Linear
+    activation: object
+    down: Linear
+    inference: bool
+
+    def __call__(self, x):
+        if not self.inference:
+            raise ValueError("traced or changed")
+        return x + self.down(self.activation(self.up(x)))
+
+
+def test_statistics_are_those_of_the_leaf_whatever_the_order_of_fields_and_layers():
+    """More than ten layers of one shape: as text, layer 10 comes before layer 2."""
+    keys = range(0, 48, 4)
+    blocks = [
+        Residual(Linear(normal(i, 4, 4), normal(i + 1, 4)), jax.nn.relu,
+              Linear(normal(i + 2, 4, 4), normal(i + 3, 4)), True)
+        for i in keys
+    ]  # fmt: skip
+    x = normal(100, 6, 4) / 100
+    fn = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    model = Mlp(blocks)
+    assert len(infer_layout(fn, model, x)) == 24
+    tx = jw.chain(jw.quantize.gptq(bits=8, group_size=4), jw.adapt.lora(rank=1))
+    stats = jw.calibrate(fn, model, [x], needs=tx.needs(model))
+    h = np.asarray(x, np.float64)
+    for i, block in enumerate(blocks):
+        z = np.maximum(np.tanh(h @ np.asarray(block.up.weight).T + block.up.bias), 0)
+        for name, read in (("up", h), ("down", z)):
+            gram = stats.get(f"layers/{i}/{name}/weight", "gram")
+            np.testing.assert_allclose(gram, read.T @ read, rtol=1e-4)
+        z = np.tanh(z @ np.asarray(block.down.weight).T + block.down.bias)
+        h = h + z
+    small = jw.apply(tx, model, stats=stats)
+    assert jax.tree.structure(materialize(small)) == jax.tree.structure(model)
+    # Functions are no arguments of jit; `split` puts them aside.
+    trainable, frozen = jw.split(small, jw.adapt.factors)
+    out = jax.jit(lambda t, x: lift(fn)(jw.combine(t, frozen), x))(trainable, x)
+    np.testing.assert_allclose(out, fn(model, x), rtol=0.1, atol=0.1)
+
+
 def count_instructions(program):
     return {
         kind: len(re.findall(rf"= \S+ {kind}\(", program))

@@ -209,7 +209,7 @@ def test_it_is_continued_with_factors_and_saved_on_its_own_grid(gptq_folder, tmp
         for path, kernel in kernels(loaded.params).items()
     }
     flat, treedef = jw.core.flatten(loaded.params)
-    again(tmp_path / "yes", loaded, treedef.unflatten((flat | back).values()), form="gptq")
+    again(tmp_path / "yes", loaded, jw.core.unflatten(treedef, flat | back), form="gptq")
     same_tensors(tmp_path / "yes", tensors | float32_biases(tensors))
 
 
