@@ -14,7 +14,7 @@ import numpy as np
 
 import jaxweights as jw
 from jaxweights.align import bert_permutations, llama_permutations
-from jaxweights.core import flatten
+from jaxweights.core import flatten, unflatten
 from jaxweights.models import sentence_embedding
 
 FIXED_CODES = {"code_rate": 0.0, "scale_rate": 3e-3, "float_rate": 3e-3}
@@ -238,4 +238,4 @@ def _by_matrix(bench: Bench, fn: Callable[..., np.ndarray]) -> Any:
         for i in range(len(stack)):
             stack[i] = fn(path, stack[i], (i,))
         flat[path] = jnp.asarray(stack)
-    return jax.tree.unflatten(treedef, list(flat.values()))
+    return unflatten(treedef, flat)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.core._paths import flatten
+from jaxweights.core._paths import flatten, unflatten
 from jaxweights.models._arrange import check_tree
 from jaxweights.models._bert import Bert
 from jaxweights.models._convert import name_map, params_from_checkpoint
@@ -240,7 +240,7 @@ def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
             return jnp.asarray(leaf, dtype)
         return jnp.asarray(leaf)
 
-    return jax.tree.unflatten(treedef, [place(leaf) for leaf in flat.values()])
+    return unflatten(treedef, {path: place(leaf) for path, leaf in flat.items()})
 
 
 def tokenizer_path_of(source: Checkpoint) -> Path | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxweights as jw
-from jaxweights.core import flatten
+from jaxweights.core import flatten, unflatten
 from jaxweights.core._layout import Layout, conventional_layout
 from jaxweights.quantize import Fold, check_same_function
 from jaxweights.quantize._folds import find_sites, fold_scale
@@ -25,7 +25,7 @@ def fold_all(params, folds, layout, seed=0):
         scale = jnp.exp(jax.random.normal(key, (*rows[:-1], rows[-1] // times)))
         scales.append((site, scale))
         flat = fold_scale(flat, site, scale, layout)
-    return jax.tree.unflatten(treedef, list(flat.values())), scales
+    return unflatten(treedef, flat), scales
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_any_scale_folded_at_every_site_leaves_the_function_as_it_is(name, sites
     flat, treedef = flatten(folded)
     for site, scale in reversed(scales):
         flat = fold_scale(flat, site, 1 / scale, layout)
-    back = jax.tree.unflatten(treedef, list(flat.values()))
+    back = unflatten(treedef, flat)
     for a, b in zip(*map(jax.tree.leaves, (params, back)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -101,16 +101,14 @@ def test_groups_in_patterns_pair_layers_and_gains_may_be_stored_less_one():
         flat = fold_scale(
             flat, site, jnp.exp(jax.random.normal(jax.random.key(i), (width,))), layout
         )
-    folded = jax.tree.unflatten(treedef, list(flat.values()))
+    folded = unflatten(treedef, flat)
     assert check_same_function(unstacked_fn, params, folded, [x]) < 1e-5
     plain = [dataclasses.replace(HEADS[0], one_plus=False)]
     wrong = dict(flatten(params)[0])
     for site in find_sites("test", plain, wrong, layout):
         wrong = fold_scale(wrong, site, jnp.full(6, 2.0), layout)
     with pytest.raises(ValueError, match="differs by"):
-        check_same_function(
-            unstacked_fn, params, jax.tree.unflatten(treedef, list(wrong.values())), [x]
-        )
+        check_same_function(unstacked_fn, params, unflatten(treedef, wrong), [x])
 
 
 def test_repeated_entries_are_spread_and_gathered_as_query_heads_share_values():
