@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxweights.core._apply import LayoutLike, resolve_layout, transform_tree
 from jaxweights.core._layout import Layout
@@ -207,9 +208,10 @@ def plan_and_leaves(
         leaves = flatten(new)[0]
         # A leaf that comes back as the very same object was not touched.
         untouched.update(path for path in flat if leaves[path] is traced[owners[path]])
-        return leaves
+        # What is no array, such as a module's functions, cannot be a result of a trace.
+        return {p: x for p, x in leaves.items() if hasattr(x, "dtype") or x is not flat[p]}
 
-    new = jax.eval_shape(
+    new = flat | jax.eval_shape(
         run,
         {path: leaf for path, leaf in _arrays(flat).items() if owners[path] == path},
         None if others is None else [_arrays(model) for model, _ in others],
@@ -232,7 +234,7 @@ def _owners(flat: Flat) -> dict[Path, Path]:
     """The first path of every array object, as `apply` ties them."""
     first: dict[int, Path] = {}
     return {
-        path: path if is_weight(leaf) or not jnp.shape(leaf) else first.setdefault(id(leaf), path)
+        path: path if is_weight(leaf) or not np.shape(leaf) else first.setdefault(id(leaf), path)
         for path, leaf in flat.items()
     }
 
@@ -264,8 +266,8 @@ def _leaf_plan(
     why = why_untouched(path, leaf, layout) if untouched else ""
     return LeafPlan(
         path=path,
-        shape=tuple(jnp.shape(leaf)),
-        shape_after=tuple(jnp.shape(new)),
+        shape=tuple(np.shape(leaf)),
+        shape_after=tuple(np.shape(new)),
         dtype=_dtype(leaf),
         dtype_after=_dtype(new),
         before=describe_leaf(leaf),
@@ -315,8 +317,8 @@ def leaf_bytes(leaf: Any) -> int:
 
 
 def _array_bytes(x: Any) -> int:
-    if not hasattr(x, "dtype"):
-        return jnp.asarray(x).nbytes
+    if not hasattr(x, "dtype"):  # numbers take what they would as arrays, functions nothing
+        return jnp.asarray(x).nbytes if isinstance(x, int | float | complex) else 0
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.eval_shape(jax.random.key_data, x)
     bits = 8 * jnp.dtype(x.dtype).itemsize

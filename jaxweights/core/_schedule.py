@@ -35,6 +35,9 @@ def every(k: int, tx: Transform) -> Transform:
     which the state counts; what is inside sees it as `context.step`, so that nested schedules
     and ramps go by one clock. Works eagerly and, through `lax.cond`, under `jit`.
 
+    What a transform has set holds at its own steps only: in `to_optax`, the optimizer moves pruned
+    entries away from zero until the next one. Leave `every` out for a mask that always holds.
+
     Args:
       k: Steps from one application to the next, at least 1.
       tx: A transform that keeps shapes, dtypes and representations; see `materialized`.

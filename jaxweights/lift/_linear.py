@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.lift import _compat
+from jaxweights.lift._lookup import row_column
 from jaxweights.lift._walk import Named, Walk, rule
 
 
@@ -91,21 +92,17 @@ def _gather(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
         return None
     params, weight = eqn.params, named.weight
     numbers = params["dimension_numbers"]
+    column = row_column(params, weight.shape)
     rows = indices.ndim - 1
-    whole_rows = (
-        tuple(numbers.collapsed_slice_dims) == (0,)
-        and tuple(numbers.start_index_map) == (0,)
-        and not getattr(numbers, "operand_batching_dims", ())
-        and tuple(params["slice_sizes"]) == (1, *weight.shape[1:])
-        and tuple(numbers.offset_dims) == tuple(range(rows, rows + weight.ndim - 1))
-    )
-    if not whole_rows:
+    collapsed = tuple(numbers.collapsed_slice_dims)
+    kept = range(rows, rows + weight.ndim - len(collapsed))
+    if column is None or collapsed not in ((0,), ()) or tuple(numbers.offset_dims) != tuple(kept):
         return None
-    positions, last = indices[..., 0], weight.shape[0] - 1
+    positions, last = indices[..., column], weight.shape[0] - 1
     mode = params["mode"]
     fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
     safe = jnp.clip(positions, 0, last)
-    if weight.stack_shape and rows == 1 and not fills:
+    if weight.stack_shape and rows == 1 and collapsed and not fills:
         return named.become(weight.take_stack(safe))
     y = weight.take(safe)
     if y is None:
@@ -115,7 +112,7 @@ def _gather(walk: Walk, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
         fill = jnp.nan if fill is None else fill
         inside = (positions >= 0) & (positions <= last)
         y = jnp.where(inside.reshape(*inside.shape, *[1] * (weight.ndim - 1)), y, fill)
-    return [y.astype(weight.dtype)]
+    return [y.astype(weight.dtype).reshape(eqn.outvars[0].aval.shape)]
 
 
 @rule("slice")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxweights.lift import _compat
+from jaxweights.lift._lookup import row_column
 
 UseKind = Literal["dot", "conv", "lookup", "other"]
 # One axis of a value: which pieces of which original axes it consists of, as
@@ -252,9 +253,7 @@ def _gather(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] |
     leaf = inputs[0]
     if not isinstance(leaf, _Leaf) or isinstance(inputs[1], _Leaf):
         return None
-    numbers = eqn.params["dimension_numbers"]
-    whole = tuple(eqn.params["slice_sizes"]) == (1, *leaf.shape[1:])
-    if tuple(numbers.start_index_map) != (0,) or not whole:
+    if row_column(eqn.params, leaf.shape) is None:
         return None
     outputs = tuple(original for original, _, _ in leaf.origins[0])
     rest = tuple(original for origin in leaf.origins[1:] for original, _, _ in origin)

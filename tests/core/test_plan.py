@@ -147,6 +147,13 @@ def test_leaves_that_are_no_arrays_stay_as_they_are():
     assert [(leaf.path, leaf.changed) for leaf in found.leaves] == [("name", False), ("w", True)]
 
 
+def test_functions_of_a_module_are_listed_and_take_nothing():
+    planned = plan(to_int8(), {"kernel": jnp.ones((2, 2)), "activation": jax.nn.relu})
+    row = next(leaf for leaf in planned.leaves if leaf.path == "activation")
+    assert (row.changed, row.bytes_before, row.bytes_after) == (False, 0, 0)
+    assert "not floating" in row.why
+
+
 def test_dtypes_and_shapes_after_are_told():
     tx = chain(
         stateless(

@@ -46,8 +46,12 @@ def test_kernels_stacks_heads_and_experts_are_told_apart():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_tables_and_tied_heads_are_embeddings(tied):
-    fn = lambda p, ids: p["table"][ids] @ (p["table"].T if tied else p["head"])  # noqa: E731
+@pytest.mark.parametrize("mapped", [False, True])
+def test_tables_and_tied_heads_are_embeddings(tied, mapped):
+    look = lambda table, ids: table[ids]  # noqa: E731
+    if mapped:  # as Equinox writes it
+        look = jax.vmap(jax.vmap(look, (None, 0)), (None, 0))
+    fn = lambda p, ids: look(p["table"], ids) @ (p["table"].T if tied else p["head"])  # noqa: E731
     layout = infer_layout(fn, {"table": leaf(9, 4), "head": leaf(4, 9)}, np.zeros((2, 3), int))
     assert layout["table"] == EMBEDDING
     assert ("head" in layout) == (not tied)

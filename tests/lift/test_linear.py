@@ -182,6 +182,8 @@ IDS = jnp.array([[0, 6, 3], [-1, 7, -8]])  # the last three: from the end, beyon
         lambda w, ids: jnp.take(w, ids, axis=0, mode="fill", fill_value=-3),
         lambda w, ids: w.at[ids].get(mode="promise_in_bounds"),
         lambda w, ids: w[ids[0, 1]],
+        lambda w, ids: jax.vmap(lambda i: w[i])(ids[0]),
+        lambda w, ids: jax.vmap(jax.vmap(lambda i: w[i]))(ids),
     ],
 )
 @pytest.mark.parametrize("represent", [int8, low_rank], ids=["int8", "low_rank"])
