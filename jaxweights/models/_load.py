@@ -191,6 +191,10 @@ def _how_to_round_inputs(quantization: Mapping[str, Any]) -> tuple[str, str] | N
         size = floats[0].get("group_size") if floats[0].get("strategy") == "group" else None
         groups = f"input_group_size={size}" if size else ""
         advice.append(f"Apply quantize.fp8_dynamic({groups}) for products of 8-bit floats.")
+    fours = {one.get("strategy") for one in told if one.get("num_bits") == 4}
+    for strategy, form in (("tensor_group", "nvfp4"), ("group", "mxfp4")):
+        if strategy in fours:
+            advice.append(f"Apply quantize.round_inputs(form={form!r}) to round them.")
     return "input_activations", " ".join([*advice, _AGAIN])
 
 

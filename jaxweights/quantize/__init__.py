@@ -81,6 +81,7 @@ from jaxweights.quantize._requantize import requantize as requantize
 from jaxweights.quantize._rotate import rotate as rotate
 from jaxweights.quantize._rotation import Rotation as Rotation
 from jaxweights.quantize._rotation import random_rotation as random_rotation
+from jaxweights.quantize._round_inputs import round_inputs as round_inputs
 from jaxweights.quantize._round_to_nearest import round_to_nearest as round_to_nearest
 from jaxweights.quantize._same_function import check_same_function as check_same_function
 from jaxweights.quantize._scales import scales as scales

@@ -5,55 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-Element = Literal["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"]
-
-
-class Minifloat(NamedTuple):
-    """A float of one sign bit, some exponent bits and some mantissa bits, without infinities.
-
-    Attributes:
-      exponent_bits: Bits of the exponent, whose bias is `2**(exponent_bits - 1) - 1`.
-      mantissa_bits: Bits behind the leading one.
-      largest: Largest magnitude.
-      dtype: The JAX dtype of 8-bit ones, else None.
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-    largest: float
-    dtype: Any = None
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        """What is subtracted from the stored exponent."""
-        return 2 ** (self.exponent_bits - 1) - 1
-
-    @property
-    def largest_exponent(self) -> int:
-        """Exponent of the largest magnitude."""
-        return int(np.frexp(self.largest)[1]) - 1
-
-
-# Of OCP's 8-bit floats and of its microscaling formats, version 1.0, section 5.3.
-ELEMENTS: dict[str, Minifloat] = {
-    "e4m3": Minifloat(4, 3, 448.0, jnp.float8_e4m3fn),
-    "e5m2": Minifloat(5, 2, 57344.0, jnp.float8_e5m2),
-    "e3m2": Minifloat(3, 2, 28.0),
-    "e2m3": Minifloat(2, 3, 7.5),
-    "e2m1": Minifloat(2, 1, 6.0),
-}
+from jaxweights.weights._minifloat import ELEMENTS as ELEMENTS
+from jaxweights.weights._minifloat import Element as Element
+from jaxweights.weights._minifloat import Minifloat
 
 
 def minifloat_table(kind: Minifloat) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -28,7 +27,6 @@ from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._levels import (
     ELEMENTS,
     Element,
-    Minifloat,
     minifloat_code,
     minifloat_table,
     signed_code,
@@ -38,14 +36,17 @@ from jaxweights.quantize._settings import check_count, is_word
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
+from jaxweights.weights._microscaling import (
+    MX_BLOCK,
+    NVFP4_BLOCK,
+    ScaleRule,
+    overall_scale,
+    shared_exponent,
+)
 from jaxweights.weights._narrow_float import NarrowFloat
 from jaxweights.weights._scaled import combine
 
-ScaleRule = Literal["floor", "ceil", "rceil", "even", "oas"]
 Nvfp4Scope = Literal["matrix", "layer"]
-
-MX_BLOCK = 32
-NVFP4_BLOCK = 16
 
 
 def mx(*, element: Element, scale_rule: ScaleRule = "floor") -> Transform:
@@ -201,34 +202,6 @@ def _check(asker: str, element: Any, scale_rule: Any) -> None:
         )
 
 
-def shared_exponent(largest: Float[Array, "rows cols"], kind: Minifloat, rule: ScaleRule) -> Array:
-    """Exponents of the scales of blocks with these largest magnitudes; int32, -127 at least."""
-    bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
-    of_largest = jax.lax.bitcast_convert_type(jnp.float32(kind.largest), jnp.int32)
-    mantissa = bits & 0x7FFFFF
-    up = {
-        "floor": jnp.zeros_like(bits),
-        "ceil": mantissa > 0,
-        "rceil": mantissa > (of_largest & 0x7FFFFF),
-        # Half of the element's last place carries the mantissa over.
-        "even": mantissa + (1 << (22 - kind.mantissa_bits)) >= 1 << 23,
-        "oas": mantissa >= _outlier_mantissa(kind),
-    }[rule]
-    exponent = (bits >> 23) - 127 + up.astype(jnp.int32) - kind.largest_exponent
-    return jnp.clip(exponent, -127, 126)
-
-
-def _outlier_mantissa(kind: Minifloat) -> int:
-    """Mantissa from which "oas" goes one power up, as qwix has it: 12/7 of e2m1, 60/31 of e4m3.
-
-    That is half a step beyond the largest number with all mantissa bits set, in units of which
-    there are 2**(m + 2) - 1, times the element's largest.
-    """
-    steps = 2 ** (kind.mantissa_bits + 2) - 1
-    threshold = kind.largest * steps / (steps - 1) / 2**kind.largest_exponent
-    return math.ceil((threshold - 1) * 2**23)
-
-
 @compiled
 def nvfp4_matrix(
     weight: Float[Array, "in out"], largest: Float[Array, ""] | None = None
@@ -252,9 +225,7 @@ def nvfp4_matrix(
     wide = weight.astype(jnp.float32)
     of_blocks = block_max(wide, block_counts(NVFP4_BLOCK, *weight.shape))
     overall = block_max(of_blocks, (1, 1)) if largest is None else largest.reshape(1, 1)
-    top = jnp.full_like(overall, of_scale.largest * kind.largest)
-    outer = divide(top, jnp.maximum(overall, jnp.finfo(jnp.float32).tiny))
-    outer = jnp.where(jnp.isinf(outer), jnp.float32(1), outer)  # for a matrix of zeros, too
+    outer = overall_scale(overall)
     steps = jnp.minimum(divide(of_blocks, kind.largest) * outer, of_scale.largest)
     scale = NarrowFloat.from_values(stored_scale(steps, of_scale.dtype), outer, divides=True)
     table = minifloat_table(kind)

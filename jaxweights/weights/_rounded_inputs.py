@@ -1,4 +1,4 @@
-"""RoundedInputs: a weight whose inputs become 8-bit floats before they are multiplied."""
+"""RoundedInputs: a weight whose inputs become narrow floats before they are multiplied."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts, wide_dtype
+from jaxweights.weights._microscaling import InputForm, ScaleRule, input_block, round_to_blocks
+from jaxweights.weights._minifloat import ELEMENTS, nearest_minifloat
 from jaxweights.weights._weight import Weight, is_weight, materialize, static, weight_dataclass
 
-# Of float8_e4m3fn: mantissa bits, the smallest normal number, what subnormal ones are multiples of.
-LARGEST = 448.0
-_MANTISSA_BITS, _SMALLEST_NORMAL, _SMALLEST = 3, 2.0**-6, 2.0**-9
+LARGEST = ELEMENTS["e4m3"].largest
 
 
 @weight_dataclass
 class RoundedInputs(MatrixWeight):
-    r"""A matrix whose inputs are rounded to 8-bit floats when it is multiplied.
+    r"""A matrix whose inputs are rounded to narrow floats when it is multiplied.
 
     Products with activations scale each token to the range of e4m3 and round it:
 
@@ -33,7 +33,8 @@ class RoundedInputs(MatrixWeight):
     with a sum in float32. With a `group_size`, every so many inputs of a token have an `a` of their
     own. In a convolution the magnitude that sets it is the largest of an example, whose windows
     share their inputs. A base of 8-bit floats makes this the FP8 product of other runtimes; one of
-    four-bit integers their W4A8.
+    four-bit integers their W4A8. With a `form`, blocks of inputs of a token are rounded to a
+    microscaling format instead, whose scales are narrow, too.
 
     The gradient of `x` is that of the product with the base, as if nothing had been rounded; that
     of the base, where it has one, is that of its product with the rounded activations. Other uses
@@ -41,8 +42,11 @@ class RoundedInputs(MatrixWeight):
 
     Args:
       base: The `(*stack, in, out)` matrix: an array, or a represented weight of this shape.
-      input_scale: `(*stack, 1, 1)` float32, the `a` of all tokens; None finds one for each.
+      input_scale: `(*stack, 1, 1)` float32, the `a` of all tokens; None finds one for each. Of the
+        form "nvfp4" it is G, by which the scales of blocks are divided, and has to be given.
       group_size: Inputs of a token that share an `a`, which divide their number; None for all.
+      form: "mxfp4", "mxfp6", "mxfp8" or "nvfp4", whose block divides the inputs; None for `a`s.
+      scale_rule: How the scales of MX formats are found, as in `mx`.
       view: How the matrix relates to the leaf.
 
     Example:
@@ -54,6 +58,8 @@ class RoundedInputs(MatrixWeight):
     base: Any
     input_scale: jax.Array | None = None
     group_size: int | None = static(default=None)
+    form: InputForm | None = static(default=None)
+    scale_rule: ScaleRule = static(default="floor")
     view: View = static(default=None)
 
     @classmethod
@@ -63,6 +69,8 @@ class RoundedInputs(MatrixWeight):
         input_scale: jax.Array | None = None,
         *,
         group_size: int | None = None,
+        form: InputForm | None = None,
+        scale_rule: ScaleRule = "floor",
         view: View | None = None,
     ) -> RoundedInputs:
         """Rounds the inputs of a weight.
@@ -71,6 +79,8 @@ class RoundedInputs(MatrixWeight):
           weight: Dense array, a `Scaled` weight or one that is `Masked`.
           input_scale: As in the class.
           group_size: As in the class.
+          form: As in the class.
+          scale_rule: As in the class.
           view: How the matrix relates to the leaf; None takes the weight's own, of an array that
             of a matrix.
 
@@ -78,13 +88,18 @@ class RoundedInputs(MatrixWeight):
           The weight.
 
         Raises:
-          ValueError: If groups do not divide the inputs, or are asked for beside `input_scale`.
+          ValueError: If groups or blocks do not divide the inputs, groups are asked for beside
+            `input_scale` or `form`, or G is missing or means nothing.
         """
         view = view or _view_of(weight)
-        problem = unfit_groups(group_size, view.in_dim, input_scale is not None)
+        if form is None:
+            problem = unfit_groups(group_size, view.in_dim, input_scale is not None)
+        else:
+            problem = _unfit_form(form, group_size, input_scale) or unfit_form(form, view.in_dim)
         if problem is not None:
             raise ValueError(f"RoundedInputs: {problem}")
-        return cls(_as_matrix(weight, view), input_scale, group_size, view)
+        matrix = _as_matrix(weight, view)
+        return cls(matrix, input_scale, group_size, form, scale_rule, view)
 
     @property
     def dtype(self) -> Any:
@@ -94,6 +109,10 @@ class RoundedInputs(MatrixWeight):
     @property
     def _stack(self) -> tuple[int, ...]:
         return tuple(self.base.shape[:-2])
+
+    @property
+    def _has_blocks(self) -> bool:
+        return self.group_size is not None or self.form is not None
 
     def weight_only(self) -> Any:
         """The same weight, whose inputs are multiplied as they are."""
@@ -118,7 +137,7 @@ class RoundedInputs(MatrixWeight):
         """Rounds `x` of shape `(*stack, tokens, in)`, multiplies, and scales the result."""
         wide = wide_dtype(x.dtype)
         options = {"precision": precision, "preferred_element_type": wide}
-        if self.group_size is not None:  # sums of several scales
+        if self._has_blocks:  # sums of several scales
             y = self._times(self._rounded(x).astype(wide), **options)
         else:
             units, step = round_to_e4m3(x, self.input_scale)
@@ -132,7 +151,7 @@ class RoundedInputs(MatrixWeight):
 
     def conv(self, x: jax.Array, **params: Any) -> jax.Array | None:
         """Rounds the inputs, example by example, and convolves."""
-        if self.group_size is not None or params["batch_group_count"] != 1:
+        if self._has_blocks or params["batch_group_count"] != 1:
             return None
         over = tuple(params["dimension_numbers"].lhs_spec[1:])
         fixed = self.input_scale
@@ -160,7 +179,8 @@ class RoundedInputs(MatrixWeight):
     def partition(self, spec: Any, mesh: Any) -> Any:
         """Split by outputs or by matrices; a token's scale needs all of its inputs."""
         parts = matrix_parts(self.view, self.ndim, spec)
-        if parts is None or (parts[-2] is not None and self.input_scale is None):
+        apart = self._has_blocks or self.input_scale is None
+        if parts is None or (parts[-2] is not None and apart):
             return None
         whole = PartitionSpec(*parts)
         base = self.base.partition(whole, mesh) if is_weight(self.base) else whole
@@ -190,6 +210,9 @@ class RoundedInputs(MatrixWeight):
     def _rounded(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """Rows `(..., tokens, in)` as the base meets them, float32."""
         shape = x.shape
+        if self.form is not None:
+            overall = self.input_scale if scale is None else scale
+            return round_to_blocks(x, self.form, rule=self.scale_rule, overall=overall)
         if self.group_size is not None:
             x = x.reshape(*shape[:-1], shape[-1] // self.group_size, self.group_size)
         units, step = round_to_e4m3(x, scale)
@@ -214,6 +237,27 @@ def unfit_groups(group_size: int | None, in_dim: int, fixed: bool) -> str | None
     )
 
 
+def unfit_form(form: InputForm, in_dim: int) -> str | None:
+    """What is wrong with a microscaling format for so many inputs, if anything."""
+    size = input_block(form)
+    if in_dim % size == 0:
+        return None
+    return (
+        f"blocks of {size} inputs, which {form} has, do not divide the input axis, which has "
+        f"length {in_dim}. Leave this weight out with `partition`, or round its inputs in another "
+        "way."
+    )
+
+
+def _unfit_form(form: InputForm, group_size: int | None, overall: Any) -> str | None:
+    if group_size is not None:
+        return f"group_size={group_size}, but form={form!r} has blocks. Leave one of them out."
+    if (form == "nvfp4") != (overall is not None):
+        needed = "needs G as input_scale" if form == "nvfp4" else "has no input_scale"
+        return f"form={form!r} {needed}. 'nvfp4' alone divides the scales of its blocks by one."
+    return None
+
+
 def round_to_e4m3(
     x: jax.Array, scale: jax.Array | None = None, *, over: tuple[int, ...] = (-1,)
 ) -> tuple[jax.Array, jax.Array]:
@@ -234,24 +278,7 @@ def round_to_e4m3(
         scale = divide(jnp.max(jnp.abs(wide), axis=over, keepdims=True, initial=0.0), LARGEST)
         scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     scale = jax.lax.stop_gradient(scale)
-    return _nearest(divide(wide, scale)).astype(x.dtype), scale
-
-
-@jax.custom_jvp
-def _nearest(units: jax.Array) -> jax.Array:
-    """The nearest e4m3, halves to even; beyond the largest, that one.
-
-    In float32 throughout: a cast there and back may be dropped by the compiler.
-    """
-    clipped = jnp.clip(units, -LARGEST, LARGEST)
-    normal = jax.lax.reduce_precision(clipped, 8, _MANTISSA_BITS)
-    small = jnp.round(clipped / _SMALLEST) * _SMALLEST  # powers of two: exact
-    return jnp.where(jnp.abs(clipped) < _SMALLEST_NORMAL, small, normal)
-
-
-@_nearest.defjvp
-def _nearest_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return _nearest(*primals), tangents[0]
+    return nearest_minifloat(divide(wide, scale), ELEMENTS["e4m3"]).astype(x.dtype), scale
 
 
 def _multiplies(base: Any) -> bool:

@@ -156,6 +156,14 @@ CASES = [
         "quantize.fp8_dynamic tiles", lambda: _Q.fp8_dynamic(group_size=(16, 4), input_group_size=8)
     ),
     Case("quantize.fp8_static", _Q.fp8_static),
+    Case(
+        "quantize.round_inputs nvfp4",
+        lambda: jw.chain(_Q.nvfp4(), _Q.round_inputs(form="nvfp4")),
+    ),
+    Case(
+        "quantize.round_inputs mxfp8",
+        lambda: jw.chain(_Q.mx(element="e2m1"), _Q.round_inputs(form="mxfp8")),
+    ),
     Case("quantize.statsq", lambda: _Q.statsq(bits=2)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),

@@ -8,6 +8,7 @@ from typing import Any
 from jaxweights.checkpoint.exchange._gptq import group_setting
 from jaxweights.checkpoint.exchange._inputs import InputRounding
 from jaxweights.checkpoint.exchange._module import Represented, Weights
+from jaxweights.checkpoint.exchange._narrow_floats import is_nvfp4
 from jaxweights.checkpoint.exchange._writers import Writer, common_group
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
@@ -110,6 +111,8 @@ def _unfit_product(weight: Any, inputs: InputRounding) -> list[str]:
     `_is_static_tensor_w8a8`, `_is_fp8_w8a8`).
     """
     said = inputs.description
+    if said["num_bits"] == 4 and said["type"] == "float":
+        return _unfit_w4a4(weight, said)
     if said["type"] == "float" and isinstance(weight, Quantized):
         return _unfit_w4a8(weight, said)
     if isinstance(weight, Codebook):
@@ -127,6 +130,20 @@ def _unfit_product(weight: Any, inputs: InputRounding) -> list[str]:
     elif weight.scale.shape[-2] > 1:
         faults.append("has scales of groups of inputs, but products take one for each output")
     return faults
+
+
+def _unfit_w4a4(weight: Any, said: Mapping[str, Any]) -> list[str]:
+    """What vLLM's products of four-bit floats refuse.
+
+    Source: vLLM, the same file (`_is_fp4a4_nvfp4`).
+    """
+    nvidia = isinstance(weight, Codebook) and is_nvfp4(weight)
+    if nvidia and said["strategy"] == "tensor_group":
+        return []
+    return [
+        "has inputs of 4-bit floats, but products take NVFP4 on both sides. Use quantize.nvfp4 and "
+        "quantize.round_inputs(form='nvfp4')"
+    ]
 
 
 def _unfit_w4a8(weight: Quantized, said: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxweights.checkpoint._write_safetensors import LazyTensor
 from jaxweights.checkpoint.exchange._module import lazy, without_mask
+from jaxweights.weights._microscaling import InputForm, input_block
 from jaxweights.weights._quantized_product import QuantizedProduct
 from jaxweights.weights._rounded_inputs import RoundedInputs
 
@@ -41,8 +42,28 @@ def _integers(weight: QuantizedProduct) -> tuple[Any, InputRounding]:
 
 
 def _floats(weight: RoundedInputs) -> tuple[Any, InputRounding]:
-    described = _described("float", 8, weight.input_scale, weight.group_size)
-    return without_mask(weight.weight_only()), described
+    plain = without_mask(weight.weight_only())
+    if weight.form is not None:
+        return plain, _blocks(weight.form, weight.input_scale)
+    return plain, _described("float", 8, weight.input_scale, weight.group_size)
+
+
+def _blocks(form: InputForm, overall: Any) -> InputRounding:
+    """Of a microscaling format, whose blocks find their scales as the model runs."""
+    nvidia = form == "nvfp4"
+    description = {
+        "num_bits": int(form[-1]),
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group" if nvidia else "group",
+        "group_size": input_block(form),
+        "dynamic": "local" if nvidia else True,
+        "scale_dtype": "torch.float8_e4m3fn" if nvidia else "torch.uint8",
+    }
+    if not nvidia:
+        return InputRounding(description, {})
+    scale = lazy((1,), np.float32, lambda: np.asarray(overall, np.float32).reshape(1))
+    return InputRounding(description, {"input_global_scale": scale})
 
 
 _PRODUCTS: dict[type, Callable[[Any], tuple[Any, InputRounding]]] = {

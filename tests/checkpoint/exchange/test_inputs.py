@@ -11,7 +11,7 @@ import pytest
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, open_safetensors
 from jaxweights.checkpoint.exchange import LazyWeight, write_quantized
-from jaxweights.quantize import fp8_dynamic, int8_dynamic, round_to_nearest
+from jaxweights.quantize import fp8_dynamic, int8_dynamic, mx, nvfp4, round_to_nearest
 from jaxweights.weights import NarrowFloat, Quantized, QuantizedProduct, RoundedInputs
 
 TOKENWISE = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -206,3 +206,54 @@ def test_other_formats_refuse_floats_as_inputs(tmp_path, float_weights):
     words = "'d.weight' is a RoundedInputs, whose inputs are rounded too, which gptq cannot"
     with pytest.raises(ValueError, match=words):
         write_quantized(tmp_path / "m", float_weights, form="gptq", config={})
+
+
+BLOCKS = {"num_bits": 4, "type": "float", "symmetric": True}
+NVFP4 = BLOCKS | {
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "dynamic": "local",
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+MXFP4 = BLOCKS | {
+    "strategy": "group",
+    "group_size": 32,
+    "dynamic": True,
+    "scale_dtype": "torch.uint8",
+}
+
+
+@pytest.fixture
+def block_weights():
+    params = {name: kernel(i, (32, 64)) for i, name in enumerate(["a.weight", "b.weight"])}
+    four = jw.apply(jw.partition(("a.*", nvfp4()), (".*", mx(element="e2m1"))), params)
+    overall = jnp.full((1, 1), 768.0)
+    return {
+        "a.weight": RoundedInputs.of(four["a.weight"], overall, form="nvfp4"),
+        "b.weight": RoundedInputs.of(four["b.weight"], form="mxfp4"),
+        "c.weight": RoundedInputs.of(four["b.weight"], form="mxfp8"),
+    }
+
+
+def test_inputs_in_microscaling_formats_are_described(tmp_path, block_weights):
+    described = write(tmp_path / "m", block_weights)
+    assert inputs_by_module(described) == {
+        "a": NVFP4,
+        "b": MXFP4,
+        "c": MXFP4 | {"num_bits": 8},
+    }
+    reader = open_safetensors(tmp_path / "m")
+    scales = [name for name in reader if "input" in name]
+    assert scales == ["a.input_global_scale"] and reader.read(scales[0]).tolist() == [768.0]
+    again = open_checkpoint(tmp_path / "m")
+    for name, weight in block_weights.items():
+        np.testing.assert_array_equal(again.represented(name).materialize(), weight.materialize())
+
+
+def test_kernels_of_vllm_multiply_nvfp4(tmp_path, block_weights):
+    write(tmp_path / "m", {"a.weight": block_weights["a.weight"]}, target="vllm")
+    words = "'b.weight' has inputs of 4-bit floats, but products take NVFP4 on both sides"
+    with pytest.raises(ValueError, match=words):
+        write(tmp_path / "n", {"b.weight": block_weights["b.weight"]}, target="vllm")
+    with pytest.raises(ValueError, match=r"'c.weight' has levels of a table"):
+        write(tmp_path / "n", {"c.weight": block_weights["c.weight"]}, target="vllm")
