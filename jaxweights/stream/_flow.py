@@ -147,36 +147,36 @@ class Flow:
 
     def _take(self, piece: Piece, work: Work, sink: Sink) -> None:
         """Takes a piece from reading to writing."""
-        with self._arrays(piece, work) as arrays:
+        survey = piece.job.survey
+        samples = work is look_at and survey is not None and survey.samples
+        with self._arrays(piece, samples=samples) as arrays:
             result = work(piece, arrays)
             with self._turns.turn(("taken", piece.job.name), piece):
                 sink(piece, result)
             self._count(result, arrays)
 
     def make_whole(self, job: Job, pieces: Sequence[Piece], append: Sink) -> None:
-        """Takes a tensor through all its passes."""
+        """Takes a tensor through all its passes; what is surveyed stays at hand till the end."""
         survey = job.survey
-        again = survey is not None
-        if len(pieces) == 1:
-            [piece] = pieces
-            with self._arrays(piece, make_entries) as arrays:
-                while again and survey is not None:
-                    take_in(piece, look_at(piece, arrays))
-                    again = survey.decide()
-                result = make_entries(piece, arrays)
-                append(piece, result)
-                self._count(result, arrays)
-            return
-        while again and survey is not None:
+        if survey is None:
             for piece in pieces:
-                with self._arrays(piece, look_at, stays=True) as arrays:
-                    take_in(piece, look_at(piece, arrays))
-            again = survey.decide()
-        for piece in pieces:
-            with self._arrays(piece, make_entries) as arrays:
-                result = make_entries(piece, arrays)
-                append(piece, result)
-                self._count(result, arrays)
+                with self._arrays(piece) as arrays:
+                    self._make(piece, arrays, append)
+            return
+        with contextlib.ExitStack() as stack:
+            read = functools.cache(lambda i: stack.enter_context(self._arrays(pieces[i])))
+            again = True
+            while again:
+                for i, piece in enumerate(pieces):
+                    take_in(piece, look_at(piece, read(i)))
+                again = survey.decide()
+            for i, piece in enumerate(pieces):
+                self._make(piece, read(i), append)
+
+    def _make(self, piece: Piece, arrays: list[np.ndarray], append: Sink) -> None:
+        result = make_entries(piece, arrays)
+        append(piece, result)
+        self._count(result, arrays)
 
     def _stop(self) -> None:
         self._turns.stop()
@@ -187,27 +187,22 @@ class Flow:
         self._meter.add(written + sum(array.nbytes for array in arrays))
 
     @contextlib.contextmanager
-    def _arrays(
-        self, piece: Piece, work: Work, *, stays: bool = False
-    ) -> Iterator[list[np.ndarray]]:
-        """The operands' arrays of a piece, until the end of the block; `stays` is read again."""
-        survey = piece.job.survey
-        samples = work is look_at and survey is not None and survey.samples
+    def _arrays(self, piece: Piece, *, samples: bool = False) -> Iterator[list[np.ndarray]]:
+        """The operands' arrays of a piece, until the end of the block.
+
+        Args:
+          piece: The piece.
+          samples: Whether few of the entries are looked at; then they are neither summed up nor
+            padded.
+        """
         with contextlib.ExitStack() as stack:
-            read = [
-                self._read(piece, i, stack, samples, stays) for i in range(len(piece.job.operands))
-            ]
+            read = [self._read(piece, i, stack, samples) for i in range(len(piece.job.operands))]
             if not samples:
                 self._digest(piece, [part for _, part in read])
             yield [array for array, _ in read]
 
     def _read(
-        self,
-        piece: Piece,
-        i: int,
-        stack: contextlib.ExitStack,
-        samples: bool,
-        stays: bool,
+        self, piece: Piece, i: int, stack: contextlib.ExitStack, samples: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """The array of operand `i`, and those of its bytes that come from the file.
 
@@ -223,18 +218,18 @@ class Flow:
         if tensor is not None:
             raw = tensor.view(piece.start, count)
             tensor.expect(piece.start + _PIECES_AHEAD * count, count)
-            if not stays:
+            as_it_lies = samples or piece.job.compute is None
+            if as_it_lies or (count == size and raw.ctypes.data % ALIGNMENT == 0):
                 stack.callback(tensor.forget, piece.start, count)
-            if samples or piece.job.compute is None:  # as it lies
-                return raw.view(dtype), raw
-            if count == size and raw.ctypes.data % ALIGNMENT == 0:
-                return raw.view(dtype).reshape(shape), raw
+                array = raw.view(dtype)
+                return (array if as_it_lies else array.reshape(shape)), raw
         array, buffer = self._buffers.take(shape, dtype)
         stack.callback(self._buffers.give, buffer)
         flat = array.reshape(-1)
         part = flat[:count].view(np.uint8)
-        if raw is not None:
+        if tensor is not None and raw is not None:
             np.copyto(part, raw)
+            tensor.forget(piece.start, count)
         elif count:
             # In turn, because a reader may sum up what it reads.
             with self._turns.turn((piece.job.name, i), piece):

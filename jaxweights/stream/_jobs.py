@@ -163,10 +163,15 @@ class Piece:
     def cost(self) -> int:
         """Bytes that are held while it is made."""
         job = self.job
+        entries = job.entries if self.padded is None else self.padded
+        return self.cost_of_operands + entries * (job.dtype.itemsize + job.temporaries)
+
+    @property
+    def cost_of_operands(self) -> int:
+        """Bytes of them that its operands take."""
         if self.padded is None:
-            return job.bytes_read + job.nbytes + job.temporaries * job.entries
-        one = sum(o.dtype.itemsize for o in job.operands) + job.dtype.itemsize + job.temporaries
-        return self.padded * one
+            return self.job.bytes_read
+        return self.padded * sum(operand.dtype.itemsize for operand in self.job.operands)
 
 
 def cut(job: Job, budget: int) -> Iterator[Piece]:

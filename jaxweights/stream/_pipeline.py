@@ -107,8 +107,6 @@ def _too_large(piece: Piece, limit: int, memory: int | None) -> str:
 
 
 def _held(job: Job, pieces: Sequence[Piece]) -> int:
-    """Bytes that are held while one worker makes a tensor, reading its operands more than once."""
-    largest = max(piece.cost for piece in pieces)
-    if len(pieces) == 1:
-        return largest
-    return largest + job.bytes_read + job.kept * job.entries
+    """Bytes that are held while one worker makes a tensor, whose operands it holds meanwhile."""
+    made = max(piece.cost - piece.cost_of_operands for piece in pieces)
+    return made + sum(piece.cost_of_operands for piece in pieces) + job.kept * job.entries
