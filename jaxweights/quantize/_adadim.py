@@ -30,6 +30,7 @@ from jaxweights.quantize._grid import (
     GridKind,
     GroupAxis,
     GroupSize,
+    Pad,
     Search,
     make_grid,
     round_matrix,
@@ -80,6 +81,7 @@ def adadim(
     *,
     bits: int,
     group_size: GroupSize = None,
+    pad: Pad | None = None,
     grid: GridKind = "affine",
     method: Method = "round_to_nearest",
     metric: Metric = output_error,
@@ -101,6 +103,8 @@ def adadim(
       bits: Bits per code, 2 to 8.
       group_size: Rows or columns sharing one scale, a divisor of both axes; None gives one per
         output or one per input.
+      pad: "zero" where the last group of rows may have fewer, so that `group_size` need divide the
+        outputs only; None refuses such a matrix.
       grid: As in `Grid`.
       method: "round_to_nearest", or "gptq", in order of activity, with scales found before any row
         is changed along inputs, and when a row is reached along outputs.
@@ -159,6 +163,7 @@ def adadim(
             grid=grid,
             scale_dtype=scale_dtype,
             search=search,
+            pad=pad if axis == "input" else None,
         )
         for axis in AXES
     )
@@ -192,10 +197,11 @@ def adadim(
     ) -> _Result:
         found = [candidate(i, weight, prepared, mask) for i in range(len(AXES))]
         errors = []
-        for one in found:
+        for one, grid in zip(found, grids, strict=True):
             codes, scale, zero = one.codes
-            rounded = Quantized.from_codes(codes, scale, zero, bits=bits).matrix()
-            errors.append(metric(weight, rounded, gram))
+            full_group = grid.full_group(weight.shape[0])
+            rounded = Quantized.from_codes(codes, scale, zero, bits=bits, full_group=full_group)
+            errors.append(metric(weight, rounded.matrix(), gram))
         packed = tuple(pack(one.codes, g) for one, g in zip(found, grids, strict=True))
         inputs = jnp.asarray(weight.shape[0])
         return _Result(packed, tuple(errors), jnp.asarray(count), found[0].damping, inputs)
@@ -217,7 +223,7 @@ def adadim(
         return replace_leaf(leaf, result.codes[i], view, grids[i])
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
-        problem = next((p for g in grids if (p := unfit_leaf(leaf, view, g, pads=False))), None)
+        problem = next((p for g in grids if (p := unfit_leaf(leaf, view, g))), None)
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:

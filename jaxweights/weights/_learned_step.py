@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxweights.weights._axes import View
-from jaxweights.weights._matrix_weight import MatrixWeight
+from jaxweights.weights._matrix_weight import MatrixWeight, matrix_parts
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._scaled import combine
 from jaxweights.weights._weight import static, weight_dataclass
@@ -37,6 +37,7 @@ class LearnedStep(MatrixWeight):
       latent: `(*stack, in, out)`, floating.
       step: `(*stack, rows, cols)` float32, rows and cols dividing those of `latent`.
       bits: Bits per code, 2 to 8.
+      full_group: Rows of every group but the last, which has fewer; 0 where all have as many.
       dtype: Dtype that it materialises to.
       view: How the matrix relates to the leaf.
 
@@ -55,6 +56,7 @@ class LearnedStep(MatrixWeight):
     bits: int = static(default=8)
     dtype: Any = static(default=np.dtype(np.float32))
     view: View = static(default=None)
+    full_group: int = static(default=0)
 
     @property
     def _stack(self) -> tuple[int, ...]:
@@ -67,14 +69,33 @@ class LearnedStep(MatrixWeight):
 
     def matrix(self) -> jax.Array:
         """The rounded matrix, `(*stack, in, out)`."""
-        shared = math.prod(self.latent.shape[-2:]) // max(math.prod(self.step.shape[-2:]), 1)
+        latent, step = self.latent.astype(jnp.float32), self.step.astype(jnp.float32)
+        if not self.full_group:
+            return self._rounded(latent, step).astype(self.dtype)
+        # The shorter group has fewer weights to a step, by which its gradient is scaled.
+        full = self.latent.shape[-2] // self.full_group * self.full_group
+        parts = [
+            self._rounded(latent[..., :full, :], step[..., :-1, :]),
+            self._rounded(latent[..., full:, :], step[..., -1:, :]),
+        ]
+        return jnp.concatenate(parts, axis=-2).astype(self.dtype)
+
+    def _rounded(self, latent: jax.Array, step: jax.Array) -> jax.Array:
+        """Rows whose groups have one size, rounded."""
+        shared = math.prod(latent.shape[-2:]) // max(math.prod(step.shape[-2:]), 1)
         gradient_scale = 1 / math.sqrt(max(shared, 1) * self.code_range[1])
 
         def round_to_step(latent: jax.Array, step: jax.Array) -> jax.Array:
             return learned_round(latent, step, *self.code_range, gradient_scale)
 
-        latent, step = self.latent.astype(jnp.float32), self.step.astype(jnp.float32)
-        return combine(latent, step, round_to_step).astype(self.dtype)
+        return combine(latent, step, round_to_step)
+
+    def partition(self, spec: Any, mesh: Any) -> Any:
+        """Splits groups with the inputs, where all of them have one size."""
+        parts = matrix_parts(self.view, self.ndim, spec) if self.full_group else None
+        if self.full_group and (parts is None or parts[-2] is not None):
+            return None
+        return super().partition(spec, mesh)
 
     def astype(self, dtype: DTypeLike) -> LearnedStep | None:
         """The same latent weights and steps, materialising to another dtype."""
@@ -89,11 +110,16 @@ class LearnedStep(MatrixWeight):
         def code(latent: jax.Array, step: jax.Array) -> jax.Array:
             return _codes(latent, step, *self.code_range)
 
-        codes = combine(self.latent.astype(jnp.float32), step, code)
+        of_row = step
+        if self.full_group:
+            rows = self.latent.shape[-2]
+            of_row = jnp.repeat(step, self.full_group, axis=-2)[..., :rows, :]
+        codes = combine(self.latent.astype(jnp.float32), of_row, code)
         return Quantized.from_codes(
             codes.astype(jnp.int32),
             step,
             bits=self.bits,
+            full_group=self.full_group,
             dtype=self.dtype,
             view=self.view,
         )

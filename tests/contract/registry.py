@@ -167,6 +167,7 @@ CASES = [
     Case("quantize.statsq", lambda: _Q.statsq(bits=2)),
     Case("quantize.lsq", lambda: _Q.lsq(bits=3)),
     Case("quantize.lsq groups", lambda: _Q.lsq(bits=2, group_size=8)),
+    Case("quantize.lsq short", lambda: _Q.lsq(bits=2, group_size=12, pad="zero")),
     Case("quantize.smooth", _Q.smooth),
     Case("quantize.refine", lambda: _Q.refine(_Q.gptq(bits=3, group_size=8), sweeps=2), noise=5),
     Case("quantize.rotate", _rotate, keyed=True, noise=5),

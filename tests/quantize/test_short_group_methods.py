@@ -143,6 +143,50 @@ def test_products_of_integers_are_made_at_once_or_of_what_is_rounded():
     np.testing.assert_array_equal(again.codes, product.codes)
 
 
+@pytest.mark.parametrize("method", ["round_to_nearest", "gptq"])
+def test_adadim_compares_a_shorter_group_of_rows_with_groups_of_columns(method):
+    chosen = {}
+    settings = {"bits": 3, "group_size": 5, "pad": "zero"}  # of 32 inputs, and 10 outputs
+    weight = jnp.concatenate([WEIGHT, WEIGHT[:, :4] * 1.5], axis=1)
+    alike = weight[:1] + 0.01 * weight  # rows are alike, so groups of them are easy to round
+    tx = quantize.adadim(method=method, report=chosen.__setitem__, **settings)
+    ours = {}
+    for name, leaf in (("input", alike), ("output", jnp.tile(alike[:10].T, (4, 1))[:32])):
+        ours[name] = one(tx, leaf, stats=stats_of(GRAM))
+        assert chosen["kernel"].axis == name
+        changed = quantize.output_error(leaf, ours[name].materialize(), GRAM)
+        np.testing.assert_allclose(chosen["kernel"].errors[name], changed, rtol=1e-4)
+    assert (ours["input"].full_group, ours["input"].scale.shape) == (5, (7, 10))
+    assert (ours["output"].full_group, ours["output"].scale.shape) == (0, (32, 2))
+    if method == "round_to_nearest":
+        plain = one(quantize.round_to_nearest(grid="affine", **settings), alike)
+        np.testing.assert_array_equal(ours["input"].codes, plain.codes)
+
+
+def test_lsq_learns_a_step_for_the_shorter_group():
+    tx = quantize.lsq(bits=3, **SHORT)
+    weight = one(tx, WEIGHT)
+    full = one(quantize.lsq(bits=3, group_size=GROUP), WEIGHT[:24])
+    last = one(quantize.lsq(bits=3, group_size=None), WEIGHT[24:])
+    np.testing.assert_array_equal(weight.step, jnp.concatenate([full.step, last.step]))
+    dense = lambda *leaves: jnp.concatenate([x.materialize() for x in leaves])  # noqa: E731
+    np.testing.assert_array_equal(weight.materialize(), dense(full, last))
+    probe = jax.random.normal(jax.random.key(3), WEIGHT.shape)
+    ours = jax.jit(jax.grad(lambda w: jnp.sum(w.materialize() * probe)))(weight)
+    theirs = jax.grad(lambda a, b: jnp.sum(dense(a, b) * probe), argnums=(0, 1))(full, last)
+    for name in ("latent", "step"):
+        parts = [getattr(part, name) for part in theirs]
+        np.testing.assert_allclose(getattr(ours, name), jnp.concatenate(parts), rtol=1e-5)
+    stored = quantize.settle({"kernel": weight})["kernel"]
+    assert (stored.full_group, stored.scale.shape) == (GROUP, (3, OUTPUTS))
+    np.testing.assert_array_equal(stored.materialize(), weight.materialize())
+    whole = one(quantize.lsq(bits=3, group_size=64, pad="zero"), WEIGHT)
+    assert (whole.full_group, whole.step.shape) == (0, (1, OUTPUTS))
+    stack = jnp.stack([WEIGHT, 2 * WEIGHT])
+    both = jw.apply(tx, {"kernel": stack}, layout=Layout.of({"kernel": Axes()}))["kernel"]
+    np.testing.assert_array_equal(both.materialize()[0], weight.materialize())
+
+
 @pytest.mark.parametrize(
     "around",
     [
@@ -162,6 +206,7 @@ def test_what_goes_around_a_quantizer_takes_a_shorter_group(around):
 @pytest.mark.parametrize(
     "make",
     [
+        quantize.adadim,
         quantize.adaround,
         quantize.auto_round,
         quantize.awq,
@@ -170,6 +215,7 @@ def test_what_goes_around_a_quantizer_takes_a_shorter_group(around):
         quantize.int8_dynamic,
         quantize.int8_static,
         quantize.learned_clip,
+        quantize.lsq,
         quantize.round_to_nearest,
         quantize.stochastic_rounding,
     ],
@@ -188,6 +234,9 @@ def test_errors_name_padding_only_where_there_is_the_setting():
     with pytest.raises(ValueError, match="group_size=12 does not divide") as caught:
         one(quantize.nf4(group_size=GROUP), WEIGHT)
     assert "pad" not in str(caught.value)
-    with pytest.raises(ValueError, match="group_size=12 does not divide") as caught:
+    with pytest.raises(ValueError, match=words):
         one(quantize.lsq(bits=4, group_size=GROUP), WEIGHT)
+    # Of groups of columns, none may be shorter.
+    with pytest.raises(ValueError, match="group_size=12 does not divide the output") as caught:
+        one(quantize.adadim(bits=4, **SHORT), WEIGHT, stats=stats_of(GRAM))
     assert "pad" not in str(caught.value)

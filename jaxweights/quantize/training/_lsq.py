@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Params, Path, flatten, unflatten
 from jaxweights.core._transform import Transform
-from jaxweights.quantize._grid import GroupSize, make_grid, unfit_group
+from jaxweights.quantize._grid import GroupSize, Pad, make_grid, unfit_group
 from jaxweights.quantize._leaves import REFUSAL
 from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_between, check_flags
@@ -24,7 +24,7 @@ from jaxweights.weights._learned_step import LearnedStep, learned_round
 _NAME = "quantize.lsq"
 
 
-def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
+def lsq(*, bits: int, group_size: GroupSize = "tensor", pad: Pad | None = None) -> Transform:
     r"""Makes weights trainable on an integer grid, together with the grid's steps.
 
     Every matrix becomes a `LearnedStep`, which holds the weights and the steps that they are
@@ -36,6 +36,8 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
       bits: Bits per code, 2 to 8.
       group_size: Input rows sharing one step; None gives one per output channel, "tensor" one per
         matrix, as published.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        refuses such a matrix.
 
     Returns:
       A transform from dense matrices to `LearnedStep` ones, of the same shape and dtype.
@@ -43,8 +45,8 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
     Raises:
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, if the group size does not
-        divide an input axis, a leaf is already represented, or one holds values that are not
-        finite.
+        divide an input axis and `pad` is None, a leaf is already represented, or one holds values
+        that are not finite.
 
     Example:
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
@@ -62,19 +64,28 @@ def lsq(*, bits: int, group_size: GroupSize = "tensor") -> Transform:
       (3) Steps have no absolute floor; one that an optimizer moved to 0 or below stands for the
       smallest positive number.
     """
-    settings = make_grid(_NAME, bits=bits, group_size=group_size, grid="full")
+    settings = make_grid(_NAME, bits=bits, group_size=group_size, grid="full", pad=pad)
 
     def start(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         magnitude = jnp.abs(weight.astype(jnp.float32))
-        return weight, _first_step(magnitude, settings.group_size, 2 ** (settings.bits - 1) - 1)
+        largest, size = 2 ** (settings.bits - 1) - 1, settings.full_group(weight.shape[0])
+        if not size:
+            return weight, _first_step(magnitude, settings.group_size, largest)
+        full = weight.shape[0] // size * size
+        parts = (
+            _first_step(magnitude[:full], size, largest),
+            _first_step(magnitude[full:], None, largest),
+        )
+        return weight, jnp.concatenate(parts)
 
     def wrap(leaf: Any, parts: tuple[jax.Array, jax.Array], view: View) -> LearnedStep:
         latent, step = parts
-        return LearnedStep(latent, step, settings.bits, np.dtype(leaf.dtype), view)
+        full_group = settings.full_group(view.in_dim)
+        return LearnedStep(latent, step, settings.bits, np.dtype(leaf.dtype), view, full_group)
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
         del leaf
-        problem = unfit_group(settings, view.in_dim, view.out_dim, pads=False)
+        problem = unfit_group(settings, view.in_dim, view.out_dim)
         return problem and f"{path!r}: {problem}"
 
     return leafwise(start, name=_NAME, wrap=wrap, refusal=REFUSAL, check=check)
@@ -86,8 +97,8 @@ def _first_step(magnitude: jax.Array, group_size: GroupSize, largest: int) -> ja
         size, rows, cols = magnitude.size, 1, 1
         groups = magnitude.reshape(size, 1)
     else:
-        size = in_dim if group_size is None else group_size
-        rows, cols = 1 if group_size is None else in_dim // size, out_dim
+        size = in_dim if group_size is None else min(group_size, in_dim)
+        rows, cols = 1 if group_size is None else in_dim // max(size, 1), out_dim
         # A group's rows first, so that one sum over the first axis serves all groups.
         groups = magnitude.reshape(rows, size, cols).swapaxes(0, 1).reshape(size, rows * cols)
     total = ordered_sum(groups).reshape(rows, cols)
