@@ -114,11 +114,13 @@ def atomic(
     overwrite: bool,
     needs_bytes: int = 0,
     resume: bool | None = None,
+    flushes: bool = True,
 ) -> Iterator[Path]:
     """`atomic_directory` or `atomic_file` whose errors start with the caller's name.
 
     With `resume`, the hidden sibling outlives an interrupted run, and two runs for one destination
     refuse each other: True yields what an earlier run left, if anything, and False an empty one.
+    Without `flushes`, the body sends to the disk what it writes.
     """
     target = Path(os.path.realpath(destination))
     made_parents = _make_parents(target.parent)
@@ -140,7 +142,8 @@ def atomic(
         keep = False
         try:
             yield partial
-            flush(partial)
+            if flushes:
+                flush(partial)
             _put_in_place(function, partial, target, overwrite=overwrite)
         except BaseException as error:
             keep = lasting is not None and isinstance(error, KeyboardInterrupt)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxweights.checkpoint._atomic import atomic
 from jaxweights.checkpoint._check_destination import check_destination, refuse_unrelated
-from jaxweights.checkpoint._disk import flush
+from jaxweights.checkpoint._disk import flush, fsync
 from jaxweights.checkpoint._write_safetensors import copy_files
 
 JOURNAL = "journal.jsonl"
@@ -261,6 +261,7 @@ def open_destination(
         overwrite=overwrite,
         needs_bytes=files.nbytes,
         resume=resume,
+        flushes=False,
     ) as folder:
         done = _read_journal(function, destination, folder, identity) if resume else {}
         # What an earlier run wrote behind its last tensor is written again.
@@ -275,10 +276,10 @@ def open_destination(
             target.close()
         files.finish(folder, target.checksums)
         copy_files(function, folder, companions(target))
-        flush(
-            folder
-        )  # long for a big model, and a run that is killed meanwhile can be gone on with
+        # Long for a big model, and a run that is killed meanwhile can be gone on with.
+        flush(folder)
         (folder / JOURNAL).unlink()
+        fsync(folder)
 
 
 def _read_journal(

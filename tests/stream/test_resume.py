@@ -119,6 +119,21 @@ def test_what_was_written_behind_the_last_tensor_is_written_again(tmp_path, monk
     assert made.keys() == whole.keys()
 
 
+def test_all_is_on_the_disk_as_it_is_before_it_has_its_name(tmp_path, monkeypatch):
+    sent, fsync = {}, os.fsync
+
+    def recorded(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        sent[status.st_ino] = (status.st_mtime_ns, (tmp_path / "out").exists())
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    run(tmp_path / "out", files={"config.json": "{}"})
+    made = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert {"config.json", "model.safetensors.index.json"} < {path.name for path in made}
+    assert all(sent[p.stat().st_ino] == (p.stat().st_mtime_ns, False) for p in made)
+
+
 def test_a_torn_line_of_the_journal_takes_no_other_along(tmp_path, monkeypatch):
     _end(_killed(tmp_path / "out", 5))
     [partial] = tmp_path.iterdir()
