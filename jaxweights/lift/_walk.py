@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxweights.lift import _compat
 from jaxweights.weights._weight import Weight
@@ -165,8 +164,3 @@ def unstack(value: Any) -> Any:
 def stackable(value: Any) -> bool:
     """Whether slicing every field along axis 0 slices the value."""
     return not isinstance(value, Named) or len(value.weight.stack_shape) > 0
-
-
-def zeros_like_abstract(tree: Any) -> Any:
-    """Zeros of the shapes in a tree."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)

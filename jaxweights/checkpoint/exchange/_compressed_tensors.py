@@ -65,7 +65,7 @@ def unpack_pack_quantized(parts: Parts, *, bits: int, symmetric: bool) -> Quanti
     else:
         packed = parts["weight_zero_point"].read()
         zero = unpack_words(packed, bits=bits, count=out_dim, axis=0).T
-    index, full_group = _read_index(parts, in_dim, groups)
+    index, full_group = read_groups(_written_index(parts), in_dim, groups, name="weight_g_idx")
     scale = parts["weight_scale"].read().reshape(scale_shape).T
     return host_weight(
         codes,
@@ -119,22 +119,11 @@ def _scale_shape(parts: Parts, out_dim: int) -> tuple[int, int]:
     return out_dim, part.shape[1]
 
 
-def _read_index(parts: Parts, in_dim: int, groups: int) -> tuple[np.ndarray | None, int]:
-    index = None
-    if "weight_g_idx" in parts:
-        index = parts["weight_g_idx"].read().astype(np.int32)
-        if np.all(index == -1):  # not filled in
-            index = None
-        elif index.min() < 0 or index.max() >= groups:
-            raise ValueError(
-                f"'weight_g_idx' holds {index.min()} to {index.max()}, but there are {groups} "
-                "groups. The file is damaged"
-            )
-    if index is not None:
-        return read_groups(index, groups)
-    if in_dim % groups:
-        raise ValueError(f"{in_dim} inputs are no {groups} equal groups")
-    return None, 0
+def _written_index(parts: Parts) -> np.ndarray | None:
+    if "weight_g_idx" not in parts:
+        return None
+    index = parts["weight_g_idx"].read()
+    return None if np.all(index == -1) else index  # not filled in
 
 
 def pack_pack_quantized(weight: Quantized) -> dict[str, LazyTensor]:

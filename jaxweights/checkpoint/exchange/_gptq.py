@@ -63,7 +63,8 @@ def unpack_gptq(parts: Parts, *, bits: int, version: int = 1, symmetric: bool = 
     zero = unpack_words(parts["qzeros"].read(), bits=bits, count=out_dim, axis=1)
     if version == 1:
         zero = (zero + np.uint8(1)) & np.uint8(2**bits - 1)
-    index, full_group = _read_index(parts, in_dim, groups)
+    index = parts["g_idx"].read() if "g_idx" in parts else None
+    index, full_group = read_groups(index, in_dim, groups, name="g_idx")
     scale = parts["scales"].read()
     middle = 2 ** (bits - 1)
     if symmetric and np.all(zero == middle):
@@ -77,21 +78,6 @@ def unpack_gptq(parts: Parts, *, bits: int, version: int = 1, symmetric: bool = 
         group_index=index,
         full_group=full_group,
     )
-
-
-def _read_index(parts: Parts, in_dim: int, groups: int) -> tuple[np.ndarray | None, int]:
-    if "g_idx" in parts:
-        index = parts["g_idx"].read().astype(np.int32)
-        if index.min() < 0 or index.max() >= groups:
-            raise ValueError(
-                f"'g_idx' holds {index.min()} to {index.max()}, but there are {groups} groups. "
-                "The file is damaged"
-            )
-    elif in_dim % groups:
-        raise ValueError(f"{in_dim} inputs are no {groups} equal groups, and there is no 'g_idx'")
-    else:
-        return None, 0
-    return read_groups(index, groups)
 
 
 def pack_gptq(weight: Quantized, *, version: int = 1) -> dict[str, LazyTensor]:

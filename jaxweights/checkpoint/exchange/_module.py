@@ -162,17 +162,35 @@ def unpacked_codes(weight: Any) -> np.ndarray:
     return (codes ^ np.uint8(sign)).view(np.int8) - np.int8(sign)
 
 
-def read_groups(group_index: np.ndarray, rows: int) -> tuple[np.ndarray | None, int]:
+def read_groups(
+    index: np.ndarray | None, in_dim: int, rows: int, *, name: str
+) -> tuple[np.ndarray | None, int]:
     """What `Quantized` needs of a file's index: the index, or None where groups are consecutive.
 
     Args:
-      group_index: Row of the scales of every input, int32.
+      index: Row of the scales of every input, integers; None where the file has none.
+      in_dim: Inputs.
       rows: Rows of the scales.
+      name: What the file calls the index.
 
     Returns:
-      The index or None, and `full_group` as in `Quantized`.
+      The index as int32, or None; and `full_group` as in `Quantized`.
+
+    Raises:
+      ValueError: If it points beyond the scales, or is needed and not there.
     """
-    in_dim = len(group_index)
+    if index is None:
+        if in_dim % rows:
+            raise ValueError(
+                f"{in_dim} inputs are no {rows} equal groups, and no {name!r} is there"
+            )
+        return None, 0
+    group_index = index.astype(np.int32, copy=False)
+    if group_index.min() < 0 or group_index.max() >= rows:
+        raise ValueError(
+            f"{name!r} holds {group_index.min()} to {group_index.max()}, but there are {rows} "
+            "groups. The file is damaged"
+        )
     counts = np.bincount(group_index, minlength=rows)
     full = int(counts[0])
     shorter = 0 < counts[-1] < full and bool(np.all(counts[:-1] == full))

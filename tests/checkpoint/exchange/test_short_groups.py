@@ -126,9 +126,10 @@ def test_what_formats_cannot_say_is_refused(tmp_path):
 def test_a_file_with_groups_of_other_lengths_keeps_its_index():
     from jaxweights.checkpoint.exchange._module import read_groups
 
+    read = lambda index: read_groups(index, 12, 3, name="g_idx")  # noqa: E731
     index = np.repeat(np.arange(3, dtype=np.int32), [5, 4, 3])
-    assert read_groups(index, 3) == (index, 0)
-    assert read_groups(np.repeat(np.arange(3, dtype=np.int32), [5, 5, 2]), 3) == (None, 5)
-    assert read_groups(np.repeat(np.arange(3, dtype=np.int32), 4), 3) == (None, 0)
-    assert read_groups(index[::-1] * 0, 3)[1] == 0  # empty groups
+    assert read(index) == (index, 0)
+    assert read(np.repeat(np.arange(3, dtype=np.int32), [5, 5, 2])) == (None, 5)
+    assert read(np.repeat(np.arange(3, dtype=np.int32), 4)) == (None, 0)
+    assert read(index[::-1] * 0)[1] == 0  # empty groups
     assert Quantized.from_codes(jnp.zeros((12, 1)), jnp.ones((3, 1)), None, index, bits=4)
