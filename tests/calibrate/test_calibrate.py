@@ -9,72 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import jaxweights as jw
 from jaxweights.calibrate import STATISTICS, calibrate, pipeline
 from jaxweights.checkpoint import load_tree, save_tree
 from jaxweights.weights import Axes
+from tests.calibrate._calibrate import (
+    ALL,
+    assert_statistics,
+    batches_of,
+    needs_of,
+    oracle,
+    stacked,
+)
 from tests.calibrate._models import MODELS, draw
-
-ALL = frozenset({"sum", "abs_sum", "gram", "second_moment", "min", "max"})
-
-
-def numpy_statistics(rows):
-    rows = np.asarray(rows, np.float64)
-    width = rows.shape[-1]
-    return {
-        "count": np.asarray(len(rows)),
-        "sum": rows.sum(0),
-        "abs_sum": np.abs(rows).sum(0),
-        "second_moment": (rows**2).sum(0),
-        "gram": rows.T @ rows,
-        "min": rows.min(0, initial=np.inf) if len(rows) else np.full(width, np.inf),
-        "max": rows.max(0, initial=-np.inf) if len(rows) else np.full(width, -np.inf),
-    }
-
-
-def stacked(parts):
-    """Statistics of every matrix of a (nested) stack."""
-    if isinstance(parts, np.ndarray) and parts.ndim == 2:
-        return numpy_statistics(parts)
-    inner = [stacked(part) for part in parts]
-    return {name: np.stack([one[name] for one in inner]) for name in inner[0]}
-
-
-def joined(batches_of_rows):
-    """Rows of several batches, matrix by matrix."""
-    first = batches_of_rows[0]
-    if isinstance(first, np.ndarray) and first.ndim == 2:
-        return np.concatenate(batches_of_rows)
-    return [joined(list(parts)) for parts in zip(*batches_of_rows, strict=True)]
-
-
-def oracle(model, batches):
-    found = [model.rows(model.params, batch) for batch in batches]
-    return {path: stacked(joined([rows[path] for rows in found])) for path in found[0]}
-
-
-def assert_statistics(stats, expected, tolerance=1e-5):
-    """Float32 sums of some ten products of order one, of which few roundings remain."""
-    for path, one in expected.items():
-        for name, value in one.items():
-            actual = stats.get(path, name)
-            assert actual is not None, (path, name)
-            assert actual.shape == value.shape, (path, name)
-            np.testing.assert_allclose(
-                actual, value, rtol=tolerance, atol=tolerance, err_msg=f"{path} {name}"
-            )
-
-
-def batches_of(model, count=2, seed=0):
-    rng = np.random.default_rng(seed)
-    return [model.batch(rng) for _ in range(count)]
-
-
-def needs_of(model, names=ALL):
-    return dict.fromkeys(model.params, names)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -253,13 +201,6 @@ def test_returning_a_weight_loses_nothing():
     assert_statistics(stats, {"w": stacked(x)})
 
 
-def test_an_inner_jit_with_shardings_is_looked_into(mesh):
-    inner = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(mesh, P("data")))
-    x = draw(1, 8, 4)
-    stats = calibrate(lambda p, x: inner(x, p["w"]), {"w": draw(0, 4, 2)}, [x], needs={"w": ALL})
-    assert_statistics(stats, {"w": stacked(x)})
-
-
 # --- gradients ----------------------------------------------------------------------------------
 
 
@@ -297,81 +238,6 @@ def test_gradients_are_never_shared_although_inputs_are():
     assert not np.allclose(stats.get("a", "grad_sq"), stats.get("b", "grad_sq"), rtol=0.1)
 
 
-# --- padding ------------------------------------------------------------------------------------
-
-MASK = np.array([[True, True, False], [True, False, False]])
-
-
-def masked_run(fn, params, batch, mask, names=ALL):
-    needs = dict.fromkeys(params, names)
-    return calibrate(fn, params, [batch], needs=needs, mask=lambda batch: mask)
-
-
-@pytest.mark.parametrize("flattened", [False, True])
-def test_padding_is_left_out_of_every_statistic(flattened):
-    params = {"w": draw(0, 4, 5), "v": draw(1, 5, 2)}
-
-    def fn(p, x):
-        x = x.reshape(-1, 4) if flattened else x
-        return jnp.tanh(x @ p["w"]) @ p["v"]
-
-    x = draw(2, 2, 3, 4)
-    stats = masked_run(fn, params, x, MASK)
-    kept = x[MASK]
-    expected = {"w": stacked(kept), "v": stacked(np.tanh(kept @ params["w"]))}
-    assert_statistics(stats, expected)
-    assert int(stats.get("w", "count")) == 3
-
-
-def test_padding_of_one_example_leaves_its_pooled_row_out():
-    params = {"w": draw(0, 4, 5)}
-    mask = np.array([[True, False, False], [False, False, False]])
-    x = draw(2, 2, 3, 4)
-    stats = masked_run(lambda p, x: jnp.mean(x, axis=1) @ p["w"], params, x, mask)
-    assert_statistics(stats, {"w": stacked(x.mean(1)[:1])})
-
-
-def test_padding_under_scan_and_heads():
-    model = MODELS["attention"]
-    x = draw(2, 2, 3, 4)
-    stats = masked_run(model.fn, model.params, x, MASK)
-    rows = {path: r[MASK.reshape(-1)] for path, r in model.rows(model.params, x).items()}
-    assert_statistics(stats, {path: stacked(r) for path, r in rows.items()})
-
-
-def test_an_image_mask_of_examples_leaves_out_their_windows():
-    model = MODELS["conv"]
-    x = draw(2, 2, 6, 5, 2)
-    stats = masked_run(model.fn, model.params, x, np.array([True, False]))
-    assert_statistics(stats, {p: stacked(r) for p, r in model.rows(model.params, x[:1]).items()})
-
-
-@pytest.mark.parametrize("axes", ["time first", "another length"])
-def test_a_mask_that_does_not_fit_is_refused(axes):
-    def fn(p, x):
-        x = jnp.swapaxes(x, 0, 1) if axes == "time first" else x[:, :2]
-        return x @ p["w"]
-
-    shape = r"\(3, 2\)" if axes == "time first" else r"\(2, 2\)"
-    words = rf"calibrate: 'w': its activations have free axes {shape}, so the mask \(2, 3\)"
-    with pytest.raises(ValueError, match=words):
-        masked_run(fn, {"w": draw(0, 4, 5)}, draw(2, 2, 3, 4), MASK)
-
-
-def test_a_mask_with_tokens_sorted_by_expert_is_refused():
-    model = MODELS["experts by ragged_dot"]
-    batch = batches_of(model, count=1)[0]
-    with pytest.raises(ValueError, match=r"calibrate: 'w': its tokens are sorted by expert"):
-        masked_run(model.fn, model.params, batch, np.ones(6, bool))
-
-
-def test_nan_in_padding_does_not_reach_the_statistics():
-    x = draw(2, 2, 3, 4)
-    x[~MASK] = np.nan
-    stats = masked_run(lambda p, x: x @ p["w"], {"w": draw(0, 4, 5)}, x, MASK)
-    assert_statistics(stats, {"w": stacked(x[MASK])})
-
-
 def test_grouped_convolutions_are_refused_by_name():
     def fn(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -387,7 +253,7 @@ def test_grouped_convolutions_are_refused_by_name():
         )
 
 
-# --- saving, sharding, cost ---------------------------------------------------------------------
+# --- saving, cost -------------------------------------------------------------------------------
 
 
 def test_statistics_survive_saving_bit_for_bit(tmp_path):
@@ -398,64 +264,6 @@ def test_statistics_survive_saving_bit_for_bit(tmp_path):
     assert isinstance(loaded, jw.Stats)
     assert loaded.owners == stats.owners and loaded.layout == stats.layout
     jax.tree.map(np.testing.assert_array_equal, loaded, stats)
-
-
-@pytest.mark.parametrize("name", ["scan", "attention"])
-def test_a_batch_split_over_devices_gives_the_statistics_of_one(mesh, name):
-    model = MODELS[name]
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((8, 4) if name == "scan" else (8, 3, 4)).astype(np.float32)
-    spread = jax.device_put(x, NamedSharding(mesh, P(("data", "model"))))
-    stats = calibrate(model.fn, model.params, [spread], needs=needs_of(model))
-    assert_statistics(stats, oracle(model, [x]))
-
-
-SHARD_MAP_SPECS = {
-    "outputs split": (P(None, "model"), P("data"), P("data", "model")),
-    "replicated": (P(), P(("data", "model")), P(("data", "model"))),
-}
-
-
-@pytest.mark.parametrize("case", SHARD_MAP_SPECS)
-def test_inside_shard_map_every_token_counts_once(mesh, case):
-    w_spec, x_spec, y_spec = SHARD_MAP_SPECS[case]
-    inner = lambda w, x: jnp.tanh(x @ w)  # noqa: E731
-    split = jax.shard_map(inner, mesh=mesh, in_specs=(w_spec, x_spec), out_specs=y_spec)
-    x = draw(1, 8, 4)
-    stats = calibrate(lambda p, x: split(p["w"], x), {"w": draw(0, 4, 8)}, [x], needs={"w": ALL})
-    assert_statistics(stats, {"w": stacked(x)})
-
-
-def test_loops_inside_shard_map_sum_up_what_differs_between_devices(mesh):
-    specs = {"in_specs": (P(), P("data")), "out_specs": P("data")}
-    for name in ("scan", "shared by fori_loop", "fori over a stack", "cond"):
-        model = MODELS[name]
-        split = jax.shard_map(model.fn, mesh=mesh, **specs)
-        x = np.random.default_rng(3).standard_normal((8, 4)).astype(np.float32)
-        x[:, 0] = 1  # every device takes the same branch
-        stats = calibrate(split, model.params, [x], needs=needs_of(model))
-        assert_statistics(stats, oracle(model, [x]))
-
-
-def test_inside_shard_map_split_inputs_are_refused_and_split_experts_stay_apart(mesh):
-    fn = lambda w, x: jax.lax.psum(x @ w, "model")  # noqa: E731
-    specs = {"in_specs": (P("model"), P("data", "model")), "out_specs": P("data")}
-    split = jax.shard_map(fn, mesh=mesh, **specs)
-    with pytest.raises(ValueError, match=r"has its input axis split by shard_map"):
-        calibrate(
-            lambda p, x: split(p["w"], x), {"w": draw(0, 8, 4)}, [draw(1, 4, 8)], needs={"w": ALL}
-        )
-    experts = jax.shard_map(
-        lambda w, x: jnp.einsum("etd,edf->etf", x, w),
-        mesh=mesh,
-        in_specs=(P("model"), P("model", "data")),
-        out_specs=P("model", "data"),
-    )
-    x = draw(1, 4, 6, 5)
-    stats = calibrate(
-        lambda p, x: experts(p["w"], x), {"w": draw(0, 4, 5, 2)}, [x], needs={"w": ALL}
-    )
-    assert_statistics(stats, {"w": stacked(list(x))})
 
 
 def compiled_step(fn, params, batch, names):

@@ -103,7 +103,10 @@ BAD = {
     "outputs": (lambda t: t.update(weight_shape=np.array([31, 64])), "'weight_shape' is"),
     "bits": (lambda t: t.update(weight_shape=np.array([32, 100])), r"expected int32 \(32, 13\)"),
     "scale": (lambda t: t.update(weight_scale=t["weight_scale"][:5]), "'weight_scale' is"),
-    "groups": (lambda t: t.update(weight_scale=np.ones((32, 3), np.float16)), "no 3 equal groups, and no .weight_g_idx"),
+    "groups": (
+        lambda t: t.update(weight_scale=np.ones((32, 3), np.float16)),
+        "no 3 equal groups, and no .weight_g_idx",
+    ),
     "empty": (lambda t: t.update(weight_scale=np.ones((32, 0), np.float16)), "is empty"),
     "missing": (lambda t: t.pop("weight_packed"), "'weight_packed' is missing"),
 }
