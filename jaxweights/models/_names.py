@@ -65,7 +65,7 @@ class TensorRule:
             base = self.to_checkpoint(leaf.weight_only())
             if not is_weight(base):
                 return leaf
-            return RoundedInputs.of(base, leaf.input_scale, group_size=leaf.group_size)
+            return leaf.around(base)
         if is_weight(leaf):  # whoever writes it says what it cannot hold
             return leaf
         tensor = leaf.T if self.transpose else leaf

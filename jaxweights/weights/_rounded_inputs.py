@@ -114,6 +114,16 @@ class RoundedInputs(MatrixWeight):
     def _has_blocks(self) -> bool:
         return self.group_size is not None or self.form is not None
 
+    def around(self, weight: Any) -> RoundedInputs:
+        """Another weight, whose inputs are rounded as those of this one."""
+        return RoundedInputs.of(
+            weight,
+            self.input_scale,
+            group_size=self.group_size,
+            form=self.form,
+            scale_rule=self.scale_rule,
+        )
+
     def weight_only(self) -> Any:
         """The same weight, whose inputs are multiplied as they are."""
         return _as_leaf(self.base, self.view)

@@ -11,7 +11,15 @@ import pytest
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, open_safetensors, write_safetensors
 from jaxweights.models import export_checkpoint, load_pretrained
-from jaxweights.weights import LowRank, Masked, NarrowFloat, Quantized, is_weight, materialize
+from jaxweights.weights import (
+    Codebook,
+    LowRank,
+    Masked,
+    NarrowFloat,
+    Quantized,
+    is_weight,
+    materialize,
+)
 from tests.checkpoint.exchange._oracles import awq_words, stream_along, stream_down
 
 HIDDEN, INNER, VOCAB, GROUP, LAYERS = 128, 256, 96, 128, 2
@@ -594,6 +602,39 @@ def test_a_description_of_dynamic_activations_is_told_run_and_written_again(dens
     assert again == config
     with pytest.warns(UserWarning, match="The description is written again"):
         load_pretrained(tmp_path / "again")
+
+
+def test_inputs_in_nvfp4_are_described_told_and_described_again(dense_model, tmp_path):
+    params = rounded(dense_model, rules=[("layers/mlp/.*/kernel", jw.quantize.nvfp4())])
+    overall = jnp.arange(100.0, 100 + LAYERS).reshape(LAYERS, 1, 1)
+
+    def rounds(leaf):
+        if not isinstance(leaf, Codebook):
+            return leaf
+        return jw.weights.RoundedInputs.of(leaf, overall, form="nvfp4")
+
+    products = jax.tree.map(rounds, params, is_leaf=is_weight)
+    export_checkpoint(tmp_path / "out", products, dense_model.config, form="compressed-tensors")
+    reader = open_safetensors(tmp_path / "out")
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.mlp.up_proj.input_global_scale"
+        assert reader.read(name).tolist() == [100.0 + layer]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    said = group["input_activations"]
+    assert (said["num_bits"], said["strategy"], said["dynamic"]) == (4, "tensor_group", "local")
+    with pytest.warns(UserWarning, match=r"Apply quantize.round_inputs\(form='nvfp4'\) to round"):
+        got = load_pretrained(tmp_path / "out")
+    near = np.asarray(logits(got, products)) - np.asarray(logits(got, got.params))
+    assert 0 < np.abs(near).max() < 0.5 * np.abs(logits(got, got.params)).max()
+    with pytest.warns(UserWarning, match="The description is written again"):
+        again(tmp_path / "again", got, got.params, form="compressed-tensors")
+    one, other = (open_safetensors(tmp_path / name) for name in ("out", "again"))
+    assert {*one} == {*other}
+    for name in one:
+        np.testing.assert_array_equal(one.read(name), other.read(name))
+    written = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert written == config
 
 
 def test_static_scales_of_activations_and_of_the_cache_come_back(dense_model, tmp_path):
