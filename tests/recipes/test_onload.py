@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -32,34 +29,9 @@ from jaxweights.recipes._perplexity import perplexity
 from jaxweights.recipes.onload._block_files import BlockFiles
 from jaxweights.recipes.onload._layers import Layers
 from jaxweights.recipes.onload._measure import BlockMeasure
-from jaxweights.sparsify import magnitude, wanda
+from jaxweights.sparsify import wanda
 from tests._tiny_models import LLAMA, write_tiny
-
-BASE = dataclasses.replace(
-    LLAMA, hidden_size=32, num_kv_heads=2, head_dim=16, intermediate_size=64, num_layers=3
-)
-FAMILIES = {
-    "llama": BASE,
-    "mistral": dataclasses.replace(BASE, family="mistral", sliding_window=8, tie_embeddings=False),
-    "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, tie_embeddings=False),
-    "olmo2": dataclasses.replace(BASE, family="olmo2", norm_position="post", qk_norm=True),
-}
-GPTQ = {"bits": 4, "group_size": 32, "grid": "half"}
-
-
-def tokens(count=3, rows=4, length=24):
-    """Batches, of which the last is smaller."""
-    sizes = [rows] * (count - 1) + [rows - 2]
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 250, (n, length)).astype(np.int32) for n in sizes]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in FAMILIES.items():
-        write_tiny(folder / name, config)
-    return folder
+from tests.recipes._onload import FAMILIES, GPTQ, tensors_of, tokens
 
 
 def stages_of(name, config):
@@ -77,11 +49,6 @@ def stages_of(name, config):
 
 def forward(loaded):
     return lambda params, x: loaded.model.apply({"params": params}, x)
-
-
-def tensors_of(path):
-    source = open_checkpoint(path)
-    return {name: source._stored(name)[1].tobytes() for name in source.names}
 
 
 def as_in_memory(model, stages, batches, again, out, form):
@@ -260,171 +227,6 @@ def test_nothing_is_compiled_for_later_blocks(folder, tmp_path):
     assert at["Blocks", 3] == at["Blocks", 1]
 
 
-PROGRAM = """\
-    import sys
-    from pathlib import Path
-    from jaxweights.recipes import transform_in_blocks
-    from tests.recipes.test_onload import QUICK
-    def progress(task, done, total):
-        if (task, done) == (sys.argv[3], int(sys.argv[4])):
-            print("ready", flush=True)
-            sys.stdin.readline()
-    transform_in_blocks(sys.argv[1], sys.argv[2], **QUICK, progress=progress)
-"""
-# What compiles fast and changes what later blocks see.
-QUICK = {"transforms": wanda(sparsity=0.6), "batches": tokens(), "form": "safetensors"}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    return tensors_of(transform_in_blocks(folder / "llama", out, **QUICK))
-
-
-@pytest.mark.parametrize("task, done", [("Blocks", 0), ("Blocks", 2), ("Writing weights", 9)])
-def test_a_killed_run_is_gone_on_with_to_the_same_bytes(
-    folder, tmp_path, uninterrupted, task, done
-):
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder / "llama"),
-         str(tmp_path / "out"), task, str(done)],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        cwd=Path(__file__).resolve().parents[2],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert child.stdout is not None and child.stdin is not None
-    assert child.stdout.readline() == b"ready\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    child.stdin.close()
-    assert not (tmp_path / "out").exists()
-    seen = []
-    transform_in_blocks(
-        folder / "llama", tmp_path / "out", **QUICK, resume=True,
-        progress=lambda *event: seen.append(event),
-    )  # fmt: skip
-    assert seen[0] == ("Blocks", {"Blocks": done}.get(task, 3), 3)
-    assert tensors_of(tmp_path / "out") == uninterrupted
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def interrupted(folder, out, at, **changes):
-    """Leaves what Ctrl-C behind so many blocks leaves."""
-
-    def progress(task, done, total):
-        if done == at:
-            raise KeyboardInterrupt
-
-    given = QUICK | {"progress": progress} | changes
-    with pytest.raises(KeyboardInterrupt):
-        transform_in_blocks(folder / "llama", out, **given)
-    [left] = out.parent.glob(".out.*")
-    return left / ".blocks"
-
-
-def test_torn_files_are_made_again(folder, tmp_path, uninterrupted):
-    left = interrupted(folder, tmp_path / "out", 2)
-    assert sorted(p.name for p in left.iterdir()) == [
-        "block-00000", "block-00001", "identity.json", "states-1-00002",
-    ]  # fmt: skip
-    damaged = bytearray((left / "block-00001").read_bytes())
-    damaged[-100] ^= 1
-    (left / "block-00001").write_bytes(damaged)
-    seen = []
-    transform_in_blocks(
-        folder / "llama", tmp_path / "out", **QUICK, resume=True,
-        progress=lambda *event: seen.append(event),
-    )  # fmt: skip
-    # What the first block passed on is gone, so it is made again, too.
-    assert seen[0] == ("Blocks", 0, 3)
-    assert tensors_of(tmp_path / "out") == uninterrupted
-
-
-@pytest.mark.parametrize(
-    "changes, word",
-    [
-        ({"batches": tokens(2)}, "batches"),
-        ({"transforms": magnitude(sparsity=0.5)}, "transforms"),
-        ({"recipe": "other"}, "recipe"),
-        ({"again": "never"}, "again"),
-    ],
-)
-def test_another_run_is_not_gone_on_with(folder, tmp_path, changes, word):
-    interrupted(folder, tmp_path / "out", 1)
-    given = QUICK | changes
-    with pytest.raises(ValueError, match=f"an earlier run for .* differs in {word}, so it cannot"):
-        transform_in_blocks(folder / "llama", tmp_path / "out", **given, resume=True)
-
-
-def test_other_settings_of_a_transform_are_not_gone_on_with(folder, tmp_path):
-    interrupted(folder, tmp_path / "out", 1, transforms=round_to_nearest(bits=8))
-    given = QUICK | {"transforms": round_to_nearest(bits=4)}
-    with pytest.raises(ValueError, match="differs in representations, so it cannot"):
-        transform_in_blocks(folder / "llama", tmp_path / "out", **given, resume=True)
-
-
-RTN = round_to_nearest(bits=4, group_size=32)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"transforms": magnitude(sparsity=0.5, group="global")},
-         r"looks at all layers together .*Run it in memory"),
-        ({"transforms": []}, "transforms must be a transform or a sequence"),
-        ({"form": "orbax"}, r"form='orbax' \(native\) stacks all layers of a leaf"),
-        ({"form": "zip"}, "form='zip' is unknown"),
-        ({"again": "always"}, "again='always' is unknown"),
-        ({"batches": []}, "there is no batch to calibrate on"),
-        ({"memory": 10**6}, "memory=1MB does not suffice: one block needs .*Give .* batches"),
-        ({"transforms": gptq(bits=4, group_size=48)}, "group_size=48 does not divide"),
-        ({"transforms": partition(("embed/.*", RTN), (..., RTN)), "batches": []},
-         "'embed/embedding': lies outside the layers"),
-        ({"form": "awq", "transforms": gptq(bits=8, group_size=32)}, "8 bits|bits=8"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_done_is_refused_before_any_work(folder, tmp_path, changes, message):
-    given = {"transforms": gptq(**GPTQ), "batches": tokens()} | changes
-    with pytest.raises(
-        (ValueError, TypeError), match=f"(?s)recipes.transform_in_blocks|{message}"
-    ) as error:
-        transform_in_blocks(folder / "llama", tmp_path / "out", **given)
-    assert re.search(message, str(error.value), re.DOTALL)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_quantized_source_and_stacked_trees_are_refused(folder, tmp_path):
-    tx = round_to_nearest(bits=4, group_size=32)
-    small = transform_in_blocks(folder / "llama", tmp_path / "small", tx)
-    with pytest.raises(ValueError, match="is quantized already"):
-        transform_in_blocks(small, tmp_path / "out", tx)
-    again = transform_in_blocks(small, tmp_path / "out", tx, dequantize=True)
-    assert load_pretrained(again).params["layers"]["mlp"]["up"]["kernel"].bits == 4
-
-
-def test_a_full_disk_is_told_before_the_tokens_are_embedded(folder, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    from jaxweights.recipes.onload import _run
-
-    monkeypatch.setattr(_run.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(OSError, match=r"takes \d+ bytes, but only 100000 are free"):
-        transform_in_blocks(folder / "llama", tmp_path / "out", **QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):
-    source = open_checkpoint(folder / "llama")
-    tensors = {name: np.array(tensor) for name, tensor in source.items()}
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = np.nan
-    config = json.dumps(source.config)
-    write_safetensors(tmp_path / "bad", tensors, files={"config.json": config})
-    with pytest.raises(ValueError, match=r"mlp/up/kernel of layer 1.*\[2, 3\]"):
-        transform_in_blocks(tmp_path / "bad", tmp_path / "out", **QUICK)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
-
-
 MEMORY = """\
     import json, sys
     from pathlib import Path
@@ -432,7 +234,7 @@ MEMORY = """\
     from jaxweights.quantize import gptq
     from jaxweights.recipes import transform_in_blocks
     from jaxweights.recipes.onload._run import BlockRun
-    from tests.recipes.test_onload import GPTQ
+    from tests.recipes._onload import GPTQ
     folder = Path(sys.argv[1])
     told = []
     plan = BlockRun.__init__
