@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def run_jobs(
     with Flow(budget, Meter(jobs, todo, progress)) as flow:
         tasks: list[Task] = []
         surveyed: dict[int, Survey] = {}
-        for job in todo:
+        for job in _various_first(todo, cuts):
             own = cuts[job.name]
             alone = job.survey is None or users[id(job.survey)] == 1
             if alone and (len(own) == 1 or _held(job, own) <= share):
@@ -95,6 +95,22 @@ def run_jobs(
                     flow.run_pieces(pieces(about), look_at, take_in)
                     again = survey.decide()
                 flow.run_pieces(pieces(made), make_entries, append)
+
+
+def _various_first(jobs: Sequence[Job], cuts: Mapping[str, Sequence[Piece]]) -> list[Job]:
+    """The jobs, of which those come first whose only piece is the first of its length.
+
+    Each length has programs of its own. Workers that begin with different ones compile at the same
+    time; with the same, one would wait for what another compiles.
+    """
+    first: dict[tuple[int, ...], Job] = {}
+    for job in jobs:
+        [piece, *more] = cuts[job.name]
+        if not more:
+            length = job.shape if piece.padded is None else (piece.padded,)
+            first.setdefault(length, job)
+    early = {job.name for job in first.values()}
+    return [*first.values(), *(job for job in jobs if job.name not in early)]
 
 
 def _too_large(piece: Piece, limit: int, memory: int | None) -> str:

@@ -98,14 +98,26 @@ def _vectors(base: Any, models: Sequence[Any], run: int, behind: int, wide: Any)
     return [x - origin for x in shaped]
 
 
-@functools.partial(jax.jit, static_argnames=("run", "behind"))
+@functools.partial(jax.jit, static_argnames=("asked", "run", "behind"))
 def _squares(
-    base: Any, models: tuple[Any, ...], factors: jax.Array, *, run: int, behind: int
-) -> jax.Array:
-    """Squares of the models' sum, added up in parts: `(runs, parts, behind)`."""
-    vectors = _vectors(base, models, run, behind, factors.dtype)
-    total = sum(x * f for x, f in zip(vectors, factors, strict=True))
-    return folded(jnp.square(total))
+    base: Any,
+    models: tuple[Any, ...],
+    factors: list[Any],
+    *,
+    asked: tuple[tuple[int, ...], ...],
+    run: int,
+    behind: int,
+) -> list[jax.Array]:
+    """Squares of sums of the models that are asked after, added up: `(runs, parts, behind)` each.
+
+    One program for all questions compiles faster than one for each, and starts once a slice.
+    """
+    vectors = _vectors(base, models, run, behind, factors[0].dtype)
+    totals = [
+        sum(vectors[i] * f for i, f in zip(which, own, strict=True))
+        for which, own in zip(asked, factors, strict=True)
+    ]
+    return [folded(jnp.square(total)) for total in totals]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -172,12 +184,15 @@ class _Lengths(Survey):
     ) -> tuple[np.ndarray, np.ndarray]:
         base, models = _apart(arrays, self._merge)
         grouping, entries = self._grouping, arrays[0].size
-        how = {"run": grouping.run(entries), "behind": grouping.behind}
-        found = []
-        for which, factors in self._asked:
-            own = _of_runs(factors, grouping, start, entries)
-            parts = _squares(base, tuple(models[i] for i in which), own, **how)
-            found.append(np.asarray(parts).sum(axis=1, dtype=np.float64))
+        parts = _squares(
+            base,
+            models,
+            [_of_runs(factors, grouping, start, entries) for _, factors in self._asked],
+            asked=tuple(which for which, _ in self._asked),
+            run=grouping.run(entries),
+            behind=grouping.behind,
+        )
+        found = [np.asarray(part).sum(axis=1, dtype=np.float64) for part in parts]
         return grouping.blocks(start, entries), np.stack(found)
 
     def add(self, job: Job, start: int, seen: tuple[np.ndarray, np.ndarray]) -> None:

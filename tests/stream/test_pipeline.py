@@ -16,7 +16,7 @@ import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
 from jaxweights.stream import _flow, _jobs, _pipeline, transform_checkpoint
 from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
-from jaxweights.stream._jobs import Job, Operand, Piece
+from jaxweights.stream._jobs import Job, Operand, Piece, Survey
 from jaxweights.stream._mean import mean_job
 from jaxweights.stream._memory import Budget, resident_bytes
 from jaxweights.stream._run import stream_jobs
@@ -255,3 +255,72 @@ def test_memory_that_compiling_alone_would_take_is_refused(tmp_path):
             memory=memory,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_new_lengths_come_first_so_that_workers_compile_different_programs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    monkeypatch.setattr(_flow, "_cores", lambda: 1)
+    made = []
+
+    def job(name, length):
+        values = np.full(length, len(name), np.float32)
+
+        def compute(arrays, start):
+            made.append(name)
+            return arrays[0] + 1
+
+        return Job(name, (length,), values.dtype, (Operand(_Arrays(values), name),), compute, True)
+
+    # Two of one short piece, one of several pieces, two of one long piece.
+    lengths = {"a": 500, "b": 600, "c": 20000, "d": 8192, "e": 8000}
+    jobs = [job(name, length) for name, length in lengths.items()]
+    done = stream_jobs("stream", jobs, tmp_path / "out", recipe={}, identity={})
+    assert list(dict.fromkeys(made)) == ["a", "d", "b", "c", "e"]
+    assert done.tensors == 5
+
+
+class _Passes(Survey):
+    """Looks at a tensor three times."""
+
+    def __init__(self):
+        self.sums = []
+        self.left = 3
+
+    def look(self, job, start, count, arrays):
+        return arrays[0][:count].sum(dtype=np.float64)
+
+    def add(self, job, start, seen):
+        self.sums.append(seen)
+
+    def decide(self):
+        self.left -= 1
+        return self.left > 0
+
+
+@pytest.mark.parametrize(("held", "reads"), [(True, 1), (False, 4)])
+def test_a_tensor_that_fits_is_read_once_for_all_its_passes(tmp_path, monkeypatch, held, reads):
+    monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
+    if not held:
+        monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
+    values = np.arange(40000, dtype=np.float32)
+    read = np.zeros(values.size, int)
+
+    class Counted(_Arrays):
+        def reader(self, name):
+            fill = super().reader(name)
+
+            def counted(start, out):
+                read[start : start + out.size] += 1
+                fill(start, out)
+
+            return counted
+
+    survey = _Passes()
+    operands = (Operand(Counted(values), "w"),)
+    job = Job("w", values.shape, values.dtype, operands, lambda a, _: a[0] + 1, True, survey=survey)
+    stream_jobs("stream", [job], tmp_path / "out", recipe={}, identity={})
+    np.testing.assert_array_equal(open_checkpoint(tmp_path / "out").read("w"), values + 1)
+    assert (read == reads).all()
+    assert sum(survey.sums) == 3 * values.sum(dtype=np.float64)
