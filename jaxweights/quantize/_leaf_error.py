@@ -30,7 +30,13 @@ def missing_statistics(trials: Mapping[Path, Any], measure: str, context: Contex
     """What a measure would read of these leaves and was not collected."""
     if not READS[measure]:
         return []
-    stats = context.require("stats", "quantize.allocate")
+    stats = context.stats
+    if stats is None:
+        return [
+            f"measure={measure!r} reads statistics, and none are given. Pass stats=calibrate(fn, "
+            f"params, batches, needs=allocation_needs(params, candidates, measure={measure!r})), "
+            "or measure='weight', which reads no data."
+        ]
     name = "grad_sq" if measure == "fisher" else "gram"
     return [stats.why_missing(path, name) for path in trials if stats.get(path, name) is None]
 

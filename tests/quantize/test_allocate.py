@@ -194,7 +194,7 @@ def test_what_cannot_be_allocated_is_refused_by_its_words():
         allocation_needs(params, rounded, measure="best")
     with pytest.raises(ValueError, match=r"size='small' is unknown"):
         allocate(params, rounded, budget=1, size="small")
-    with pytest.raises(ValueError, match=r"quantize.allocate: 'stats' is missing"):
+    with pytest.raises(ValueError, match=r"measure='relative' reads .* needs=allocation_needs\("):
         allocate(params, rounded, budget=1)
     with pytest.raises(ValueError, match=r"'a': the statistic 'gram' is missing"):
         allocate(params, rounded, budget=1, stats=Stats({"b": stats.values["b"]}))
