@@ -26,7 +26,7 @@ from jaxweights.weights._weight import is_weight
 
 REFUSAL = (
     "Quantizing it again would add a second rounding error. Dequantize it first with "
-    "`materialize`, or leave it out with `partition`."
+    "`materialize`, or leave it out with `partition`. In `chain`, quantizers come before LoRA."
 )
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxweights.core import Layout, apply, partition
+from jaxweights.adapt import lora
+from jaxweights.core import Layout, apply, chain, partition
 from jaxweights.quantize import Grid, quantize_matrix, round_to_nearest
 from jaxweights.weights import CONV_HWIO, EMBEDDING, Axes, Masked, Quantized
 
@@ -185,3 +186,8 @@ def test_a_quantized_leaf_is_refused(masked):
         error.value
     )
     assert "Dequantize it first with `materialize`" in str(error.value)
+
+
+def test_a_chain_in_the_wrong_order_is_told_the_right_one():
+    with pytest.raises(ValueError, match=r"is already a LowRank.*quantizers come before LoRA"):
+        apply(chain(lora(rank=1), round_to_nearest(bits=4)), {"kernel": WEIGHT})
