@@ -27,6 +27,7 @@ from jaxweights.weights._quantized import Quantized as Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct as QuantizedProduct
 from jaxweights.weights._rounded_inputs import RoundedInputs as RoundedInputs
 from jaxweights.weights._scaled import Scaled as Scaled
+from jaxweights.weights._trits import Trits as Trits
 from jaxweights.weights._weight import Weight as Weight
 from jaxweights.weights._weight import is_weight as is_weight
 from jaxweights.weights._weight import materialize as materialize

@@ -140,6 +140,7 @@ CASES = [
     Case("quantize.learned_clip", lambda: _Q.learned_clip(bits=3, group_size=16, steps=5)),
     Case("quantize.nupes", lambda: _Q.nupes(bits=3, steps=5, learning_rate=0.1)),
     Case("quantize.ternary", _Q.ternary),
+    Case("quantize.ternary trits", lambda: _Q.ternary(share="output", per_byte=5)),
     Case("quantize.ternary output", lambda: _Q.ternary(share="output", scale="least_squares")),
     Case("quantize.binary", _Q.binary),
     Case(

@@ -127,6 +127,7 @@ WRONG = {
     "online": (None, "units", 1, 0.5, True, [1], b"x", object()),
     "outliers": (None, "x", True, -0.1, 1.0, math.nan, [], *_ODD),
     "pad": _NAMES,
+    "per_byte": (None, 3, 6, *_INTEGERS),
     "quantizer": (None, "x", 1, 0.5, True, [], {}, *_ODD),
     "rank": (None, *_INTEGERS),
     "regularization": (None, *_POSITIVE),

@@ -27,6 +27,7 @@ from jaxweights.checkpoint.exchange._writers import WRITERS, Writer
 from jaxweights.core._paths import fail
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._trits import Trits
 from jaxweights.weights._weight import is_weight
 
 Form = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes"]
@@ -211,6 +212,8 @@ def _survey(
 def _plain(writer: Writer, weight: Any) -> tuple[Any, InputRounding | None]:
     """A weight's narrow numbers as the format can hold them, and how it rounds its inputs."""
     plain, inputs = without_inputs(weight)
+    if isinstance(plain, Trits):  # no format has five weights in a byte, but some have two bits
+        plain = plain.quantized()
     return (in_equal_groups(plain) if writer.equal_groups else plain), inputs
 
 

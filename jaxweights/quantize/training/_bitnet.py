@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._transform import Transform
@@ -18,18 +19,21 @@ from jaxweights.quantize._leaves import (
     replace_leaf,
 )
 from jaxweights.quantize._ordered_sum import ordered_sum
-from jaxweights.quantize._settings import is_word
+from jaxweights.quantize._settings import is_whole, is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
+from jaxweights.weights._trits import Trits, pack_trits
 
 Share = Literal["tensor", "output"]
 TernaryScale = Literal["absmean", "least_squares"]
 
 _EPSILON = 1e-5  # of the report: keeps a matrix of zeros from dividing by zero
-_GRID = Grid("narrow", 2)  # how codes of -1, 0, 1 are stored: four to a byte
+_GRID = Grid("narrow", 2)  # how codes of -1, 0, 1 are stored, four to a byte
 
 
-def ternary(*, share: Share = "tensor", scale: TernaryScale = "absmean") -> Transform:
+def ternary(
+    *, share: Share = "tensor", scale: TernaryScale = "absmean", per_byte: Literal[4, 5] = 4
+) -> Transform:
     r"""Replaces weights by -1, 0 or 1 times one number, the mean magnitude.
 
     :math:`t = \mathrm{clip}(\mathrm{round}(w / (\gamma + \epsilon)), -1, 1)` with :math:`\gamma`
@@ -41,9 +45,12 @@ def ternary(*, share: Share = "tensor", scale: TernaryScale = "absmean") -> Tran
       share: Whose weights share a scale: those of a whole matrix ("tensor"), or of one "output".
       scale: "absmean" multiplies by the same mean; "least_squares" by the number that brings the
         result closest to the weights, which loses a fifth less of normally distributed ones.
+      per_byte: Weights that share a byte: 4, of two bits each, or 5, as digits of base 3, which is
+        1.6 bits a weight. The values are the same; other formats know the first only.
 
     Returns:
-      A transform from dense matrices to `Quantized` ones of 2 bits.
+      A transform from dense matrices to `Quantized` ones of 2 bits, or, with five weights in a
+      byte, to `Trits`.
 
     Raises:
       ValueError: If a setting is unknown; when it sees a tree, if a leaf is already represented or
@@ -60,6 +67,10 @@ def ternary(*, share: Share = "tensor", scale: TernaryScale = "absmean") -> Tran
     """
     name = "quantize.ternary"
     _check(name, share=(share, get_args(Share)), scale=(scale, get_args(TernaryScale)))
+    if not is_whole(per_byte) or per_byte not in (4, 5):
+        raise ValueError(
+            f"{name}: per_byte={per_byte!r} must be 4 (two bits a weight) or 5 (digits of base 3)."
+        )
 
     def quantize(weight: jax.Array) -> Codes:
         dense = weight.astype(jnp.float32)
@@ -68,9 +79,9 @@ def ternary(*, share: Share = "tensor", scale: TernaryScale = "absmean") -> Tran
         if scale == "least_squares":
             hits = _total(jnp.abs(codes), share)
             mean = divide(_total(codes * dense, share), jnp.maximum(hits, 1))
-        return _finish(codes, mean)
+        return _finish(codes, mean, packed=per_byte == 4)
 
-    return _transform(name, quantize)
+    return _transform(name, quantize, trits=per_byte == 5)
 
 
 def binary(*, share: Share = "tensor") -> Transform:
@@ -127,14 +138,19 @@ def _mean(values: jax.Array, share: Share) -> jax.Array:
     return divide(_total(values, share), max(count, 1))
 
 
-def _finish(codes: jax.Array, scale: jax.Array) -> Codes:
+def _finish(codes: jax.Array, scale: jax.Array, *, packed: bool = True) -> Codes:
     stored = jnp.where(scale == 0, jnp.ones_like(scale), scale)
     codes = jnp.where(scale == 0, jnp.zeros_like(codes), codes)
+    if not packed:
+        return Codes(pack_trits(codes.astype(jnp.int32)), stored, None)
     return pack(Codes(codes.astype(jnp.int32), stored, None), _GRID)
 
 
-def _transform(name: str, quantize: Any) -> Transform:
+def _transform(name: str, quantize: Any, *, trits: bool = False) -> Transform:
     def wrap(leaf: Any, codes: Codes, view: View) -> Any:
+        if trits:
+            spare = codes.codes.shape[-2] * 5 - view.in_dim
+            return Trits(codes.codes, codes.scale, None, spare, np.dtype(leaf.dtype), view)
         return replace_leaf(leaf, codes, view, _GRID)
 
     return leafwise(

@@ -22,6 +22,7 @@ from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
 from jaxweights.weights._rounded_inputs import RoundedInputs
+from jaxweights.weights._trits import Trits
 from jaxweights.weights._weight import is_weight, materialize
 
 Clipped = Literal["pass", "zero"]
@@ -178,7 +179,7 @@ def _even(weight: Any) -> Quantized | None:
         weight = weight.weight_only()
     if isinstance(weight, Masked):
         weight = weight.base
-    if isinstance(weight, LearnedStep):
+    if isinstance(weight, LearnedStep | Trits):
         return weight.quantized()
     return weight if isinstance(weight, Quantized) else None
 

@@ -19,6 +19,7 @@ from jaxweights.weights._masked import Masked
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._quantized_product import QuantizedProduct
 from jaxweights.weights._rounded_inputs import RoundedInputs
+from jaxweights.weights._trits import Trits
 
 Quantizer = Transform | Callable[[Params], Params]
 
@@ -54,6 +55,8 @@ def grid_of(leaf: Any) -> Quantized | Codebook | None:
         leaf = leaf.base
     if isinstance(leaf, QuantizedProduct):
         leaf = leaf.weight_only()
+    if isinstance(leaf, Trits):
+        leaf = leaf.quantized()
     return leaf if isinstance(leaf, Quantized | Codebook) else None
 
 
