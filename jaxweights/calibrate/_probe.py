@@ -127,17 +127,6 @@ class Probe(Weight):
             return None
         return dataclasses.replace(self, base=base)
 
-    def as_part(self, shape: tuple[int, ...]) -> Probe:
-        """Tells a represented base the shape of the part."""
-        base = self.base.as_part(shape) if isinstance(self.base, Weight) else self.base
-        return dataclasses.replace(self, base=base, view=View.of(shape, self.view.axes))
-
-    def unstacked(self) -> Weight:
-        """One slice of a scan."""
-        if not isinstance(self.base, Weight):
-            return self
-        return dataclasses.replace(self, base=self.base.unstacked())
-
     def dot(self, x: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array | None:
         """The weight's own product."""
         if isinstance(self.base, Weight):

@@ -147,15 +147,6 @@ class InputChange(Weight):
     def _partitioned(self, base: Any, parts: tuple[Any, ...]) -> Any:
         """The partition specs, given those of the base and of the `(*stack, in, out)` matrix."""
 
-    def as_part(self, shape: tuple[int, ...]) -> Weight:
-        """Takes over the lengths of the part."""
-        base = self.base.as_part(shape) if is_weight(self.base) else self.base
-        return dataclasses.replace(self, base=base, view=View.of(shape, self.view.axes))  # type: ignore[type-var]
-
-    def unstacked(self) -> Weight:
-        """Tells a represented base that axis 0 was taken away."""
-        return self._with(self.base.unstacked()) or self if is_weight(self.base) else self
-
     def _with(self, base: Any, view: View | None = None) -> Weight | None:
         if base is None:
             return None

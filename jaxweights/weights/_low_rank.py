@@ -206,16 +206,6 @@ class LowRank(Weight):
             scaling=PartitionSpec(*stack),
         )
 
-    def as_part(self, shape: tuple[int, ...]) -> LowRank:
-        """Tells the base the shape of the part; the factors' lengths are their own."""
-        base = self.base.as_part(shape) if is_weight(self.base) else self.base
-        return dataclasses.replace(self, base=base, view=View.of(shape, self.view.axes))
-
-    def unstacked(self) -> Weight:
-        """Tells the base that axis 0 was taken away."""
-        base = self.base.unstacked() if is_weight(self.base) else self.base
-        return dataclasses.replace(self, base=base)
-
     def _with_base(self, base: Any, view: View) -> LowRank | None:
         return None if base is None else dataclasses.replace(self, base=base, view=view)
 

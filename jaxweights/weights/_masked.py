@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,16 +82,6 @@ class Masked(Weight):
         """Base and mask are split alike."""
         base = self.base.partition(spec, mesh) if is_weight(self.base) else spec
         return self._both(base, spec)
-
-    def as_part(self, shape: tuple[int, ...]) -> Masked:
-        """Tells a represented base the shape of the part."""
-        return Masked(self.base.as_part(shape), self.mask) if is_weight(self.base) else self
-
-    def unstacked(self) -> Masked:
-        """Tells a represented base that axis 0 was taken away."""
-        if not is_weight(self.base):
-            return self
-        return dataclasses.replace(self, base=self.base.unstacked())
 
     def _both(self, base: Any, mask: jax.Array) -> Masked | None:
         return None if base is None else Masked(base, mask)

@@ -101,10 +101,6 @@ class MatrixWeight(Weight):
             specs[field.name] = PartitionSpec(*stack, *fitted)
         return dataclasses.replace(self, **specs)  # type: ignore[type-var]
 
-    def as_part(self, shape: tuple[int, ...]) -> Weight:
-        """Takes over the lengths of the part."""
-        return dataclasses.replace(self, view=View.of(shape, self.view.axes))  # type: ignore
-
     def dot(
         self,
         x: jax.Array,

@@ -146,11 +146,6 @@ class Outliers(Weight):
             return self.reshape_stack(shape)
         return self._with_base(self.base.reshape(tuple(shape)), view)
 
-    def unstacked(self) -> Weight:
-        """Tells the base that axis 0 was taken away."""
-        base = self.base.unstacked() if is_weight(self.base) else self.base
-        return dataclasses.replace(self, base=base)
-
     def describe(self) -> str:
         """What plans call it."""
         base = type(self.base).__name__ if is_weight(self.base) else "dense"

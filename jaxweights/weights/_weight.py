@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxweights.weights._axes import View
 from jaxweights.weights._show import show_weight
 
 W = TypeVar("W", bound=type)
@@ -135,9 +136,15 @@ class Weight(abc.ABC):
         return None
 
     def as_part(self, shape: tuple[int, ...]) -> Weight:
-        """Called once on one device's part, whose dense shape is `shape`, after `partition`."""
-        del shape
-        return self
+        """Called once on one device's part, whose dense shape is `shape`, after `partition`.
+
+        A `view` takes over its lengths, and a represented `base`, which has the same shape.
+        """
+        base, view = getattr(self, "base", None), getattr(self, "view", None)
+        changes: dict[str, Any] = {} if view is None else {"view": View.of(shape, view.axes)}
+        if isinstance(base, Weight):
+            changes["base"] = base.as_part(shape)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def slice_stack(self, start: Any, size: int, stride: int = 1) -> Weight | None:
         """Matrices `start, start + stride, ...` of the leading stack axis; maybe traced."""
@@ -170,8 +177,11 @@ class Weight(abc.ABC):
         return jax.tree.map(lambda field: field[0], self).unstacked() if self.stack_shape else None
 
     def unstacked(self) -> Weight:
-        """Called once on every slice after axis 0 was taken away from all fields."""
-        return self
+        """Called once on every slice after axis 0 was taken away from all fields, base included."""
+        base = getattr(self, "base", None)
+        if not isinstance(base, Weight):
+            return self
+        return dataclasses.replace(self, base=base.unstacked())  # type: ignore[type-var]
 
 
 def is_weight(x: object) -> bool:
