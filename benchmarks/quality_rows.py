@@ -121,7 +121,9 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
         "learned_clip": Row(lambda b: b.apply(q.learned_clip(**at))),
         "nupes": Row(lambda b: b.apply(q.nupes(**whole)), pads=False),
-        "nupes, 250 steps": Row(lambda b: b.apply(q.nupes(steps=250, **whole)), pads=False),
+        "nupes, mse, 250 steps": Row(
+            lambda b: b.apply(q.nupes(steps=250, search="mse", **whole)), pads=False
+        ),
         "adadim": Row(lambda b: b.apply(q.adadim(**at))),
         "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **at))),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jaxweights.quantize._learned import (
 )
 from jaxweights.quantize._leaves import check_scale_dtype, describe_bad_blocks, unfit_values
 from jaxweights.quantize._power import EXPONENTS
+from jaxweights.quantize._settings import is_word
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
@@ -45,6 +46,11 @@ from jaxweights.weights._scaled import combine
 _NAME = "quantize.nupes"
 
 _LEAST_EXPONENT = 0.1
+
+NupesSearch = Literal["absmax", "mse"]
+
+# Shares of a block's largest magnitude that a search tries for where levels end.
+_SHARES = tuple(float(share) for share in np.arange(10, 3, -1) / 10)
 
 
 class _Latent(NamedTuple):
@@ -67,6 +73,7 @@ def nupes(
     learning_rate: float = 1e-3,
     exponent_rate: float = 1e-4,
     scale_dtype: DTypeLike = jnp.float32,
+    search: NupesSearch = "absmax",
     on_failure: OnFailure = "error",
     report: ReportLeaf | None = None,
 ) -> Transform:
@@ -77,7 +84,8 @@ def nupes(
     :math:`\operatorname{tr}(D^\top H D)`, which is the layer's squared error on the calibration
     tokens; rounding passes gradients on. Where `adaround` chooses between two neighbours, codes
     here may go anywhere. It starts at the best of twenty exponents, 1 among them, and keeps the
-    best that it meets: so it never does worse than the "narrow" grid of `round_to_nearest`.
+    best that it meets: so it never does worse than the "narrow" grid of `round_to_nearest`, if
+    `search` is "absmax". At 2 bits, of three levels, only "mse" gives good ones.
 
     Args:
       bits: Bits per code, 2 to 8.
@@ -87,6 +95,8 @@ def nupes(
       learning_rate: Of Adam, for codes.
       exponent_rate: Of Adam, for the exponent.
       scale_dtype: Dtype that scales are stored in.
+      search: "absmax" ends the levels of each block at its largest magnitude amax, and "mse" where
+        its squared error is least, between 0.4 and 1 of that, for each of the exponents.
       on_failure: As in `auto_round`.
       report: As in `gptq`.
 
@@ -114,12 +124,15 @@ def nupes(
 
     Source: Yvinec et al. 2023, arXiv:2308.05600, sections 3.2 and 3.3.
     Differs: (1) Layers are learned from Gram matrices, not batches. (2) Exponents lie in (0.1, 1);
-      their gradient skips codes of 0. (3) The best is kept. (4) Activations stay as they are.
+      their gradient skips codes of 0. (3) The best is kept. (4) Activations stay as they are. (5)
+      Levels end at amax there.
     """
     # Of the integer grids only the bounds of the settings matter here.
     bits = make_grid(_NAME, bits=bits, scale_dtype=scale_dtype).bits
     check_block(_NAME, group_size)
     check_scale_dtype(_NAME, scale_dtype)
+    if not is_word(search, get_args(NupesSearch)):
+        raise ValueError(f"{_NAME}: search={search!r} is unknown. Choose 'absmax' or 'mse'.")
     steps = check_steps(_NAME, steps, learning_rate=learning_rate, exponent_rate=exponent_rate)
 
     def learn(
@@ -136,6 +149,7 @@ def nupes(
             steps=steps,
             rates=(learning_rate, exponent_rate),
             scale_dtype=scale_dtype,
+            search=search,
         )
         return Learned(matrix, relative(loss, weight, gram))
 
@@ -169,46 +183,82 @@ def nupes_matrix(
     steps: int,
     rates: tuple[float, float],
     scale_dtype: DTypeLike,
+    search: NupesSearch = "absmax",
 ) -> tuple[Codebook, jax.Array]:
     """One float32 matrix on its power grid, and its loss."""
     top = 2 ** (bits - 1) - 1
-    scale = stored_scale(block_max(weight, block_counts(group_size, *weight.shape)), scale_dtype)
-    amax = scale.astype(jnp.float32)
-    shares = in_units(weight, scale)  # between -1 and 1
+    amax = block_max(weight, block_counts(group_size, *weight.shape))
 
-    def loss(latent: _Latent) -> jax.Array:
+    def ends(exponent: jax.Array) -> jax.Array:
+        """The stored scale of each block: the magnitude of its outermost levels."""
+        if search == "absmax" or weight.size == 0:
+            return stored_scale(amax, scale_dtype)
+        return _least_error(weight, amax, exponent, top, scale_dtype)
+
+    def loss(latent: _Latent, scale: jax.Array) -> jax.Array:
         codes = round_through(jnp.clip(latent.units, -top, top))
-        levels = _level(codes, _exponent(latent.exponent), top)
-        values = combine(levels, amax, jnp.multiply)
+        values = _values(codes, scale, _exponent(latent.exponent), top)
         values = values if mask is None else jnp.where(mask, values, 0)
         return jnp.sum(output_losses(weight - values, gram))
 
-    def begin(exponent: jax.Array) -> _Latent:
-        return _Latent(_power(shares, exponent) * top, _logit(exponent))
+    def begin(exponent: jax.Array, scale: jax.Array) -> _Latent:
+        return _Latent(_power(in_units(weight, scale), exponent) * top, _logit(exponent))
 
     speeds = _Latent(*(jnp.float32(rate) for rate in rates))
 
     def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         latent, best, least, moments = carry
-        now, gradient = jax.value_and_grad(loss)(latent)
+        now, gradient = jax.value_and_grad(loss)(latent, scale)
         better = now < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), latent, best)
         moved, moments = adam_step(latent, gradient, moments, i, speeds)
         return (moved, best, jnp.where(better, now, least), moments), None
 
+    def attempt(exponent: jax.Array) -> jax.Array:
+        scale = ends(exponent)
+        return loss(begin(exponent, scale), scale)
+
     exponents = jnp.asarray(EXPONENTS, jnp.float32)  # where learning may start; 1 is plain rounding
-    tried = jax.lax.map(lambda a: loss(begin(a)), exponents)
+    tried = jax.lax.map(attempt, exponents)
     # NaN is never least: then the last, plain rounding, is where it stays.
     chosen = jnp.argmin(jnp.where(jnp.isfinite(tried), tried, jnp.inf)[::-1])
-    start = begin(exponents[::-1][chosen])
+    scale = ends(exponents[::-1][chosen])
+    start = begin(exponents[::-1][chosen], scale)
     moments = Moments(*(jax.tree.map(jnp.zeros_like, start) for _ in range(2)))
-    carry = (start, start, loss(start), moments)
+    carry = (start, start, loss(start, scale), moments)
     (_, best, least, _), _ = jax.lax.scan(step, carry, jnp.arange(steps + 1))
 
     codes = jnp.round(jnp.clip(best.units, -top, top)).astype(jnp.int32) + top
     codes = codes if mask is None else jnp.where(mask, codes, jnp.int32(top))
     table = _level(jnp.arange(-top, top + 1, dtype=jnp.float32), _exponent(best.exponent), top)
     return Codebook.from_codes(codes, table, scale, bits=bits), least
+
+
+def _least_error(
+    weight: jax.Array, amax: jax.Array, exponent: jax.Array, top: int, scale_dtype: DTypeLike
+) -> jax.Array:
+    """Scales, of the shape of `amax`, for which each block's squared error is least."""
+
+    def error(scale: jax.Array) -> jax.Array:
+        units = _power(in_units(weight, scale), exponent) * top
+        codes = jnp.round(jnp.clip(units, -top, top))
+        missed = jnp.square(weight - _values(codes, scale, exponent, top))
+        (rows, columns), (in_dim, out_dim) = amax.shape, weight.shape
+        return missed.reshape(rows, in_dim // rows, columns, out_dim // columns).sum((1, 3))
+
+    def attempt(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[Any, None]:
+        scale = stored_scale(amax * share, scale_dtype)
+        new = error(scale)
+        return (jnp.minimum(new, best[0]), jnp.where(new < best[0], scale, best[1])), None
+
+    whole = stored_scale(amax, scale_dtype)
+    (_, scale), _ = jax.lax.scan(attempt, (error(whole), whole), jnp.asarray(_SHARES[1:]))
+    return scale
+
+
+def _values(codes: jax.Array, scale: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
+    """What codes between -top and top stand for."""
+    return combine(_level(codes, exponent, top), scale.astype(jnp.float32), jnp.multiply)
 
 
 def _power(shares: jax.Array, exponent: jax.Array) -> jax.Array:

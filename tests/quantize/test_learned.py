@@ -163,6 +163,36 @@ def test_nupes_learns_levels_and_codes_beyond_the_neighbours():
     assert np.any((codes < above - 1) | (codes > above))  # as adaround never does
 
 
+def test_nupes_ends_the_levels_of_a_block_where_its_squared_error_is_least():
+    weight, gram = problem()
+    tx = nupes(bits=3, group_size=16, steps=1, search="mse", learning_rate=1e-9, exponent_rate=1e-9)
+    learned = apply(tx, {"kernel": weight}, stats=stats_of(gram))["kernel"]
+    blocks, table = np.asarray(weight).reshape(2, 16, 12), np.asarray(learned.table)
+    exponent = np.log(1 / 3) / np.log(table[4])
+    amax = np.abs(blocks).max(axis=1, keepdims=True)
+
+    def error(share):
+        units = blocks / (share * amax)
+        codes = np.round(np.clip(3 * np.sign(units) * np.abs(units) ** exponent, -3, 3))
+        return np.square(blocks - table[codes.astype(int) + 3] * share * amax).sum(axis=1)
+
+    shares = np.arange(10, 3, -1) / 10
+    least = shares[np.argmin([error(share) for share in shares], axis=0)]
+    assert np.any(least < 1)
+    np.testing.assert_allclose(learned.scale, least * amax[:, 0], rtol=1e-6)
+
+
+def test_at_two_bits_nupes_is_better_for_the_search():
+    weight, gram = problem()
+    params, stats = {"kernel": weight}, stats_of(gram)
+    whole, searched = (
+        apply(nupes(bits=2, group_size=16, steps=9, search=search), params, stats=stats)["kernel"]
+        for search in ("absmax", "mse")
+    )
+    errors = [output_error(weight, w.materialize(), gram) for w in (searched, whole)]
+    assert errors[0] < 0.8 * errors[1]
+
+
 @methods
 def test_a_stack_equals_its_matrices_one_by_one(name):
     pairs = [problem(seed) for seed in range(2)]
@@ -230,6 +260,7 @@ def test_groups_of_zeros_and_dead_inputs_keep_their_plain_rounding(name):
         (adaround, {"regularization": 0.0}, "regularization=0.0 must be positive"),
         (adaround, {"bits": 1}, r"quantize\.adaround: bits=1 must lie between 2 and 8"),
         (nupes, {"bits": 9}, r"quantize\.nupes: bits=9 must lie between 2 and 8"),
+        (nupes, {"search": "rms"}, r"search='rms' is unknown\. Choose 'absmax' or 'mse'"),
         (nupes, {"on_failure": "skip"}, "on_failure='skip' is unknown"),
     ],
 )
