@@ -33,9 +33,11 @@ of 512 tokens to calibrate on, compressed-tensors. Codes of compressed-tensors a
 points, as most readers expect; --set grid=affine gives them.
 
 --method takes every method of the library that makes a model smaller, and the names rtn,
-smoothquant, autoround, fp8_block. `smooth+gptq` is one after the other, `refine:gptq` one around
-another; smoothquant, or smooth alone, goes on to 8-bit weights and inputs (`int8_dynamic`).
-`fp8_dynamic` rounds both to 8-bit floats, `gptq+fp8_dynamic` is 4-bit weights and such inputs.
+smoothquant, autoround, fp8_block, nvfp4_w4a4. `smooth+gptq` is one after the other, `refine:gptq`
+one around another; smoothquant, or smooth alone, goes on to 8-bit weights and inputs
+(`int8_dynamic`).
+`fp8_dynamic` rounds both to 8-bit floats, nvfp4_w4a4 to NVIDIA's 4-bit ones, and
+`gptq+fp8_dynamic` is 4-bit weights and 8-bit inputs.
 --list shows all with their settings; --bits, --group-size, --pad and --act-order are settings that
 most of them have, --set gives any other.
 

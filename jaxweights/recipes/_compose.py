@@ -22,6 +22,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothquant": ("smooth+int8_dynamic", {}),
     "autoround": ("auto_round", {}),
     "fp8_block": ("fp8_dynamic", {"group_size": [128, 128], "input_group_size": 128}),
+    "nvfp4_w4a4": ("nvfp4+round_inputs", {"form": "nvfp4"}),
 }
 # What goes without saying where a format holds only what is quantized.
 _COMPLETED = {"compressed-tensors": {"smooth": "smooth+int8_dynamic"}}

@@ -16,6 +16,7 @@ from jaxweights.checkpoint.exchange._settings import fp8_as_compressed
 from jaxweights.quantize._nf4 import NF4_LEVELS
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
+from jaxweights.weights._weight import is_weight
 
 if TYPE_CHECKING:
     from jaxweights.checkpoint.exchange._module import LazyWeight
@@ -220,6 +221,8 @@ def _example(leaf: Any, form: Format, stacked: bool) -> Any:
         return np.broadcast_to(np.ones((), x.dtype), shape)
 
     example = jax.tree.map(ones, leaf)
+    if is_weight(getattr(leaf, "base", None)):
+        return dataclasses.replace(example, base=_example(leaf.base, form, stacked))
     if isinstance(leaf, Codebook) and leaf.bits == 4 and leaf.table.shape[-1] == 16:
         levels = NF4_LEVELS if form == "bitsandbytes" else E2M1
         table = np.broadcast_to(levels, example.table.shape)

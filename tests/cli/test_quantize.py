@@ -161,6 +161,16 @@ def test_tiles_and_groups_of_inputs_have_a_name(quantize, llama, tmp_path):
     }
 
 
+def test_4_bit_floats_as_weights_and_inputs_have_a_name(quantize, llama, tmp_path):
+    code, _, err = quantize(llama, tmp_path / "out", "--method", "nvfp4_w4a4", "--no-report", *DATA)
+    assert code == 0, err
+    with pytest.warns(UserWarning, match="Apply quantize.round_inputs"):
+        written = load_pretrained(tmp_path / "out")
+    [group] = written.source.quantization["config_groups"].values()
+    for numbers in (group["weights"], group["input_activations"]):
+        assert (numbers["type"], numbers["num_bits"], numbers["group_size"]) == ("float", 4, 16)
+
+
 @pytest.mark.filterwarnings("ignore:.*tokens were seen")
 @pytest.mark.parametrize("method", ["fp8_dynamic", "gptq+fp8_dynamic"])
 def test_8_bit_floats_as_inputs_are_written_and_run(quantize, llama, tmp_path, method):
