@@ -208,11 +208,6 @@ class RoundedInputs(MatrixWeight):
             base = base.as_part((*stack, view.in_dim, view.out_dim))
         return dataclasses.replace(self, base=base, view=view)
 
-    def unstacked(self) -> Weight:
-        """Tells a represented base that axis 0 was taken away."""
-        base = self.base.unstacked() if is_weight(self.base) else self.base
-        return dataclasses.replace(self, base=base)
-
     def _times(self, x: jax.Array, **options: Any) -> jax.Array:
         y = self.base.multiply(x, **options) if _multiplies(self.base) else None
         return MatrixWeight.multiply(self, x, **options) if y is None else y  # type: ignore
