@@ -16,6 +16,10 @@ from jaxweights.cli._main import COMMANDS
 from tests._tiny_models import LLAMA, write_tiny
 from tests.stream.conftest import file_limit as file_limit
 
+# Orbax's own threads meet the limit of a full disk, too, and what they leave half done complains
+# when it is collected, some of it a test later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def invoke(capsys):
@@ -103,8 +107,6 @@ def two_models(tmp_path_factory):
     return folder
 
 
-# Orbax's own threads meet the limit too, and what they leave half done complains when collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -123,7 +125,7 @@ def test_a_full_disk_is_said_in_words_with_the_path_and_a_remedy(
     assert "Errno" not in err
     assert re.search(r": the disk is full while writing 'out'.*Free some space or choose", err)
     assert not (two_models / "out").exists()
-    gc.collect()  # here, not in the next test
+    gc.collect()  # here, not in another file's test
 
 
 def test_what_the_system_refuses_is_said_with_its_path_and_a_remedy(invoke, tmp_path, monkeypatch):
