@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from jaxweights.core._paths import Params, Path, flatten
 from jaxweights.weights._axes import CONV_HWIO, CONV_OIHW, EMBEDDING, OUTPUTS_FIRST, Axes
 
-# Segments of a path that say a leaf is no matrix to transform unless a rule names it.
+# Segments of a path that say a leaf is no matrix to transform unless a rule names it. A block that
+# is called after what it holds (`multi_head_attention`, `PreNormBlock_0`) is no head and no norm: a
+# norm holds its leaf itself, and has no `kernel`.
 _NOT_A_TARGET = re.compile(
     r"(?:^|.*[/_.])(?:"
-    r"(?:\w*_)?embed(?:ding|dings|der)?(?:_\w+)?|wte|wpe|lm_head|head|router|gate_logits|\w*norm\w*|ln_\w+"
-    r")(?:[/_.].*|$)",
+    r"(?:\w*_)?embed(?:ding|dings|der)?(?:_\w+)?|wte|wpe|lm_head|(?<!multi_)head(?!_att)|router|gate_logits"
+    r")(?:[/_.].*|$)"
+    r"|(?:.*[/.])?(?:\w*norm\w*|ln_\w+)(?:[/.](?!(?:kernel|w)(?:/value)?$)[^/.]+)?(?:/value)?",
     re.IGNORECASE,
 )
 _VECTOR_NAMES = re.compile(

@@ -102,7 +102,14 @@ def test_a_layout_is_a_hashable_mapping_that_jit_takes_as_static():
         ("layers/0/moe/router/kernel", False),
         ("layers/attn_norm", False),
         ("transformer/ln_f/scale", False),
-        ("enormous/kernel", False),  # holds "norm": named by a rule, it is transformed
+        ("enormous/kernel", True),
+        ("multi_head_attention/query/kernel", True),
+        ("vit/multi_head_attn/~/query/w", True),
+        ("value_head/kernel", False),
+        ("PreNormBlock_0/Dense_0/kernel", True),
+        ("blocks/0/norm1/linear/weight", True),
+        ("model.layers.0.input_layernorm.weight", False),
+        ("layers/ln_1/offset/value", False),
         ("wte/embedding", False),
     ],
 )
