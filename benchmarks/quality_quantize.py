@@ -99,9 +99,6 @@ def run(model_name: str, bits: int, options: argparse.Namespace) -> dict[str, An
         for name, row in rows(bits, options.group).items():
             if not re.search(options.rows, name) or (draw and not row.reads_data):
                 continue
-            if not row.pads and not bench.has_whole_groups():
-                print(f"{name}: left out, as it knows no shorter last group", file=sys.stderr)
-                continue
             start = time.perf_counter()
             params = row.make(bench)
             jax.block_until_ready(jax.tree.leaves(params))

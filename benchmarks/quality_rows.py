@@ -28,7 +28,6 @@ class Row:
 
     make: Maker
     reads_data: bool = True
-    pads: bool = True  # whether the last group may be shorter
 
 
 @dataclasses.dataclass
@@ -77,10 +76,6 @@ class Bench:
         flat, _ = flatten(self.model.params)
         return [leaf for path, leaf in flat.items() if path.endswith("/kernel")]
 
-    def has_whole_groups(self) -> bool:
-        """Whether the group size divides the inputs and the outputs of all matrices."""
-        return all(n % self.group == 0 for leaf in self.matrices() for n in leaf.shape[-2:])
-
     def in_blocks(self, *stages: jw.Transform) -> Any:
         """Stages, each layer calibrated on what the layers before it, already done, give."""
         return jw.pipeline(
@@ -91,8 +86,8 @@ class Bench:
 def rows(bits: int, group: int) -> dict[str, Row]:
     """The table, a line a row."""
     q = jw.quantize
-    whole: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
-    at = whole | {"pad": "zero"}  # SmolLM2's 576 inputs are 4.5 groups of 128
+    at: dict[str, Any] = {"bits": bits, "group_size": group, "scale_dtype": "float16"}
+    at |= {"pad": "zero"}  # SmolLM2's 576 inputs are 4.5 groups of 128
     rtn, gptq = q.round_to_nearest, q.gptq
     ordered = {"act_order": True, "static_groups": True}
     searched = ordered | {"search": "mse"}
@@ -120,10 +115,8 @@ def rows(bits: int, group: int) -> dict[str, Row]:
         ),
         "auto_round": Row(lambda b: b.apply(q.auto_round(**at))),
         "learned_clip": Row(lambda b: b.apply(q.learned_clip(**at))),
-        "nupes": Row(lambda b: b.apply(q.nupes(**whole)), pads=False),
-        "nupes, mse, 250 steps": Row(
-            lambda b: b.apply(q.nupes(steps=250, search="mse", **whole)), pads=False
-        ),
+        "nupes": Row(lambda b: b.apply(q.nupes(**at))),
+        "nupes, mse, 250 steps": Row(lambda b: b.apply(q.nupes(steps=250, search="mse", **at))),
         "adadim": Row(lambda b: b.apply(q.adadim(**at))),
         "adadim, gptq": Row(lambda b: b.apply(q.adadim(method="gptq", **at))),
         "rotated, gptq": Row(lambda b: _rotated(b).apply(gptq(**at))),

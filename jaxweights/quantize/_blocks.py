@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from jaxweights.core._stored import stored_as
 from jaxweights.quantize._extremes import largest_magnitude
+from jaxweights.quantize._grid import Pad
 from jaxweights.quantize._settings import is_whole, is_word
 from jaxweights.weights._divide import divide
 from jaxweights.weights._scaled import combine
@@ -75,6 +76,33 @@ def refuse_unfit(asker: str, block: Block, shape: tuple[int, ...], *, pads: bool
     """
     if problem := unfit_block(block, *shape, pads=pads):
         raise ValueError(f"{asker}: {problem}")
+
+
+def fit_block(
+    asker: str, block: Block, pad: Pad | None, shape: tuple[int, ...]
+) -> tuple[Block, int]:
+    """The block size for a matrix of this shape, whose last group may be shorter with `pad`.
+
+    Returns:
+      The size with which rows are cut, once `fill_up_group` filled up the last group; and
+      `full_group` as in `Scaled`.
+
+    Raises:
+      ValueError: If the block size does not divide the shape, and the caller was not told to pad.
+    """
+    if pad is None:
+        refuse_unfit(asker, block, shape, pads=True)
+        return block, 0
+    assert isinstance(block, int)  # `check_pad` refused all else
+    if block >= shape[0]:
+        return None, 0
+    return block, block if shape[0] % block else 0
+
+
+def fill_up_group(weight: jax.Array, full_group: int) -> jax.Array:
+    """An `(in, out)` matrix with rows of zeros behind a shorter last group, if there is one."""
+    missing = -len(weight) % full_group if full_group else 0
+    return jnp.pad(weight, ((0, missing), (0, 0))) if missing else weight
 
 
 def _smaller(length: int, size: int, *, pads: bool) -> str:

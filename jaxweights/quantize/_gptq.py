@@ -25,7 +25,7 @@ from jaxweights.quantize._calibrated import (
     warn_of_few_tokens,
 )
 from jaxweights.quantize._error_propagation import make_up, propagation_matrix
-from jaxweights.quantize._gptq_levels import GridLevels, Table, make_levels
+from jaxweights.quantize._gptq_levels import Table, make_levels
 from jaxweights.quantize._gptq_matrix import (
     ActOrder,
     PreparedGram,
@@ -171,7 +171,7 @@ def gptq(
     _check_answers(share, asymmetric, compat)
     check_failures(_NAME, on_failure, report)
 
-    pads = isinstance(levels, GridLevels) and act_order != "groups"
+    pads = act_order != "groups"
 
     def prepare(
         gram: jax.Array, count: jax.Array, cross_gram: jax.Array | None = None

@@ -178,7 +178,10 @@ class TableLevels:
     def represent(self, codes: Codes, group_index: jax.Array | None) -> Codebook:
         """Indices with a table and scales."""
         del group_index  # settings that scatter groups are refused
-        return Codebook.from_codes(codes.codes, jnp.asarray(self.table), codes.scale, bits=4)
+        q, scale, _ = codes
+        full_group = self.grid.full_group(q.shape[-2])
+        table = jnp.asarray(self.table)
+        return Codebook.from_codes(q, table, scale, bits=4, full_group=full_group)
 
     def encode(
         self, values: jax.Array, scale: jax.Array, zero_point: jax.Array | None
@@ -235,9 +238,4 @@ def make_levels(
                 f"{asker}: grid={grid!r} has 16 levels that groups of rows fill up to their "
                 f"largest magnitude, so {name}={value!r} means nothing to it. Pass {name}={only!r}."
             )
-    if pad is not None:
-        raise ValueError(
-            f"{asker}: pad={pad!r}: weights with a table of levels, such as grid={grid!r}, have "
-            "groups of one size. Leave pad out, or choose an integer grid such as 'affine'."
-        )
     return TableLevels(grid, settings)  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from jaxweights.core._compiled import compiled
 from jaxweights.quantize._asymmetric import asymmetric_factor, carried
 from jaxweights.quantize._damped_factor import Factor, damped_factor, normalize_gram, over_mean
 from jaxweights.quantize._gptq_levels import (
-    GridLevels,
     Levels,
     Table,
     TableLevels,
@@ -160,7 +159,7 @@ def gptq_matrix(
     )
     check_gptq(_NAME, damping, block_size, act_order, static_groups, levels)
     check_flags(_NAME, compat=compat)
-    pads = isinstance(levels, GridLevels) and act_order != "groups"
+    pads = act_order != "groups"
     if problem := unfit_group(levels.grid, *weight.shape, pads=pads):
         raise ValueError(f"{_NAME}: {problem}")
     prepared = prepare_gram(

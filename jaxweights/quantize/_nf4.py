@@ -16,11 +16,13 @@ from jaxweights.quantize._blocks import (
     block_counts,
     block_max,
     check_block,
+    fill_up_group,
+    fit_block,
     in_units,
-    refuse_unfit,
     stored_scale,
 )
 from jaxweights.quantize._double import quantize_scales
+from jaxweights.quantize._grid import Pad, check_pad
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import nearest_code, signed_code, signs
 from jaxweights.quantize._settings import check_flags
@@ -46,6 +48,7 @@ def nf4(
     group_size: Block = 64,
     scale_dtype: DTypeLike = jnp.float32,
     double_quantization: bool = False,
+    pad: Pad | None = None,
 ) -> Transform:
     r"""Four-bit levels that normally distributed weights fill evenly; needs no data.
 
@@ -61,6 +64,8 @@ def nf4(
       double_quantization: Whether scales are stored as 8-bit codes themselves, in blocks of up to
         256 about their mean: 0.127 bits a weight instead of 0.5 in groups of 64. Codes of weights
         are then chosen for the scale before.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        where such a leaf is refused.
 
     Returns:
       A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype.
@@ -68,7 +73,8 @@ def nf4(
     Raises:
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, if the group size does not
-        divide an axis, a leaf is already quantized, or one holds values that are not finite.
+        divide an axis and `pad` is None, a leaf is already quantized, or one holds values that are
+        not finite.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -83,7 +89,7 @@ def nf4(
       256 of them do not tile the matrix. (3) A group of zeros has scale 1.
     """
     name = "quantize.nf4"
-    return _four_bits(name, NF4_LEVELS, group_size, scale_dtype, double_quantization)
+    return _four_bits(name, NF4_LEVELS, group_size, scale_dtype, double_quantization, pad)
 
 
 def fp4(
@@ -91,6 +97,7 @@ def fp4(
     group_size: Block = 64,
     scale_dtype: DTypeLike = jnp.float32,
     double_quantization: bool = False,
+    pad: Pad | None = None,
 ) -> Transform:
     r"""Four-bit floats as bitsandbytes defines them; needs no data.
 
@@ -102,6 +109,7 @@ def fp4(
       group_size: As in `nf4`.
       scale_dtype: As in `nf4`.
       double_quantization: As in `nf4`.
+      pad: As in `nf4`.
 
     Returns:
       A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype.
@@ -121,7 +129,7 @@ def fp4(
     Differs: as `nf4`.
     """
     name = "quantize.fp4"
-    return _four_bits(name, FP4_LEVELS, group_size, scale_dtype, double_quantization)
+    return _four_bits(name, FP4_LEVELS, group_size, scale_dtype, double_quantization, pad)
 
 
 def four_bit_matrix(
@@ -131,6 +139,7 @@ def four_bit_matrix(
     group_size: Block = 64,
     scale_dtype: DTypeLike = jnp.float32,
     double_quantization: bool = False,
+    pad: Pad | None = None,
 ) -> Codebook:
     """Codes of the levels nearest to the entries of one matrix, each block's largest made 1.
 
@@ -140,6 +149,7 @@ def four_bit_matrix(
       group_size: As in `nf4`.
       scale_dtype: As in `nf4`.
       double_quantization: As in `nf4`.
+      pad: As in `nf4`.
 
     Returns:
       The matrix.
@@ -150,17 +160,19 @@ def four_bit_matrix(
       [15, 3]
     """
     name = "quantize.four_bit_matrix"
-    _check(name, group_size, scale_dtype, double_quantization)
-    refuse_unfit(name, group_size, weight.shape)
-    wide = weight.astype(jnp.float32)
-    largest = block_max(wide, block_counts(group_size, *weight.shape))
+    _check(name, group_size, scale_dtype, double_quantization, pad)
+    block, full_group = fit_block(name, group_size, pad, weight.shape)
+    wide = fill_up_group(weight.astype(jnp.float32), full_group)
+    largest = block_max(wide, block_counts(block, *wide.shape))
     scale = stored_scale(largest, scale_dtype)
     if levels is FP4_LEVELS:
         code = signed_code(in_units(jnp.abs(wide), scale), signs(wide), _FP4_MAGNITUDES)
     else:
         code = nearest_code(in_units(wide, scale), levels)
     stored = quantize_scales(largest) if double_quantization else scale
-    return Codebook.from_codes(code, jnp.asarray(levels), stored, bits=4)
+    return Codebook.from_codes(
+        code[: len(weight)], jnp.asarray(levels), stored, bits=4, full_group=full_group
+    )
 
 
 def _four_bits(
@@ -169,20 +181,25 @@ def _four_bits(
     group_size: Block,
     scale_dtype: DTypeLike,
     double_quantization: bool,
+    pad: Pad | None,
 ) -> Transform:
-    _check(name, group_size, scale_dtype, double_quantization)
+    _check(name, group_size, scale_dtype, double_quantization, pad)
     matrix = functools.partial(
         four_bit_matrix,
         levels=levels,
         group_size=group_size,
         scale_dtype=scale_dtype,
         double_quantization=double_quantization,
+        pad=pad,
     )
-    return represented(matrix, name=name, group_size=group_size)
+    return represented(matrix, name=name, group_size=None if pad else group_size, pads=True)
 
 
-def _check(asker: str, group_size: Any, scale_dtype: Any, double_quantization: Any) -> None:
+def _check(
+    asker: str, group_size: Any, scale_dtype: Any, double_quantization: Any, pad: Any
+) -> None:
     check_block(asker, group_size)
+    check_pad(asker, pad, group_size)
     check_scale_dtype(asker, scale_dtype)
     check_flags(asker, double_quantization=double_quantization)
     if double_quantization and jnp.dtype(scale_dtype) != jnp.float32:

@@ -17,12 +17,14 @@ from jaxweights.quantize._blocks import (
     block_counts,
     block_max,
     check_block,
+    fill_up_group,
+    fit_block,
     in_units,
     stored_scale,
     unfit_block,
 )
 from jaxweights.quantize._calibrated import OnFailure, ReportLeaf
-from jaxweights.quantize._grid import make_grid
+from jaxweights.quantize._grid import Pad, check_pad, make_grid
 from jaxweights.quantize._learned import (
     Learned,
     Moments,
@@ -74,6 +76,7 @@ def nupes(
     exponent_rate: float = 1e-4,
     scale_dtype: DTypeLike = jnp.float32,
     search: NupesSearch = "absmax",
+    pad: Pad | None = None,
     on_failure: OnFailure = "error",
     report: ReportLeaf | None = None,
 ) -> Transform:
@@ -97,6 +100,8 @@ def nupes(
       scale_dtype: Dtype that scales are stored in.
       search: "absmax" ends the levels of each block at its largest magnitude amax, and "mse" where
         its squared error is least, between 0.4 and 1 of that, for each of the exponents.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        where such a leaf is refused.
       on_failure: As in `auto_round`.
       report: As in `gptq`.
 
@@ -130,6 +135,7 @@ def nupes(
     # Of the integer grids only the bounds of the settings matter here.
     bits = make_grid(_NAME, bits=bits, scale_dtype=scale_dtype).bits
     check_block(_NAME, group_size)
+    check_pad(_NAME, pad, group_size)
     check_scale_dtype(_NAME, scale_dtype)
     if not is_word(search, get_args(NupesSearch)):
         raise ValueError(f"{_NAME}: search={search!r} is unknown. Choose 'absmax' or 'mse'.")
@@ -150,6 +156,7 @@ def nupes(
             rates=(learning_rate, exponent_rate),
             scale_dtype=scale_dtype,
             search=search,
+            pad=pad,
         )
         return Learned(matrix, relative(loss, weight, gram))
 
@@ -165,7 +172,8 @@ def nupes(
         name=_NAME,
         put=put,
         check=lambda leaf, view: (
-            unfit_values(leaf) or unfit_block(group_size, view.in_dim, view.out_dim)
+            unfit_values(leaf)
+            or unfit_block(None if pad else group_size, view.in_dim, view.out_dim, pads=True)
         ),
         bad_scales=bad_scales,
         on_failure=on_failure,
@@ -184,10 +192,16 @@ def nupes_matrix(
     rates: tuple[float, float],
     scale_dtype: DTypeLike,
     search: NupesSearch = "absmax",
+    pad: Pad | None = None,
 ) -> tuple[Codebook, jax.Array]:
     """One float32 matrix on its power grid, and its loss."""
-    top = 2 ** (bits - 1) - 1
-    amax = block_max(weight, block_counts(group_size, *weight.shape))
+    top, in_dim = 2 ** (bits - 1) - 1, len(weight)
+    block, full_group = fit_block(f"{_NAME}_matrix", group_size, pad, weight.shape)
+    if full_group:  # rows of zeros, which no token reads
+        weight = fill_up_group(weight, full_group)
+        gram = jnp.pad(gram, (0, len(weight) - in_dim))
+        mask = None if mask is None else fill_up_group(mask, full_group)
+    amax = block_max(weight, block_counts(block, *weight.shape))
 
     def ends(exponent: jax.Array) -> jax.Array:
         """The stored scale of each block: the magnitude of its outermost levels."""
@@ -231,7 +245,10 @@ def nupes_matrix(
     codes = jnp.round(jnp.clip(best.units, -top, top)).astype(jnp.int32) + top
     codes = codes if mask is None else jnp.where(mask, codes, jnp.int32(top))
     table = _level(jnp.arange(-top, top + 1, dtype=jnp.float32), _exponent(best.exponent), top)
-    return Codebook.from_codes(codes, table, scale, bits=bits), least
+    return (
+        Codebook.from_codes(codes[:in_dim], table, scale, bits=bits, full_group=full_group),
+        least,
+    )
 
 
 def _least_error(

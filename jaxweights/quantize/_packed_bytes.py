@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from jaxweights.core._plan import leaf_bytes
+from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
 
@@ -13,9 +14,9 @@ from jaxweights.weights._weight import is_weight
 def packed_bytes(leaf: Any) -> int:
     """Bytes of a leaf in a file that stores every code in exactly its bits.
 
-    Codes of 3, 5, 6 and 7 bits take 4 or 8 bits each in `Quantized`, which keeps the rows that
-    share a byte whole, and zero points a byte; GPTQ and compressed-tensors files pack both in their
-    own bits. All other arrays, scales among them, count as they are.
+    Codes of 3, 5, 6 and 7 bits take 4 or 8 bits each in `Quantized` and `Codebook`, which keep the
+    rows that share a byte whole, and zero points a byte; GPTQ and compressed-tensors files pack
+    both in their own bits. All other arrays, scales among them, count as they are.
 
     Args:
       leaf: Array, abstract array or represented weight, however deeply nested.
@@ -32,14 +33,15 @@ def packed_bytes(leaf: Any) -> int:
     """
     if not is_weight(leaf):
         return leaf_bytes(leaf)
-    if isinstance(leaf, Quantized):
-        packed = [x for x in (leaf.codes, leaf.zero_point) if x is not None]
-        integers = leaf.size + (0 if leaf.zero_point is None else leaf.zero_point.size)
-        loose = sum(leaf_bytes(x) for x in packed)
-        return leaf_bytes(leaf) - loose - (-integers * leaf.bits // 8)
-    fields = (
-        getattr(leaf, field.name)
+    fields = {
+        field.name: getattr(leaf, field.name)
         for field in dataclasses.fields(leaf)
         if not field.metadata.get("static")
-    )
-    return sum(packed_bytes(field) for field in fields if field is not None)
+    }
+    packed = 0
+    if isinstance(leaf, Quantized | Codebook):
+        del fields["codes"]
+        zeros = fields.pop("zero_point", None)
+        integers = leaf.size + (0 if zeros is None else zeros.size)
+        packed = -(-integers * leaf.bits // 8)
+    return packed + sum(packed_bytes(field) for field in fields.values() if field is not None)

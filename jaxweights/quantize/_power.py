@@ -25,11 +25,12 @@ from jaxweights.quantize._blocks import (
     block_counts,
     block_max,
     check_block,
+    fill_up_group,
+    fit_block,
     in_units,
-    refuse_unfit,
     stored_scale,
 )
-from jaxweights.quantize._grid import check_bits
+from jaxweights.quantize._grid import Pad, check_bits, check_pad
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.quantize._settings import check_numbers, is_word
@@ -54,6 +55,7 @@ def power(
     exponents: Sequence[float] = EXPONENTS,
     scope: PowerScope = "tree",
     scale_dtype: DTypeLike = jnp.float32,
+    pad: Pad | None = None,
 ) -> Transform:
     r"""Rounds weights in the power domain, where small ones have finer levels; needs no data.
 
@@ -73,6 +75,8 @@ def power(
       scope: Who shares an exponent: all matrices that it acts on ("tree"), or nobody ("leaf"):
         every leaf has its own then, and every matrix of a stack.
       scale_dtype: Dtype that scales are stored in; codes are chosen for the stored scale.
+      pad: "zero" where the last group of an output may have fewer rows than `group_size`; None
+        where such a leaf is refused.
 
     Returns:
       A transform from dense or masked matrices to `Codebook` ones, of the same shape and dtype.
@@ -80,7 +84,8 @@ def power(
     Raises:
       TypeError: If a setting is of the wrong kind.
       ValueError: If a setting is out of range; when it sees a tree, if the group size does not
-        divide an axis, a leaf is already quantized, or one holds values that are not finite.
+        divide an axis and `pad` is None, a leaf is already quantized, or one holds values that are
+        not finite.
 
     Example:
       >>> import jax, jaxweights as jw
@@ -93,13 +98,16 @@ def power(
     Differs: (1) The exponent is the best of a list instead of the end of a Nelder-Mead search. (2)
       Weights may have scales for groups. (3) Activations are not quantized.
     """
-    exponents = _check(_NAME, bits, group_size, exponents, scale_dtype)
+    exponents = _check(_NAME, bits, group_size, exponents, scale_dtype, pad)
     if not is_word(scope, get_args(PowerScope)):
         raise ValueError(f"{_NAME}: scope={scope!r} is unknown. Choose 'tree' or 'leaf'.")
-    grid = {"bits": int(bits), "group_size": group_size, "scale_dtype": scale_dtype}
+    grid = {"bits": int(bits), "group_size": group_size, "scale_dtype": scale_dtype, "pad": pad}
+    put = functools.partial(
+        represented, name=_NAME, group_size=None if pad else group_size, pads=True
+    )
     if len(exponents) == 1 or scope == "leaf":
         matrix = functools.partial(power_matrix, exponents=exponents, **grid)
-        return represented(matrix, name=_NAME, group_size=group_size)
+        return put(matrix)
 
     errors = leafwise(
         functools.partial(power_errors, exponents=exponents, **grid),
@@ -122,8 +130,7 @@ def power(
     def matrix(weight: jax.Array, exponent: jax.Array) -> Codebook:
         return _encode(weight, exponent, **grid)
 
-    tx = represented(matrix, name=_NAME, group_size=group_size, shared=choose)
-    return dataclasses.replace(tx, scope="tree")
+    return dataclasses.replace(put(matrix, shared=choose), scope="tree")
 
 
 @compiled
@@ -134,6 +141,7 @@ def power_matrix(
     group_size: Block = None,
     exponents: Sequence[float] = EXPONENTS,
     scale_dtype: DTypeLike = jnp.float32,
+    pad: Pad | None = None,
 ) -> Codebook:
     """One matrix with the exponent that errs least on it.
 
@@ -143,6 +151,7 @@ def power_matrix(
       group_size: As in `power`.
       exponents: As in `power`.
       scale_dtype: As in `power`.
+      pad: As in `power`.
 
     Returns:
       The matrix.
@@ -152,9 +161,9 @@ def power_matrix(
       >>> matrix.codes_matrix().tolist(), matrix.materialize().round(3).tolist()
       ([[6], [2]], [[9.0], [-1.0]])
     """
-    exponents = _check(f"{_NAME}_matrix", bits, group_size, exponents, scale_dtype)
-    refuse_unfit(f"{_NAME}_matrix", group_size, weight.shape)
+    exponents = _check(f"{_NAME}_matrix", bits, group_size, exponents, scale_dtype, pad)
     grid: Any = {"bits": int(bits), "group_size": group_size, "scale_dtype": scale_dtype}
+    grid |= {"pad": pad}
     exponent = jnp.float32(exponents[0])
     if len(exponents) > 1:
         errors = power_errors(weight, exponents=exponents, **grid)
@@ -170,6 +179,7 @@ def power_errors(
     group_size: Block = None,
     exponents: Sequence[float] = EXPONENTS,
     scale_dtype: DTypeLike = jnp.float32,
+    pad: Pad | None = None,
 ) -> Float[Array, " exponents"]:
     """Squared error of one matrix for every exponent, summed over entries.
 
@@ -179,6 +189,7 @@ def power_errors(
       group_size: As in `power`.
       exponents: As in `power`.
       scale_dtype: As in `power`.
+      pad: As in `power`.
 
     Returns:
       Float32 errors.
@@ -187,11 +198,11 @@ def power_errors(
       >>> power_errors(jnp.array([[9.0], [-1.0]]), bits=3, exponents=[1.0, 0.5]).round(3).tolist()
       [1.0, 0.0]
     """
-    exponents = _check(f"{_NAME}_errors", bits, group_size, exponents, scale_dtype)
-    refuse_unfit(f"{_NAME}_errors", group_size, weight.shape)
-    wide = weight.astype(jnp.float32)
+    exponents = _check(f"{_NAME}_errors", bits, group_size, exponents, scale_dtype, pad)
+    block, full_group = fit_block(f"{_NAME}_errors", group_size, pad, weight.shape)
+    wide = fill_up_group(weight.astype(jnp.float32), full_group)
     top = 2 ** (int(bits) - 1) - 1
-    step = _step(wide, bits, group_size, scale_dtype).astype(jnp.float32)
+    step = _step(wide, bits, block, scale_dtype).astype(jnp.float32)
     if weight.size == 0:
         return jnp.zeros(len(exponents))
     step = jnp.repeat(step, weight.shape[1] // step.shape[1], axis=1)[:, None]
@@ -209,11 +220,12 @@ def power_errors(
 
 
 def _check(
-    asker: str, bits: Any, group_size: Any, exponents: Any, scale_dtype: Any
+    asker: str, bits: Any, group_size: Any, exponents: Any, scale_dtype: Any, pad: Any
 ) -> tuple[float, ...]:
     """The exponents as numbers, when every setting was found to be one."""
     check_bits(asker, bits)
     check_block(asker, group_size)
+    check_pad(asker, pad, group_size)
     check_scale_dtype(asker, scale_dtype)
     if isinstance(exponents, str | bytes) or not isinstance(
         exponents, Sequence | np.ndarray | jax.Array
@@ -231,16 +243,23 @@ def _check(
 
 
 def _encode(
-    weight: jax.Array, exponent: jax.Array, *, bits: int, group_size: Block, scale_dtype: DTypeLike
+    weight: jax.Array,
+    exponent: jax.Array,
+    *,
+    bits: int,
+    group_size: Block,
+    scale_dtype: DTypeLike,
+    pad: Pad | None,
 ) -> Codebook:
+    block, full_group = fit_block(f"{_NAME}_matrix", group_size, pad, weight.shape)
     top = 2 ** (bits - 1) - 1
-    wide = weight.astype(jnp.float32)
-    scale = _step(wide, bits, group_size, scale_dtype)
+    wide = fill_up_group(weight.astype(jnp.float32), full_group)
+    scale = _step(wide, bits, block, scale_dtype)
     size = _size_of_codes(in_units(jnp.abs(wide), scale), exponent, top)
-    codes = jnp.where(wide < 0, -size, size).astype(jnp.int32) + top
+    codes = jnp.where(wide < 0, -size, size)[: len(weight)].astype(jnp.int32) + top
     levels = _level(jnp.arange(1, top + 1, dtype=jnp.float32), exponent, top)
     table = jnp.concatenate([-levels[::-1], jnp.zeros(1), levels])
-    return Codebook.from_codes(codes, table, scale, bits=bits)
+    return Codebook.from_codes(codes, table, scale, bits=bits, full_group=full_group)
 
 
 def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike) -> jax.Array:

@@ -179,7 +179,7 @@ def _requantize(
     operands |= {name: getattr(weight, name, None) for name in names}
     if not isinstance(weight, Quantized):  # offsets may have blocks of their own
         if weight.offset is not None:
-            offset = weight.offset.astype(jnp.float32)
+            offset = weight.by_row(weight.offset).astype(jnp.float32)
             operands |= {"value": combine(matrix, offset, jnp.subtract), "offset": None}
         operands["scale"] = weight.scale_matrix()
     stored = None if is_weight(weight.scale) else weight.scale.dtype

@@ -45,6 +45,7 @@ class Codebook(Scaled):
       offset: Added after scaling, or None.
       bits: Bits per code, 1 to 8.
       codes_per_byte: 1, 2, 4 or 8.
+      full_group: Rows of every group but the last, which has fewer; 0 where all have as many.
       dtype: Dtype that it materialises to.
       view: How the matrix relates to the leaf.
 
@@ -63,6 +64,7 @@ class Codebook(Scaled):
     offset: jax.Array | None = None
     bits: int = static(default=4)
     codes_per_byte: int = static(default=1)
+    full_group: int = static(default=0)
     dtype: Any = static(default=np.dtype(np.float32))
     view: View = static(default=None)
 
@@ -75,6 +77,7 @@ class Codebook(Scaled):
         offset: jax.Array | None = None,
         *,
         bits: int,
+        full_group: int = 0,
         dtype: DTypeLike = jnp.float32,
         view: View | None = None,
     ) -> Codebook:
@@ -86,6 +89,7 @@ class Codebook(Scaled):
           scale: As in the class.
           offset: As in the class.
           bits: Bits per code, 1 to 8.
+          full_group: As in the class.
           dtype: Dtype that it materialises to.
           view: How the matrix relates to the leaf; None means that the leaf is the matrix.
 
@@ -103,9 +107,9 @@ class Codebook(Scaled):
                 f"Codebook: table has shape {table.shape}, but codes have shape {codes.shape} and "
                 f"bits={bits}. Its stack axes must be equal, and it has at most 2**bits levels."
             )
-        check_blocks("Codebook", "scale", scale.shape, codes.shape)
-        if offset is not None:
-            check_blocks("Codebook", "offset", offset.shape, codes.shape)
+        for name, field in {"scale": scale, "offset": offset}.items():
+            if field is not None:
+                check_blocks("Codebook", name, field.shape, codes.shape, full_group=full_group)
         per_byte = codes_per_byte(bits, codes.shape[-2])
         return cls(
             codes=pack_codes(codes, per_byte, signed=False),
@@ -114,6 +118,7 @@ class Codebook(Scaled):
             offset=offset,
             bits=bits,
             codes_per_byte=per_byte,
+            full_group=full_group,
             dtype=np.dtype(dtype),
             view=View.of(codes.shape) if view is None else view,
         )

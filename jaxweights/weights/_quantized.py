@@ -117,14 +117,14 @@ class Quantized(Scaled):
         """
         if not 2 <= bits <= 8:
             raise ValueError(f"Quantized: bits={bits} must lie between 2 and 8.")
-        indexed = group_index is not None or full_group > 0
-        check_blocks("Quantized", "scale", scale.shape, codes.shape, any_rows=indexed)
-        in_dim, rows = codes.shape[-2], scale.shape[-2]
-        if full_group and (in_dim % full_group == 0 or rows != -(-in_dim // full_group)):
-            raise ValueError(
-                f"Quantized: full_group={full_group} makes no {rows} groups of {in_dim} inputs of "
-                "which the last is shorter. Pass 0 where all groups have as many inputs."
-            )
+        check_blocks(
+            "Quantized",
+            "scale",
+            scale.shape,
+            codes.shape,
+            full_group=full_group,
+            any_rows=group_index is not None,
+        )
         for name, field in {"zero_point": zero_point, "offset": offset}.items():
             if field is not None and field.shape != scale.shape:
                 raise ValueError(
@@ -156,11 +156,6 @@ class Quantized(Scaled):
         return self.codes.shape[-2] * self.codes_per_byte
 
     @property
-    def group_size(self) -> int | None:
-        """Input rows that share a scale, all but those of a last group that is shorter."""
-        return self.full_group or super().group_size
-
-    @property
     def signed(self) -> bool:
         """Whether codes may be negative: where neither zero points nor offsets shift them."""
         return self.zero_point is None and self.offset is None
@@ -187,8 +182,8 @@ class Quantized(Scaled):
         return True
 
     def partition(self, spec: Any, mesh: Any) -> Any:
-        """Groups and packed rows are split with the inputs; of one size and in order only."""
-        if self.group_index is not None or self.full_group:
+        """Groups and packed rows are split with the inputs, where groups are in order."""
+        if self.group_index is not None:
             parts = matrix_parts(self.fitted().view, self.ndim, spec)
             if parts is None or parts[-2] is not None:
                 return None
@@ -198,6 +193,4 @@ class Quantized(Scaled):
         """Values of blocks, or of every input where groups are not of one size and in order."""
         if self.group_index is not None:
             return jnp.take_along_axis(blocks, self.group_index[..., None], axis=-2)
-        if not self.full_group:
-            return blocks
-        return jnp.repeat(blocks, self.full_group, axis=-2)[..., : self.in_dim, :]
+        return super().by_row(blocks)

@@ -38,9 +38,10 @@ class Scaled(MatrixWeight):
         scale.shape == (*stack, rows, cols);  in % rows == 0 and out % cols == 0
         offset is None, or likewise with divisors of its own
 
-    Rows of a `Quantized` need not divide its inputs: it says which one an input reads. So `(1, 1)`
-    is one scale per matrix, `(1, out)` one per output, `(in/g, out)` one per `g` input rows,
-    `(in/128, out/128)` one per square block. Scales may themselves be a `Scaled` matrix
+    With a `full_group`, rows == ceil(in / full_group) and it takes the place of in / rows and of
+    in / rows': the last group is shorter. A `Quantized` may also say which row an input reads. So
+    `(1, 1)` is one scale per matrix, `(1, out)` one per output, `(in/g, out)` one per `g` input
+    rows, `(in/128, out/128)` one per square block. Scales may themselves be a `Scaled` matrix
     `(rows, cols)`: that is double quantization.
 
     No metadata depends on the stack or on how the arrays are sharded: slicing every field along
@@ -53,6 +54,7 @@ class Scaled(MatrixWeight):
 
     scale: Any  # jax.Array or Scaled
     offset: Any  # jax.Array or None
+    full_group: int = 0  # rows of every group but the last, which has fewer; 0 where all are equal
 
     @abc.abstractmethod
     def units(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -74,7 +76,12 @@ class Scaled(MatrixWeight):
 
     @property
     def group_size(self) -> int | None:
-        """Input rows that share a scale; None where all of an output's rows do."""
+        """Input rows that share a scale, but for those of a last group that is shorter.
+
+        None where all of an output's rows do.
+        """
+        if self.full_group:
+            return self.full_group
         rows = self.scale.shape[-2]
         return None if rows <= 1 else self.in_dim // rows
 
@@ -171,8 +178,10 @@ class Scaled(MatrixWeight):
         return combine(values, self.by_row(self.offset).astype(jnp.float32), jnp.add)
 
     def by_row(self, blocks: jax.Array) -> jax.Array:
-        """Values of blocks `(*stack, rows, cols)`, in the order in which input rows meet them."""
-        return blocks
+        """Values of blocks, or of every input where groups are not of one size and in order."""
+        if not self.full_group:
+            return blocks
+        return jnp.repeat(blocks, self.full_group, axis=-2)[..., : self.in_dim, :]
 
     def _arrays(self) -> dict[str, Any]:
         """Fields that are there and hold arrays, by name."""
@@ -222,7 +231,7 @@ class Scaled(MatrixWeight):
         None where a block spans shards: products are then those of the dense weight.
         """
         parts = matrix_parts(self.fitted().view, self.ndim, spec)
-        if parts is None:
+        if parts is None or (self.full_group and parts[-2] is not None):
             return None
         *stack, rows, columns = parts
         specs: dict[str, Any] = {}
@@ -278,7 +287,13 @@ def combine(matrix: jax.Array, blocks: jax.Array, operation: Any) -> jax.Array:
 
 
 def check_blocks(
-    owner: str, name: str, shape: Sequence[int], stored: Sequence[int], *, any_rows: bool = False
+    owner: str,
+    name: str,
+    shape: Sequence[int],
+    stored: Sequence[int],
+    *,
+    full_group: int = 0,
+    any_rows: bool = False,
 ) -> None:
     """Refuses scales or offsets whose blocks do not tile the stored matrix.
 
@@ -287,13 +302,22 @@ def check_blocks(
       name: What they call the field.
       shape: Of the field.
       stored: Shape of the matrix.
+      full_group: As in `Scaled`.
       any_rows: Whether something else than the shapes says which row of the field an input reads.
+
+    Raises:
+      ValueError: If they do not.
     """
     *stack, in_dim, out_dim = stored
     *own_stack, rows, cols = shape
-    fit = (any_rows and rows <= in_dim) or tiles(rows, in_dim)
+    fit = rows <= in_dim if any_rows or full_group else tiles(rows, in_dim)
     if own_stack != stack or not (fit and tiles(cols, out_dim)):
         raise ValueError(
             f"{owner}: {name} has shape {tuple(shape)}, but the matrix has shape {tuple(stored)}. "
             "Its stack axes must be equal and each of its last two lengths must divide theirs."
+        )
+    if full_group and (in_dim % full_group == 0 or rows != -(-in_dim // full_group)):
+        raise ValueError(
+            f"{owner}: full_group={full_group} makes no {rows} groups of {in_dim} inputs of "
+            "which the last is shorter. Pass 0 where all groups have as many inputs."
         )

@@ -543,10 +543,6 @@ def test_a_quantized_leaf_is_refused():
             {"pad": "zero", "group_size": 8, "act_order": "groups"},
             "act_order='groups' visits whole groups in another order, so that a shorter one may",
         ),
-        (
-            {"pad": "zero", "group_size": 8, "grid": "nf4"},
-            "pad='zero': weights with a table of levels, such as grid='nf4', have groups of one",
-        ),
     ],
 )
 def test_settings_are_checked_when_built(settings, words):

@@ -220,7 +220,8 @@ EIGHT = NarrowFloat.from_values(jnp.ones((128, 4), jnp.float8_e4m3fn), jnp.ones(
         (
             jnp.ones((100, 8)),
             "group_size=64 does not divide the input axis, which has length 100. Choose one of "
-            "1, 2, 4, 5, 10, 20, 25, 50, or leave this weight out with `partition`.",
+            "1, 2, 4, 5, 10, 20, 25, 50, fill up the last group by pad='zero', or leave "
+            "this weight out with `partition`.",
         ),
         (ONCE, "is already a Codebook. Quantizing it again would add a second rounding error."),
         (EIGHT, "is already a NarrowFloat. Quantizing it again would add a second rounding error"),

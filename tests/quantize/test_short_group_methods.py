@@ -232,7 +232,7 @@ def test_errors_name_padding_only_where_there_is_the_setting():
     with pytest.raises(ValueError, match=words):
         one(quantize.hqq(bits=4, group_size=GROUP), WEIGHT)
     with pytest.raises(ValueError, match="group_size=12 does not divide") as caught:
-        one(quantize.nf4(group_size=GROUP), WEIGHT)
+        one(quantize.fp8(group_size=GROUP), WEIGHT)
     assert "pad" not in str(caught.value)
     with pytest.raises(ValueError, match=words):
         one(quantize.lsq(bits=4, group_size=GROUP), WEIGHT)

@@ -239,6 +239,12 @@ def unfit_bitsandbytes(weight: Any) -> list[str]:
     table = np.asarray(weight.table)
     if weight.bits != 4 or not any(np.array_equal(table, t) for t in (NF4_LEVELS, FP4_LEVELS)):
         return ["has other levels than nf4 and fp4. Quantize with quantize.nf4 or quantize.fp4"]
+    if weight.full_group:
+        return [
+            f"has groups of {weight.full_group} inputs of which the last is shorter, but blocks of "
+            "bitsandbytes are of one size. Quantize with a power of two from 32 on that divides "
+            f"the {weight.in_dim} inputs"
+        ]
     rows, cols = weight.scale.shape[-2:]
     block = weight.out_dim * weight.in_dim // (rows * cols)
     problems = []
