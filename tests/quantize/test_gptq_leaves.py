@@ -7,7 +7,7 @@ from jaxweights.core import Layout, Stats, apply, partition
 from jaxweights.quantize import _gptq as module
 from jaxweights.quantize import fp4, gptq, gptq_matrix, nf4, output_error, round_to_nearest
 from jaxweights.weights import CONV_HWIO, Axes, Codebook, Masked
-from tests.quantize.test_gptq import (
+from tests.quantize._gptq import (
     assert_mostly_equal,
     correlated,
     dense,
