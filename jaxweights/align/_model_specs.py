@@ -63,9 +63,10 @@ def llama_permutations(config: LlamaConfig) -> PermutationSpec:
         norms = ("attn_post_norm", "mlp_post_norm")
     for norm in norms:
         axes[f"layers/{norm}/scale"] = ("layers", "residual")
-    if config.qk_norm:
-        axes["layers/attn/q_norm/scale"] = ("layers", q)
-        axes["layers/attn/k_norm/scale"] = ("layers", k)
+    if config.qk_norm is not None:
+        whole = config.qk_norm == "whole"
+        axes["layers/attn/q_norm/scale"] = ("layers", q if whole else None)
+        axes["layers/attn/k_norm/scale"] = ("layers", k if whole else None)
     for name, rows, columns, bias in (
         ("attn/q", "residual", q, config.qkv_bias),
         ("attn/k", "residual", k, config.qkv_bias),

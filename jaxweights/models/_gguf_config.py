@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxweights.models._bert import BertConfig
-from jaxweights.models._llama_config import LlamaConfig, LlamaFamily
+from jaxweights.models._llama_config import QK_NORMS, LlamaConfig, LlamaFamily
 from jaxweights.models._rope import RopeScaling, rope_frequencies
 from jaxweights.models._settings import Settings
 
@@ -49,7 +49,6 @@ def llama_from_gguf(
     scaling = RopeScaling("linear", factor=linear) if linear is not None else None
     if "rope_freqs.weight" in tensors:
         scaling = _recognised(_read(tensors["rope_freqs.weight"]), fields)
-    olmo2 = family == "olmo2"
     return LlamaConfig(
         **fields,
         rope_scaling=scaling,
@@ -57,8 +56,8 @@ def llama_from_gguf(
         out_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         tie_embeddings="output.weight" not in tensors,
-        qk_norm=olmo2,
-        norm_position="post" if olmo2 else "pre",
+        qk_norm=QK_NORMS.get(family),
+        norm_position="post" if family == "olmo2" else "pre",
         family=family,
     )
 

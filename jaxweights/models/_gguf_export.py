@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jaxweights.checkpoint._write_gguf import GGUFTensor
 
 _ASKER = "models.export_checkpoint"
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "olmo2": "olmo2"}
 # `general.file_type` of llama.cpp: what most of the matrices are.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 _FILE_TYPES |= {"BF16": 32}
@@ -139,7 +138,7 @@ def gguf_metadata(config: LlamaConfig) -> dict[str, Any]:
             f"{_ASKER}: some layers have a sliding window and others none, which GGUF cannot say "
             f"of {config.family!r}. Write safetensors."
         )
-    name = _ARCHITECTURES[config.family]
+    name = "llama" if config.family == "mistral" else config.family
     scaling = config.rope_scaling
     values = {
         "vocab_size": config.vocab_size,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxweights.models._bert import BertConfig
-from jaxweights.models._llama_config import LlamaConfig, LlamaFamily
+from jaxweights.models._llama_config import QK_NORMS, LlamaConfig, LlamaFamily
 from jaxweights.models._rope import RopeScaling
 from jaxweights.models._settings import Settings
 
@@ -41,7 +41,13 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1, 1.0),
 }
-_DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "olmo2": 2048}
+_DEFAULT_POSITIONS: dict[LlamaFamily, int] = {
+    "llama": 2048,
+    "mistral": 131072,
+    "qwen2": 32768,
+    "qwen3": 32768,
+    "olmo2": 2048,
+}
 
 
 def llama_from_dict(values: Mapping[str, Any], family: LlamaFamily) -> LlamaConfig:
@@ -50,10 +56,10 @@ def llama_from_dict(values: Mapping[str, Any], family: LlamaFamily) -> LlamaConf
     num_layers = entries.take("num_hidden_layers")
     theta, scaling = _rope(entries)
     window, slides = _window(entries, family, num_layers)
-    bias = family in ("llama", "olmo2") and entries.take("attention_bias", False)
+    bias = family in ("llama", "qwen3", "olmo2") and entries.take("attention_bias", False)
     # A null means as many as query heads; only where the entry is absent has a family its own.
     absent = not entries.has("num_key_value_heads")
-    shared = {"mistral": 8, "qwen2": 32}.get(family) if absent else None
+    shared = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family) if absent else None
     fields = dict(
         vocab_size=entries.take("vocab_size"),
         hidden_size=entries.take("hidden_size"),
@@ -61,7 +67,7 @@ def llama_from_dict(values: Mapping[str, Any], family: LlamaFamily) -> LlamaConf
         num_layers=num_layers,
         num_heads=entries.take("num_attention_heads"),
         num_kv_heads=entries.take("num_key_value_heads", shared),
-        head_dim=entries.take("head_dim", None),
+        head_dim=entries.take("head_dim", 128 if family == "qwen3" else None),
         norm_eps=entries.take("rms_norm_eps", 1e-5 if family == "olmo2" else 1e-6),
         max_positions=entries.take("max_position_embeddings", _DEFAULT_POSITIONS[family]),
         qkv_bias=bias or family == "qwen2",
@@ -71,15 +77,14 @@ def llama_from_dict(values: Mapping[str, Any], family: LlamaFamily) -> LlamaConf
     )
     entries.demand("hidden_act", ("silu", "swish"))
     _finish(entries)
-    olmo2 = family == "olmo2"
     return LlamaConfig(
         **fields,
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=window,
         sliding_layers=slides,
-        qk_norm=olmo2,
-        norm_position="post" if olmo2 else "pre",
+        qk_norm=QK_NORMS.get(family),
+        norm_position="post" if family == "olmo2" else "pre",
         family=family,
     )
 
@@ -180,7 +185,7 @@ def _window(
         # An explicit null switches the window off; only its absence means 4096.
         window = entries.take("sliding_window", None)
         return (window if entries.has("sliding_window") else 4096), None
-    if family != "qwen2":
+    if family not in ("qwen2", "qwen3"):
         return None, None
     used = entries.take("use_sliding_window", False)
     window = entries.take("sliding_window", 4096 if not entries.has("sliding_window") else None)

@@ -14,6 +14,7 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "bert": "BertModel",
 }
@@ -89,13 +90,13 @@ def _llama_to_dict(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": _rope_to_dict(config.rope_scaling),
     }
-    if config.family in ("llama", "olmo2"):
+    if config.family in ("llama", "qwen3", "olmo2"):
         values["attention_bias"] = config.qkv_bias
     if config.family == "llama":
         values["mlp_bias"] = config.mlp_bias
     if config.family == "mistral":
         values["sliding_window"] = config.sliding_window
-    if config.family == "qwen2" and config.sliding_window is not None:
+    if config.family in ("qwen2", "qwen3") and config.sliding_window is not None:
         slides = config.sliding_layers or (True,) * config.num_layers
         values["use_sliding_window"] = True
         values["sliding_window"] = config.sliding_window

@@ -1,4 +1,4 @@
-"""The decoder of Llama, SmolLM2, Mistral, Qwen2 and OLMo 2, with its layers stacked for scan."""
+"""The decoder of Llama, SmolLM2, Mistral, Qwen2, Qwen3 and OLMo 2, with layers stacked for scan."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Llama(nn.Module):
 
     Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries and windows: Jiang et al. 2023,
       arXiv:2310.06825; biases: Yang et al. 2024, arXiv:2407.10671; norms behind the sublayers:
-      OLMo et al. 2024, arXiv:2501.00656.
+      OLMo et al. 2024, arXiv:2501.00656; norms of heads: Yang et al. 2025, arXiv:2505.09388.
     Differs: (1) norms and rotations are computed in float32 to their end, also under bfloat16.
       (2) a token outside the vocabulary gives NaN logits instead of an error.
     """
@@ -197,9 +197,15 @@ class _Attention(nn.Module):
         ):
             width = heads * config.head_dim
             y = Linear(width, config.qkv_bias, self.param_dtype, name=name)(x)
-            if config.qk_norm and name != "v":
-                y = RMSNorm(config.norm_eps, self.param_dtype, name=f"{name}_norm")(y)
-            split.append(y.reshape(*x.shape[:-1], heads, config.head_dim))
+            norm = None
+            if config.qk_norm is not None and name != "v":
+                norm = RMSNorm(config.norm_eps, self.param_dtype, name=f"{name}_norm")
+            if norm is not None and config.qk_norm == "whole":
+                y = norm(y)
+            y = y.reshape(*x.shape[:-1], heads, config.head_dim)
+            if norm is not None and config.qk_norm == "head":
+                y = norm(y)
+            split.append(y)
         return split
 
 

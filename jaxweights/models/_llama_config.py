@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxweights.models._checks import Fields
 from jaxweights.models._rope import RopeScaling
 
-LlamaFamily = Literal["llama", "mistral", "qwen2", "olmo2"]
+LlamaFamily = Literal["llama", "mistral", "qwen2", "qwen3", "olmo2"]
+QKNorm = Literal["whole", "head"]
+QK_NORMS: dict[LlamaFamily, QKNorm] = {"qwen3": "head", "olmo2": "whole"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class LlamaConfig:
       qkv_bias: Whether query, key and value projections have a bias.
       out_bias: Whether the attention's output projection has one.
       mlp_bias: Whether the three MLP projections have one.
-      qk_norm: Whether the whole projected query and key are RMS-normalised (OLMo 2).
+      qk_norm: What of queries and keys is RMS-normalised: the "whole" projection (OLMo 2), each
+        "head", all with one scale (Qwen3), or None for nothing.
       norm_position: "pre" normalises what enters attention and MLP, "post" what leaves them.
       tie_embeddings: Whether the embedding is also the head.
       family: Whose names and file conventions the checkpoint follows.
@@ -65,7 +68,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
     norm_position: Literal["pre", "post"] = "pre"
     tie_embeddings: bool = False
     family: LlamaFamily = "llama"
@@ -98,10 +101,12 @@ class LlamaConfig:
         fields.number("norm_eps", minimum=0.0)
         fields.number("rope_theta", above=0.0)
         fields.integer("max_positions", minimum=1)
-        for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_embeddings"):
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "tie_embeddings"):
             fields.flag(name)
+        if self.qk_norm is not None:
+            fields.one_of("qk_norm", get_args(QKNorm))
         fields.one_of("norm_position", ("pre", "post"))
-        fields.one_of("family", ("llama", "mistral", "qwen2", "olmo2"))
+        fields.one_of("family", get_args(LlamaFamily))
         scaling = self.rope_scaling
         if scaling is not None and not isinstance(scaling, RopeScaling):
             fields.wrong_kind = True

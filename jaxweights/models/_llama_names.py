@@ -72,6 +72,7 @@ def llama_names(config: LlamaConfig, convention: Convention) -> NameMap:
     norms = _PRE_NORMS if config.norm_position == "pre" else _POST_NORMS
     for path, theirs, short in (*norms, *(_QK_NORMS if config.qk_norm else ())):
         width = sizes[path.removesuffix("_norm")][1:] if "/" in path else table[1:]
+        width = (config.head_dim,) if "/" in path and config.qk_norm == "head" else width
         name = f"{layer}.{short if gguf else theirs}.weight"
         rules.append(TensorRule(f"layers/{path}/scale", name, width))
     return NameMap(

@@ -21,12 +21,14 @@ _FROM_DICT: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "llama": functools.partial(llama_from_dict, family="llama"),
     "mistral": functools.partial(llama_from_dict, family="mistral"),
     "qwen2": functools.partial(llama_from_dict, family="qwen2"),
+    "qwen3": functools.partial(llama_from_dict, family="qwen3"),
     "olmo2": functools.partial(llama_from_dict, family="olmo2"),
     "bert": bert_from_dict,
 }
 _FROM_GGUF: dict[str, Callable[..., ModelConfig]] = {
     "llama": functools.partial(llama_from_gguf, family="llama"),
     "qwen2": functools.partial(llama_from_gguf, family="qwen2"),
+    "qwen3": functools.partial(llama_from_gguf, family="qwen3"),
     "olmo2": functools.partial(llama_from_gguf, family="olmo2"),
     "bert": bert_from_gguf,
 }

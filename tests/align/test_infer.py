@@ -63,7 +63,7 @@ def test_an_mlp_has_one_permutation_a_hidden_layer():
 
 
 @pytest.mark.promotion(dtypes="standard", ranks="allow")
-@pytest.mark.parametrize("case", ["llama3", "smollm2", "olmo2", "qwen2", "bert"])
+@pytest.mark.parametrize("case", ["llama3", "smollm2", "olmo2", "qwen2", "qwen3", "bert"])
 def test_the_trace_of_a_transformer_gives_the_spec_written_by_hand(case):
     config, model, params = library_model(case)
     tokens = jnp.array([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7]])

@@ -17,7 +17,7 @@ from tests.align._models import (
 
 @pytest.mark.promotion(dtypes="standard", ranks="allow")
 @pytest.mark.parametrize(
-    "case", ["llama3", "llama_biases", "smollm2", "mistral", "qwen2", "olmo2", "bert"]
+    "case", ["llama3", "llama_biases", "smollm2", "mistral", "qwen2", "qwen3", "olmo2", "bert"]
 )
 def test_every_family_computes_the_same_after_all_permutations_at_once(case):
     config, model, params = library_model(case)

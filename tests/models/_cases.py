@@ -71,6 +71,24 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 3,
         "max_window_layers": 2,
     },
+    "qwen3": _BASE
+    | {
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
+    },
+    "qwen3_biases": _BASE
+    | {
+        "model_type": "qwen3",
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 2,
+    },
     "olmo2": _BASE | {"model_type": "olmo2", "num_key_value_heads": 2, "rope_theta": 500000.0},
     "bert": _BASE | {"model_type": "bert", "hidden_act": "gelu", "type_vocab_size": 2},
 }

@@ -156,7 +156,7 @@ SCALINGS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2", "mistral"])
 def test_every_family_comes_back(tmp_path, family):
     qwen, olmo = family == "qwen2", family == "olmo2"
     config = dataclasses.replace(
@@ -164,7 +164,7 @@ def test_every_family_comes_back(tmp_path, family):
         family=family,
         tie_embeddings=not olmo,
         qkv_bias=qwen,
-        qk_norm=olmo,
+        qk_norm={"qwen3": "head", "olmo2": "whole"}.get(family),
         norm_position="post" if olmo else "pre",
         sliding_window=16 if family == "mistral" else None,
     )

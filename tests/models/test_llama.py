@@ -81,6 +81,7 @@ def test_outputs_agree_with_the_transformers_that_is_installed(name):
         ("mistral", {"sliding_window": 5}),
         ("mistral", {"sliding_window": None}),
         ("qwen2_sliding", {"sliding_layers": None}),
+        ("qwen3", {"norm_eps": 1.0}),
     ],
 )
 def test_the_comparison_would_notice_a_wrong_setting(name, change):

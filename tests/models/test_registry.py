@@ -64,7 +64,9 @@ def test_each_family_has_its_own_features():
     assert read["qwen2"].qkv_bias and not read["qwen2"].out_bias
     assert read["llama_biases"].qkv_bias and read["llama_biases"].out_bias
     assert read["llama_biases"].mlp_bias and not read["llama2"].mlp_bias
-    assert read["olmo2"].qk_norm and read["olmo2"].norm_position == "post"
+    assert read["olmo2"].qk_norm == "whole" and read["olmo2"].norm_position == "post"
+    assert read["qwen3"].qk_norm == "head" and not read["qwen3"].qkv_bias
+    assert read["qwen3_biases"].out_bias and read["qwen3_biases"].sliding_layers
     assert read["olmo2"].norm_eps == 1e-5 and read["qwen2"].norm_eps == 1e-6
     assert read["mistral"].sliding_window == 4 and read["mistral"].sliding_layers is None
     assert read["qwen2"].sliding_window is None
@@ -107,7 +109,7 @@ def test_rope_is_read_in_its_old_and_its_new_place():
     "name, change, words",
     [
         ("llama2", {"model_type": "gemma"}, "architecture 'gemma' is unknown. Known: bert, llama"),
-        ("llama2", {"model_type": "qwen3"}, "architecture 'qwen3' is unknown.*Nearest: qwen2"),
+        ("llama2", {"model_type": "qwen4"}, "architecture 'qwen4' is unknown.*Nearest: qwen"),
         ("llama2", {"model_type": None}, "names no architecture"),
         ("llama2", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'.*Supported: 'silu', 'swish'"),
         ("bert", {"hidden_act": "gelu_new"}, "'hidden_act' is 'gelu_new'.*Supported: 'gelu'"),
@@ -144,8 +146,10 @@ def test_every_entry_that_is_not_supported_is_in_one_message():
 
 
 def test_a_config_that_its_family_cannot_say_is_not_written():
-    config = LlamaConfig(**SMALL, qk_norm=True)
-    with pytest.raises(ValueError, match=r"qk_norm=True cannot be said in the config.json of 'll"):
+    config = LlamaConfig(**SMALL, qk_norm="whole")
+    with pytest.raises(
+        ValueError, match=r"qk_norm='whole' cannot be said in the config.json of 'll"
+    ):
         config_to_dict(config)
 
 
@@ -189,12 +193,14 @@ def test_gguf_divisors_of_the_llama_releases_are_recognised(factor):
     )
 
 
-@pytest.mark.parametrize("arch, family", [("qwen2", "qwen2"), ("olmo2", "olmo2")])
-def test_gguf_of_other_families_is_read_under_their_own_keys(arch, family):
-    metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()}
-    config = config_from_gguf(metadata | {"general.architecture": arch})
+@pytest.mark.parametrize(
+    "family, qk_norm", [("qwen2", None), ("qwen3", "head"), ("olmo2", "whole")]
+)
+def test_gguf_of_other_families_is_read_under_their_own_keys(family, qk_norm):
+    metadata = {key.replace("llama.", f"{family}."): value for key, value in GGUF.items()}
+    config = config_from_gguf(metadata | {"general.architecture": family})
     assert config.family == family
-    assert config.qkv_bias == (family == "qwen2") and config.qk_norm == (family == "olmo2")
+    assert config.qkv_bias == (family == "qwen2") and config.qk_norm == qk_norm
 
 
 def test_gguf_of_bert_is_read():

@@ -20,7 +20,7 @@ LLAMAS = {
     "gqa": LlamaConfig(**SIZES, num_kv_heads=2),
     "biases": LlamaConfig(**SIZES, qkv_bias=True, out_bias=True, mlp_bias=True),
     "tied": LlamaConfig(**SIZES, tie_embeddings=True),
-    "post": LlamaConfig(**SIZES, qk_norm=True, norm_position="post"),
+    "post": LlamaConfig(**SIZES, qk_norm="whole", norm_position="post"),
 }
 BERT = BertConfig(**SIZES)
 CONFIGS = LLAMAS | {"bert": BERT}

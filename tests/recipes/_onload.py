@@ -17,7 +17,8 @@ FAMILIES = {
     "llama": BASE,
     "mistral": dataclasses.replace(BASE, family="mistral", sliding_window=8, tie_embeddings=False),
     "qwen2": dataclasses.replace(BASE, family="qwen2", qkv_bias=True, tie_embeddings=False),
-    "olmo2": dataclasses.replace(BASE, family="olmo2", norm_position="post", qk_norm=True),
+    "qwen3": dataclasses.replace(BASE, family="qwen3", qk_norm="head"),
+    "olmo2": dataclasses.replace(BASE, family="olmo2", norm_position="post", qk_norm="whole"),
 }
 
 

@@ -78,6 +78,7 @@ def as_in_memory(model, stages, batches, again, out, form):
                 ("mistral", "gptq", "each_block", "compressed-tensors"),
                 ("qwen2", "smooth, gptq", "each_block", "gptq"),
                 ("llama", "smooth, gptq", "each_step", "gguf"),
+                ("qwen3", "smooth, gptq", "each_block", "compressed-tensors"),
                 ("olmo2", "gptq", "each_block", "compressed-tensors"),
             )
         ),
