@@ -116,6 +116,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from jaxweights.cli._progress import show_progress
     from jaxweights.recipes.mergekit import Evaluation, explain_merge, run_merge
     from jaxweights.stream._memory import keep_freed_pages
+    from jaxweights.stream._program import run_where_called
 
     common = {"compat": options.compat, "missing": options.missing, "seed": options.seed}
     if options.curve and options.evaluate is None:
@@ -133,6 +134,7 @@ def execute(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.evaluate is not None:
         evaluate = Evaluation(options.evaluate, *options.windows, curve=options.curve)
     keep_freed_pages()
+    run_where_called()
     with show_progress(options.quiet, unit="bytes") as progress:
         done = run_merge(
             options.config,

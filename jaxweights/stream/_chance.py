@@ -24,6 +24,7 @@ from jaxweights.stream._grouping import Grouping
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
 from jaxweights.stream._norm_sums import norms_of_runs, run_norms
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._row_ranks import row_ranks
 from jaxweights.stream._signs import Signs
 from jaxweights.stream._store import checked, stored
@@ -224,7 +225,7 @@ class _Draws:
         return found[: -(-count * len(found) // values.size)]
 
 
-@jax.jit
+@slice_program
 def _patterns(base: Any, model: Any) -> jax.Array:
     """Integers that order as magnitudes of the delta do, in float32."""
     delta = delta_of(base, model).astype(jnp.float32)
@@ -241,7 +242,7 @@ def _chance(ranks: Any, density: Any, epsilon: Any, along: int) -> jax.Array:
     return density - epsilon + 2 * epsilon * share.astype(density.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("along", "size"))
+@functools.partial(slice_program, static_argnames=("along", "size"))
 def _mask(
     key: Any, start: Any, ranks: Any, density: Any, epsilon: Any, *, along: int, size: int
 ) -> jax.Array:
@@ -255,7 +256,7 @@ def _mask(
     return ones - 1 < _chance(ranks, density, epsilon, along).astype(jnp.float32)
 
 
-@jax.jit
+@slice_program
 def _sizes(base: Any, model: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
     size = jnp.abs(delta_of(base, model))
     return size, jnp.where(mask, size, 0)
@@ -277,7 +278,7 @@ def _thinned(
     return kept
 
 
-@functools.partial(jax.jit, static_argnames=("row", "along", "dtype"))
+@functools.partial(slice_program, static_argnames=("row", "along", "dtype"))
 def _merge_slice(
     base: Any,
     models: tuple[Any, ...],
@@ -295,7 +296,7 @@ def _merge_slice(
     return stored(new, dtype, *deltas)
 
 
-@functools.partial(jax.jit, static_argnames=("row", "along"))
+@functools.partial(slice_program, static_argnames=("row", "along"))
 def _elected(
     base: Any, models: tuple[Any, ...], thinning: _Thinning, *, row: Row, along: int
 ) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxweights.stream._delta_settings import DeltaSettings, delta_settings
 from jaxweights.stream._draws import drawn_bits, spread
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._ranked_norms import RankedNorms, kept_by_rank
 from jaxweights.stream._ranks import RankSurvey, Target
 from jaxweights.stream._signs import Signs, sum_of
@@ -156,7 +157,7 @@ class _Numbers:
     bounds: Any  # (models, 2, 2): of what is kept or dropped from the top, and of the latter
 
 
-@functools.partial(jax.jit, static_argnames=("row", "dtype"))
+@functools.partial(slice_program, static_argnames=("row", "dtype"))
 def _merge_slice(
     base: Any,
     models: tuple[Any, ...],
@@ -295,7 +296,7 @@ class _Layer(InTurn):
         return self.ranks.elected(self.norms.factors(), job, start, arrays)
 
 
-@functools.partial(jax.jit, static_argnames="row")
+@functools.partial(slice_program, static_argnames="row")
 def _elected(base: Any, models: tuple[Any, ...], numbers: _Numbers, *, row: Row) -> jax.Array:
     """Sign of the weighted sum of the thinned deltas, int8."""
     total = sum(
@@ -342,7 +343,7 @@ class _DeltaNorms(Survey):
         return np.where(left > 0, whole / np.where(left > 0, left, 1), 1)
 
 
-@jax.jit
+@slice_program
 def _partial_norms(base: Any, model: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
     """Sums of |delta| in parts, and of what a mask keeps of it.
 

@@ -16,6 +16,7 @@ from jaxweights.stream._flow import Flow, look_at, take_in
 from jaxweights.stream._jobs import Job, Operand, Piece, cut
 from jaxweights.stream._memory import Budget
 from jaxweights.stream._meter import Meter, Progress
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._ranks import RankSurvey, Target
 from jaxweights.stream._store import refuse_nonfinite
 from jaxweights.stream._sums import partial_sums
@@ -311,17 +312,17 @@ def _difference(base: Any, model: Any) -> jax.Array:
     return model.astype(wide) - base.astype(wide)
 
 
-@jax.jit
+@slice_program
 def _products(base: Any, first: Any, second: Any) -> jax.Array:
     return partial_sums(_difference(base, first) * _difference(base, second))
 
 
-@jax.jit
+@slice_program
 def _squares(base: Any) -> jax.Array:
     return partial_sums(jnp.square(base.astype(compute_dtype(base))))
 
 
-@jax.jit
+@slice_program
 def _conflicts(base: Any, models: tuple[Any, ...]) -> jax.Array:
     raised = lowered = jnp.zeros(base.shape, bool)
     for model in models:
@@ -330,7 +331,7 @@ def _conflicts(base: Any, models: tuple[Any, ...]) -> jax.Array:
     return raised & lowered
 
 
-@jax.jit
+@slice_program
 def _squares_above(base: Any, model: Any, high: jax.Array) -> jax.Array:
     delta = _delta((base, model), 0)
     return partial_sums(jnp.where(magnitude_bits(delta) > high, delta * delta, 0))

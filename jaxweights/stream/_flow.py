@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from jaxweights.stream._jobs import Job, Operand, Piece
 from jaxweights.stream._memory import ALIGNMENT, Budget, Buffers
 from jaxweights.stream._meter import Meter
 from jaxweights.stream._turns import Stopped, Turns
+from jaxweights.stream._workers import workers
 
-_MOST_WORKERS = 8
 _PIECES_AHEAD = 4  # how far ahead of the workers a disk reads
 
 # What is done with the arrays of a piece.
@@ -81,7 +80,7 @@ class Flow:
         self._digests: dict[tuple[str, Operand], Any] = {}
         self._readers = _Readers()
         self._turns = Turns()
-        self._workers = min(_cores(), _MOST_WORKERS)
+        self._workers = workers()
 
     def __enter__(self) -> Flow:
         return self
@@ -277,10 +276,3 @@ class _Readers:
             if found[1] >= piece.job.entries:
                 del self._found[key]
             return found[0]
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

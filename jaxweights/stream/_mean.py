@@ -12,6 +12,7 @@ import numpy as np
 from jaxweights.merge._mean import weighted_mean, with_first
 from jaxweights.merge._models import check_weights, compute_dtype
 from jaxweights.stream._jobs import Job, Operand
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._store import checked, stored
 
 # Wide copies that a compiler may make.
@@ -56,7 +57,7 @@ def mean_job(
     return Job(name, operands[0].shape, dtype, operands, compute, True, temporaries)
 
 
-@functools.partial(jax.jit, static_argnames=("normalize", "dtype"))
+@functools.partial(slice_program, static_argnames=("normalize", "dtype"))
 def _mean(
     pivot: Any, others: tuple[Any, ...], weights: jax.Array, *, normalize: bool, dtype: Any
 ) -> jax.Array:

@@ -14,6 +14,7 @@ from jaxweights.merge._ram import RamMerge, add_changed, counts_of, enlargements
 from jaxweights.merge._sphere import vectors_of
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._surveys import InTurn, OfBlocks
 
@@ -58,7 +59,7 @@ def _factors(shared: Any, alone: Any, *, enlarge: tuple[float, float]) -> jax.Ar
     return enlargements(jnp.asarray(shared), jnp.asarray(alone), enlarge)
 
 
-@functools.partial(jax.jit, static_argnames=("epsilon", "dtype"))
+@functools.partial(slice_program, static_argnames=("epsilon", "dtype"))
 def _merge_slice(
     base: Any, models: list[Any], factors: jax.Array, *, epsilon: float, dtype: Any
 ) -> jax.Array:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxweights.merge._delta_leaf import Row, delta_of
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._norm_sums import norms_of_runs, run_norms
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._ranks import among
 from jaxweights.stream._sums import RUN, partial_sums, run_sums
 
@@ -77,15 +78,19 @@ class RankedNorms(Survey):
         return np.where(left > 0, whole / np.where(left > 0, left, 1), 1)
 
 
-@functools.partial(jax.jit, static_argnames="row")
+@functools.partial(slice_program, static_argnames="row")
 def _l1_norms(base: Any, model: Any, bounds: Any, *, row: Row) -> tuple[jax.Array, jax.Array]:
-    sizes = _sizes(base, model, bounds, row=row)
-    sums = partial_sums(jax.lax.complex(*sizes))  # see `_delta._partial_norms`
+    # See `_delta._partial_norms`.
+    sums = partial_sums(jax.lax.complex(*_magnitudes(base, model, bounds, row)))
     return sums.real, sums.imag
 
 
-@functools.partial(jax.jit, static_argnames="row")
+@functools.partial(slice_program, static_argnames="row")
 def _sizes(base: Any, model: Any, bounds: Any, *, row: Row) -> tuple[jax.Array, jax.Array]:
+    return _magnitudes(base, model, bounds, row)
+
+
+def _magnitudes(base: Any, model: Any, bounds: Any, row: Row) -> tuple[jax.Array, jax.Array]:
     """Magnitudes, and those that are kept."""
     delta = delta_of(base, model)
     size = jnp.abs(delta)

@@ -24,6 +24,7 @@ import numpy as np
 from jaxweights.core._rank_search import magnitude_bits
 from jaxweights.stream._draws import true_places
 from jaxweights.stream._jobs import Job
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._sums import RUN, partial_sums
 
 # Primes, so that a sample does not keep step with rows.
@@ -332,7 +333,7 @@ def _taken(array: np.ndarray, places: np.ndarray) -> np.ndarray:
     return array.view(np.uint16)[places].view(_BFLOAT16)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(slice_program, static_argnums=0)
 def _split(
     values: Values, arrays: tuple[Any, ...], bracket: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -345,7 +346,7 @@ def _split(
     return above, (bits >= bracket[0]) & ~above
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(slice_program, static_argnums=0)
 def _counts(values: Values, arrays: tuple[Any, ...], bracket: jax.Array) -> jax.Array:
     """How many patterns lie above, and at or above, the ends of a bracket: `(runs, sums)` uint32.
 

@@ -22,6 +22,7 @@ from jaxweights.merge._sce import (
 from jaxweights.merge._sphere import vectors_of
 from jaxweights.stream._jobs import Job, Survey
 from jaxweights.stream._leaf import Leaf
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._ranks import Target, among
 from jaxweights.stream._score_ranks import ScoreRanks
 from jaxweights.stream._store import checked, stored
@@ -108,7 +109,7 @@ def _energies(
     return unit, [folded(jnp.square(delta / unit).reshape(-1, _RUN)) for delta in kept]
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@functools.partial(slice_program, static_argnames="dtype")
 def _merge_slice(
     base: Any, models: list[Any], variance: Any, bound: Any, weights: jax.Array, *, dtype: Any
 ) -> jax.Array:

@@ -18,6 +18,7 @@ from jaxweights.merge._sphere import LEAST_SQUARE, Length, Measuring, Vectors
 from jaxweights.merge._spherical import SphereMerge
 from jaxweights.stream._grouping import Grouping
 from jaxweights.stream._jobs import Job, Operand, Survey
+from jaxweights.stream._program import slice_program
 from jaxweights.stream._store import checked, stored
 from jaxweights.stream._sums import folded
 
@@ -98,7 +99,7 @@ def _vectors(base: Any, models: Sequence[Any], run: int, behind: int, wide: Any)
     return [x - origin for x in shaped]
 
 
-@functools.partial(jax.jit, static_argnames=("asked", "run", "behind"))
+@functools.partial(slice_program, static_argnames=("asked", "run", "behind"))
 def _squares(
     base: Any,
     models: tuple[Any, ...],
@@ -120,7 +121,7 @@ def _squares(
     return [folded(jnp.square(total)) for total in totals]
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
+@functools.partial(slice_program, static_argnames="dtype")
 def _weighted(base: Any, models: tuple[Any, ...], factors: jax.Array, *, dtype: Any) -> jax.Array:
     run, behind = models[0].size // factors.shape[1], factors.shape[3]
     vectors = _vectors(base, models, run, behind, factors.dtype)

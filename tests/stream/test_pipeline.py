@@ -14,7 +14,7 @@ import pytest
 
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint, write_safetensors
-from jaxweights.stream import _flow, _jobs, _pipeline, transform_checkpoint
+from jaxweights.stream import _flow, _jobs, _pipeline, _workers, transform_checkpoint
 from jaxweights.stream._destination import _OPEN_FILES, _OpenFiles
 from jaxweights.stream._jobs import Job, Operand, Piece, Survey
 from jaxweights.stream._mean import mean_job
@@ -83,7 +83,7 @@ def test_bytes_that_lie_on_no_boundary_give_the_same_result(tmp_path, dtype):
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_number_of_threads_changes_no_byte(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
-    monkeypatch.setattr(_flow, "_cores", lambda: workers)
+    monkeypatch.setattr(_workers, "cores", lambda: workers)
     # As if the tensor were too long for one thread.
     monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
     checkpoints = [_checkpoint(tmp_path / str(i), i, shift=5) for i in range(2)]
@@ -182,7 +182,7 @@ def test_a_tensor_may_be_merged_with_itself(tmp_path, monkeypatch):
 
 def test_an_interrupt_while_workers_are_started_ends_those_that_run(tmp_path, monkeypatch):
     monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
-    monkeypatch.setattr(_flow, "_cores", lambda: 3)
+    monkeypatch.setattr(_workers, "cores", lambda: 3)
     monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
     checkpoints = [_checkpoint(tmp_path / str(i), i) for i in range(2)]
     workers = []
@@ -204,7 +204,7 @@ def test_an_interrupt_while_workers_are_started_ends_those_that_run(tmp_path, mo
 
 def test_many_threads_in_little_memory_do_not_wait_for_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
-    monkeypatch.setattr(_flow, "_cores", lambda: 8)
+    monkeypatch.setattr(_workers, "cores", lambda: 8)
     monkeypatch.setattr(_pipeline, "_held", lambda job, pieces: 1 << 60)
     # Room for two pieces, so that six threads wait for room while one waits for its turn.
     monkeypatch.setattr(_pipeline, "Budget", lambda limit: Budget(1 << 18))
@@ -261,7 +261,7 @@ def test_tensors_of_new_lengths_come_first_so_that_workers_compile_different_pro
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(_jobs, "PIECE_ENTRIES", 1 << 13)
-    monkeypatch.setattr(_flow, "_cores", lambda: 1)
+    monkeypatch.setattr(_workers, "cores", lambda: 1)
     made = []
 
     def job(name, length):
