@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxweights.models._convert import name_map, params_from_checkpoint
 from jaxweights.models._llama import Llama
 from jaxweights.models._names import NameMap
 from jaxweights.models._registry import ModelConfig, build, config_from_dict, config_from_gguf
+from jaxweights.weights._microscaling import InputForm
 from jaxweights.weights._weight import is_weight, materialize
 
 if TYPE_CHECKING:
@@ -186,15 +187,22 @@ def _how_to_round_inputs(quantization: Mapping[str, Any]) -> tuple[str, str] | N
     advice = []
     if any((one.get("type", "int"), one.get("num_bits")) == ("int", 8) for one in told):
         advice.append("Apply quantize.int8_dynamic() for products of integers.")
-    floats = [one for one in told if (one.get("type"), one.get("num_bits")) == ("float", 8)]
+    floats = [one for one in told if one.get("type") == "float"]
+    grouped = [one for one in floats if one.get("strategy") == "group"]
+    blocks = [
+        one
+        for one in grouped
+        if one.get("num_bits") in (4, 6) or one.get("scale_dtype") == "torch.uint8"
+    ]
+    forms = [f"mxfp{one.get('num_bits')!s:.80}" for one in blocks]
+    forms += ["nvfp4" for one in floats if one.get("strategy") == "tensor_group"]
+    floats = [one for one in floats if one.get("num_bits") == 8 and one not in blocks]
     if floats:
         size = floats[0].get("group_size") if floats[0].get("strategy") == "group" else None
         groups = f"input_group_size={size}" if size else ""
         advice.append(f"Apply quantize.fp8_dynamic({groups}) for products of 8-bit floats.")
-    fours = {one.get("strategy") for one in told if one.get("num_bits") == 4}
-    for strategy, form in (("tensor_group", "nvfp4"), ("group", "mxfp4")):
-        if strategy in fours:
-            advice.append(f"Apply quantize.round_inputs(form={form!r}) to round them.")
+    for form in sorted(set(forms) & set(get_args(InputForm))):
+        advice.append(f"Apply quantize.round_inputs(form={form!r}) to round them.")
     return "input_activations", " ".join([*advice, _AGAIN])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import jax
 import numpy as np
 
-from jaxweights.checkpoint.exchange._narrow_floats import E2M1
+from jaxweights.checkpoint.exchange._microscaled import E2M1, E2M3
 from jaxweights.checkpoint.exchange._settings import fp8_as_compressed
 from jaxweights.quantize._nf4 import NF4_LEVELS
 from jaxweights.weights._codebook import Codebook
@@ -225,8 +225,9 @@ def _example(leaf: Any, form: Format, stacked: bool) -> Any:
         return dataclasses.replace(example, base=_example(leaf.base, form, stacked))
     if isinstance(leaf, Codebook) and leaf.bits == 4 and leaf.table.shape[-1] == 16:
         levels = NF4_LEVELS if form == "bitsandbytes" else E2M1
-        table = np.broadcast_to(levels, example.table.shape)
-        return dataclasses.replace(example, table=table)
+        return dataclasses.replace(example, table=np.broadcast_to(levels, example.table.shape))
+    if isinstance(leaf, Codebook) and leaf.bits == 6 and leaf.table.shape[-1] == 64:
+        return dataclasses.replace(example, table=np.broadcast_to(E2M3, example.table.shape))
     if not isinstance(leaf, Quantized) or leaf.group_index is None:
         return example
     # Inputs in an order that no consecutive groups have.

@@ -15,11 +15,10 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
     unfit_compressed_tensors,
 )
 from jaxweights.checkpoint.exchange._gptq import group_setting
+from jaxweights.checkpoint.exchange._microscaled import mx_form, pack_mx
 from jaxweights.checkpoint.exchange._module import Weights
 from jaxweights.checkpoint.exchange._narrow_floats import (
-    is_nvfp4,
     pack_float_quantized,
-    pack_mxfp4,
     pack_nvfp4,
     unfit_floats,
 )
@@ -108,18 +107,18 @@ def _is_plain_int8(weight: Quantized) -> bool:
 
 
 def _scheme(weight: Any) -> tuple[tuple[str, Any], ...]:
-    if isinstance(weight, NarrowFloat):
-        return _float_scheme(weight)
-    if isinstance(weight, Codebook):
-        nvidia = is_nvfp4(weight)
+    if not isinstance(weight, Quantized):
+        microscaled = mx_form(weight)
+        if microscaled is None and isinstance(weight, NarrowFloat):
+            return _fp8_scheme(weight)
         return (
-            ("format", "nvfp4-pack-quantized" if nvidia else "mxfp4-pack-quantized"),
-            ("num_bits", 4),
+            ("format", microscaled or "nvfp4-pack-quantized"),
+            ("num_bits", getattr(weight, "bits", 8)),
             ("type", "float"),
             ("symmetric", True),
-            ("strategy", "tensor_group" if nvidia else "group"),
-            ("group_size", 16 if nvidia else 32),
-            ("scale_dtype", "torch.float8_e4m3fn" if nvidia else "torch.uint8"),
+            ("strategy", "group" if microscaled else "tensor_group"),
+            ("group_size", 32 if microscaled else 16),
+            ("scale_dtype", "torch.uint8" if microscaled else "torch.float8_e4m3fn"),
         )
     group = group_setting(weight)
     strategy = "group" if group != -1 else "tensor" if scales_tensor(weight) else "channel"
@@ -134,7 +133,7 @@ def _scheme(weight: Any) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _float_scheme(weight: NarrowFloat) -> tuple[tuple[str, Any], ...]:
+def _fp8_scheme(weight: NarrowFloat) -> tuple[tuple[str, Any], ...]:
     rows, cols = weight.scale.shape[-2:]
     block = None
     if (rows, cols) == (1, 1):
@@ -156,10 +155,12 @@ def _float_scheme(weight: NarrowFloat) -> tuple[tuple[str, Any], ...]:
 
 def pack_compressed(weight: Any) -> Mapping[str, LazyTensor]:
     """The tensors of a module in the format that holds its weight."""
+    if isinstance(weight, Codebook | NarrowFloat) and mx_form(weight) is not None:
+        return pack_mx(weight)
     if isinstance(weight, NarrowFloat):
         return pack_float_quantized(weight)
     if isinstance(weight, Codebook):
-        return pack_nvfp4(weight) if is_nvfp4(weight) else pack_mxfp4(weight)
+        return pack_nvfp4(weight)
     return pack_int_quantized(weight) if _is_plain_int8(weight) else pack_pack_quantized(weight)
 
 

@@ -1,4 +1,4 @@
-"""The floating tensors of compressed-tensors checkpoints: FP8, MXFP4 and NVFP4."""
+"""The tensors of compressed-tensors checkpoints in FP8 and NVFP4, and which floats it holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ import ml_dtypes
 import numpy as np
 
 from jaxweights.checkpoint._write_safetensors import LazyTensor
+from jaxweights.checkpoint.exchange._microscaled import (
+    E2M1,
+    E2M3,
+    check_blocks_of,
+    four_bits,
+    has_levels,
+    mx_form,
+    packed_fours,
+)
 from jaxweights.checkpoint.exchange._module import (
     FLOAT,
     TORCH_LINEAR,
@@ -16,19 +25,12 @@ from jaxweights.checkpoint.exchange._module import (
     Parts,
     check_parts,
     lazy,
-    share_bytes,
-    unpacked_codes,
 )
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._narrow_float import NarrowFloat
 
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-_U8 = (np.dtype(np.uint8),)
-# e2m1 by its code, whose highest bit is the sign.
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_MX_BLOCK = 32
 _NV_BLOCK = 16
 
 
@@ -114,25 +116,6 @@ def pack_float_quantized(weight: NarrowFloat) -> dict[str, LazyTensor]:
     }
 
 
-def unpack_mxfp4(parts: Parts, *, dtype: Any = np.float32) -> Codebook:
-    """Reads one module of the format `mxfp4-pack-quantized`.
-
-    Args:
-      parts: `weight_packed` uint8 `(out, in / 2)`, the even input in the low bits; `weight_scale`
-        uint8 `(out, in / 32)`, exponents with a bias of 127.
-      dtype: Dtype that it materialises to, which the file does not say.
-
-    Returns:
-      A weight of shape `(out, in)`.
-
-    Raises:
-      ValueError: If a part is missing or of another dtype or shape.
-    """
-    blocks = _check_four_bits(parts, _MX_BLOCK, "weight_scale", _U8)
-    scale = np.ascontiguousarray(parts["weight_scale"].read().T).view(_E8M0)
-    return _four_bits(parts, scale, blocks, dtype)
-
-
 def unpack_nvfp4(parts: Parts, *, dtype: Any = np.float32) -> Codebook:
     """Reads one module of the format `nvfp4-pack-quantized`.
 
@@ -150,7 +133,7 @@ def unpack_nvfp4(parts: Parts, *, dtype: Any = np.float32) -> Codebook:
 
     Source: compressed-tensors 0.20, `compressors/nvfp4`.
     """
-    blocks = _check_four_bits(parts, _NV_BLOCK, "weight_scale", (_E4M3,))
+    blocks = check_blocks_of(parts, 4, _NV_BLOCK, (_E4M3,))
     check_parts(parts, {"weight_global_scale": ((np.dtype(np.float32),), (1,))})
     overall = parts["weight_global_scale"].read().reshape(1, 1)
     if not np.isfinite(overall).all() or not overall.all():
@@ -164,53 +147,13 @@ def unpack_nvfp4(parts: Parts, *, dtype: Any = np.float32) -> Codebook:
         divides=True,
         view=View.of(blocks[::-1]),
     )
-    return _four_bits(parts, scale, blocks, dtype)
-
-
-def _check_four_bits(
-    parts: Parts, block: int, scale: str, dtypes: tuple[np.dtype, ...]
-) -> tuple[int, int]:
-    """Checks codes and scales, and gives the shape of the scales, `(out, blocks)`."""
-    packed = parts.get("weight_packed")
-    out_dim, half = packed.shape if packed and len(packed.shape) == 2 else (0, 0)
-    if half % (block // 2):
-        raise ValueError(f"{2 * half} inputs are no blocks of {block}")
-    blocks = (out_dim, 2 * half // block)
-    check_parts(parts, {"weight_packed": (_U8, (out_dim, half)), scale: (dtypes, blocks)})
-    return blocks
-
-
-def _four_bits(parts: Parts, scale: Any, blocks: tuple[int, int], dtype: Any) -> Codebook:
-    data = parts["weight_packed"].read()
-    out_dim, half = data.shape
-    codes = np.stack([data & 0x0F, data >> 4], axis=-1).reshape(out_dim, 2 * half)
-    return Codebook(
-        codes=share_bytes(codes.T, 2, signed=False),  # type: ignore[arg-type]
-        table=E2M1,  # type: ignore[arg-type]
-        scale=scale,
-        bits=4,
-        codes_per_byte=2,
-        dtype=np.dtype(dtype),
-        view=View.of((out_dim, 2 * half), TORCH_LINEAR),
-    )
-
-
-def pack_mxfp4(weight: Codebook) -> dict[str, LazyTensor]:
-    """The tensors of a module of the format `mxfp4-pack-quantized`, made when they are written."""
-    return {
-        "weight_packed": _packed(weight),
-        "weight_scale": lazy(
-            (weight.out_dim, weight.in_dim // _MX_BLOCK),
-            np.uint8,
-            lambda: np.ascontiguousarray(np.asarray(weight.scale).T).view(np.uint8),
-        ),
-    }
+    return four_bits(parts, scale, dtype)
 
 
 def pack_nvfp4(weight: Codebook) -> dict[str, LazyTensor]:
     """The tensors of a module of the format `nvfp4-pack-quantized`, made when they are written."""
     return {
-        "weight_packed": _packed(weight),
+        "weight_packed": packed_fours(weight),
         "weight_scale": lazy(
             (weight.out_dim, weight.in_dim // _NV_BLOCK),
             _E4M3,
@@ -220,14 +163,6 @@ def pack_nvfp4(weight: Codebook) -> dict[str, LazyTensor]:
             (1,), np.float32, lambda: np.asarray(weight.scale.scale).reshape(1)
         ),
     }
-
-
-def _packed(weight: Codebook) -> LazyTensor:
-    def packed() -> np.ndarray:
-        codes = unpacked_codes(weight).T
-        return codes[:, ::2] | codes[:, 1::2] << 4
-
-    return lazy((weight.out_dim, weight.in_dim // 2), np.uint8, packed)
 
 
 def is_nvfp4(weight: Codebook) -> bool:
@@ -245,28 +180,31 @@ def is_nvfp4(weight: Codebook) -> bool:
 
 
 def unfit_floats(weight: Any) -> list[str]:
-    """Why a weight is none of FP8, MXFP4 and NVFP4 as compressed-tensors has them, if it is not."""
+    """Why a weight is none of the floats that compressed-tensors has, if it is none."""
     if weight.offset is not None:
         return ["has offsets, which floats have not in this format"]
+    if mx_form(weight) is not None:
+        return []
     scale = weight.scale
     if isinstance(weight, NarrowFloat):
         if np.dtype(weight.values.dtype) != _E4M3:
             return [f"holds {weight.values.dtype}, but this format has e4m3. Quantize to that"]
         if np.dtype(scale.dtype) not in FLOAT:
-            return [f"has scales in {scale.dtype}, but FP8 has floating ones. Use quantize.fp8"]
+            return [
+                f"has scales {scale.dtype} {tuple(scale.shape)}, but FP8 has floating ones, and "
+                "MXFP8 powers of two for every 32 inputs. Use quantize.fp8 or "
+                "quantize.mx(element='e4m3')"
+            ]
         return []
-    if not np.array_equal(np.asarray(weight.table), E2M1) or weight.bits != 4:
+    if not has_levels(weight, 4, E2M1) and not has_levels(weight, 6, E2M3):
         return [
-            "has levels that this format does not know. Use quantize.mx(element='e2m1') or "
-            "quantize.nvfp4"
+            "has levels that this format does not know. Use quantize.mx(element='e2m1'), "
+            "quantize.mx(element='e2m3') or quantize.nvfp4"
         ]
-    blocks = (weight.in_dim // _MX_BLOCK, weight.out_dim)
-    if is_nvfp4(weight):
+    if weight.bits == 4 and is_nvfp4(weight):
         return []
-    if np.dtype(scale.dtype) != _E8M0 or tuple(scale.shape[-2:]) != blocks:
-        return [
-            f"has scales {scale.dtype} {tuple(scale.shape)}, but MXFP4 has powers of two for every "
-            "32 inputs and NVFP4 e4m3 for every 16, divided by one number. Use "
-            "quantize.mx(element='e2m1') or quantize.nvfp4"
-        ]
-    return []
+    return [
+        f"has scales {scale.dtype} {tuple(scale.shape)}, but MXFP4 and MXFP6 have powers of two "
+        "for every 32 inputs and NVFP4 e4m3 for every 16, divided by one number. Use quantize.mx "
+        "or quantize.nvfp4"
+    ]

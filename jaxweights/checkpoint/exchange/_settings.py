@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -22,15 +22,16 @@ from jaxweights.checkpoint.exchange._compressed_tensors import (
 )
 from jaxweights.checkpoint.exchange._gptq import BITS, unpack_gptq
 from jaxweights.checkpoint.exchange._inputs import INPUT_TENSORS
+from jaxweights.checkpoint.exchange._microscaled import MXForm, unpack_mx
 from jaxweights.checkpoint.exchange._module import Parts, Represented
 from jaxweights.checkpoint.exchange._narrow_floats import (
     unpack_float_quantized,
     unpack_fp8,
-    unpack_mxfp4,
     unpack_nvfp4,
 )
 
 METHODS = ("gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8")
+_FLOATS = ("float-quantized", "nvfp4-pack-quantized", *get_args(MXForm))
 _GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
 # Of scales of the cache, which belong to an attention module.
 _CACHE = (".q_scale", ".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
@@ -276,7 +277,7 @@ def _matches(pattern: str, stem: str) -> bool:
 
 
 def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    form = group.get("format") or config.get("format")
+    form: Any = group.get("format") or config.get("format")
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise UnknownFormat("'weights' of a config group must be a dict")
@@ -284,16 +285,18 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
         _number(weights, "num_bits", (8,))
         suffixes = ("weight", "weight_scale", "weight_zero_point")
         return unpack_float_quantized, suffixes, lambda parts: _two(parts, "weight")
-    if form == "mxfp4-pack-quantized":
-        suffixes = ("weight_packed", "weight_scale")
-        return unpack_mxfp4, suffixes, _halved_shape
+    if form in get_args(MXForm):
+        stored = "weight" if form == "mxfp8-quantized" else "weight_packed"
+        inputs = {"mxfp4-pack-quantized": (2, 1), "mxfp6-pack-quantized": (4, 3)}.get(form, (1, 1))
+        unpack = functools.partial(unpack_mx, form=form)
+        return unpack, (stored, "weight_scale"), _shape_of(stored, *inputs)
     if form == "nvfp4-pack-quantized":
         suffixes = ("weight_packed", "weight_scale", "weight_global_scale")
-        return unpack_nvfp4, suffixes, _halved_shape
+        return unpack_nvfp4, suffixes, _shape_of("weight_packed", 2, 1)
     if weights.get("type", "int") != "int":
         raise UnknownFormat(
             f"the format {form!r:.80} holds {weights.get('type')!r:.80} weights, which are read in "
-            "float-quantized, mxfp4-pack-quantized and nvfp4-pack-quantized only"
+            f"{', '.join(_FLOATS)} only"
         )
     symmetric = weights.get("symmetric", True) is True
     if form == "pack-quantized":
@@ -316,8 +319,7 @@ def _compressed_scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> t
         return unpack, suffixes, lambda parts: _two(parts, "weight")
     raise UnknownFormat(
         f"the format {form!r:.80} of compressed-tensors cannot be read. Known are "
-        "pack-quantized, int-quantized, float-quantized, mxfp4-pack-quantized and "
-        "nvfp4-pack-quantized"
+        f"pack-quantized, int-quantized, {', '.join(_FLOATS)}"
     )
 
 
@@ -329,9 +331,14 @@ def _packed_shape(parts: Parts) -> tuple[int, int]:
     return out_dim, in_dim
 
 
-def _halved_shape(parts: Parts) -> tuple[int, int]:
-    out_dim, half = _two(parts, "weight_packed")
-    return out_dim, 2 * half
+def _shape_of(suffix: str, inputs: int, stored: int) -> Callable[[Parts], tuple[int, int]]:
+    """Of a matrix with so many inputs in so many of its columns."""
+
+    def shape(parts: Parts) -> tuple[int, int]:
+        out_dim, columns = _two(parts, suffix)
+        return out_dim, columns * inputs // stored
+
+    return shape
 
 
 def _two(parts: Parts, suffix: str) -> tuple[int, int]:

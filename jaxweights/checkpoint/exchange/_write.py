@@ -60,8 +60,8 @@ def write_quantized(
       form: `gptq` (zero points less one), `gptq_v2`, `awq` (GEMM), `bitsandbytes` (NF4 and FP4) or
         `compressed-tensors`, whose format is chosen for each weight: int-quantized for 8 bits
         without moved groups, pack-quantized for other integers, float-quantized for FP8,
-        mxfp4-pack-quantized, and nvfp4-pack-quantized. It alone takes weights that round their
-        inputs, such as `QuantizedProduct`, and says of them how.
+        nvfp4-pack-quantized, and those of MXFP4, MXFP6 (e2m3) and MXFP8 (e4m3). It alone takes
+        weights that round their inputs, such as `QuantizedProduct`, and says of them how.
       config: The model's `config.json`; `quantization_config` is put into it.
       target: "vllm" also demands what its Marlin kernels need of integers.
       settings: Further entries of `quantization_config`, such as those that a checkpoint had. What

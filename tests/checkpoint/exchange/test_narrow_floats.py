@@ -7,16 +7,15 @@ import pytest
 import jaxweights as jw
 from jaxweights.checkpoint import open_checkpoint
 from jaxweights.checkpoint.exchange import write_quantized
+from jaxweights.checkpoint.exchange._compressed_writer import compressed_settings
+from jaxweights.checkpoint.exchange._microscaled import E2M1, E2M3, mx_form, pack_mx, unpack_mx
 from jaxweights.checkpoint.exchange._module import Part
 from jaxweights.checkpoint.exchange._narrow_floats import (
-    E2M1,
     pack_float_quantized,
-    pack_mxfp4,
     pack_nvfp4,
     unfit_floats,
     unpack_float_quantized,
     unpack_fp8,
-    unpack_mxfp4,
     unpack_nvfp4,
 )
 from jaxweights.quantize._fp8 import fp8_matrix
@@ -60,11 +59,85 @@ def test_mxfp4_stands_for_the_numbers_and_comes_back():
     codes = rng.integers(0, 16, (4, 64)).astype(np.uint8)
     exponents = rng.integers(120, 134, (4, 2)).astype(np.uint8)
     stored = {"weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": exponents}
-    weight = unpack_mxfp4(parts(stored))
+    weight = unpack_mx(parts(stored), form="mxfp4-pack-quantized")
     want = E2M1[codes] * np.repeat(2.0 ** (exponents.astype(np.float32) - 127), 32, axis=1)
     np.testing.assert_array_equal(weight.materialize(), want)
     assert not unfit_floats(weight)
-    assert_same(made(pack_mxfp4(weight)), stored)
+    assert_same(made(pack_mx(weight)), stored)
+
+
+def test_mxfp6_stands_for_the_numbers_and_comes_back():
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, 64, (4, 64)).astype(np.uint8)
+    exponents = rng.integers(120, 134, (4, 2)).astype(np.uint8)
+    fours = codes.reshape(4, 16, 4).astype(np.uint32)
+    word = fours[..., 0] | fours[..., 1] << 6 | fours[..., 2] << 12 | fours[..., 3] << 18
+    three = np.stack([word, word >> 8, word >> 16], -1).astype(np.uint8).reshape(4, 48)
+    stored = {"weight_packed": three, "weight_scale": exponents}
+    weight = unpack_mx(parts(stored), form="mxfp6-pack-quantized")
+    sign, power, fraction = codes >> 5, codes >> 3 & 3, codes & 7
+    size = np.where(power > 0, (8 + fraction) * 2.0 ** (power - 4.0), fraction / 8)
+    want = np.where(sign, -size, size) * np.repeat(2.0 ** (exponents - 127.0), 32, axis=1)
+    np.testing.assert_array_equal(weight.materialize(), want)
+    assert not unfit_floats(weight)
+    assert_same(made(pack_mx(weight)), stored)
+
+
+def test_mxfp8_stands_for_the_numbers_and_comes_back():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(4, 64)).astype(ml_dtypes.float8_e4m3fn)
+    exponents = rng.integers(120, 134, (4, 2)).astype(np.uint8)
+    stored = {"weight": values, "weight_scale": exponents}
+    weight = unpack_mx(parts(stored), form="mxfp8-quantized")
+    want = values.astype(np.float32) * np.repeat(2.0 ** (exponents - 127.0), 32, axis=1)
+    np.testing.assert_array_equal(weight.materialize(), want)
+    assert not unfit_floats(weight)
+    got = {name: np.ascontiguousarray(x) for name, x in made(pack_mx(weight)).items()}
+    assert_same(got, stored)
+
+
+@pytest.mark.parametrize(
+    "element, form, module",
+    [
+        ("e2m1", "mxfp4-pack-quantized", "mxfp4"),
+        ("e2m3", "mxfp6-pack-quantized", "mxfp6"),
+        ("e4m3", "mxfp8-quantized", "mxfp8"),
+    ],
+)
+def test_the_package_reads_what_is_written(element, form, module):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip(f"compressed_tensors.compressors.{module}")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    dense = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.linspace(0.01, 30, 8)[None]
+    weight = mx_matrix(dense, element=element)
+    assert mx_form(weight) == form
+    said = dict(compressed_settings({"m": weight}, [])["config_groups"]["group_0"]["weights"])
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**said))
+    state = {}
+    for name, array in made(pack_mx(weight)).items():
+        narrow = array.dtype == ml_dtypes.float8_e4m3fn
+        tensor = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8))
+        state[name] = tensor.view(torch.float8_e4m3fn) if narrow else tensor
+    read = BaseCompressor.get_value_from_registry(form).decompress(state, scheme)["weight"]
+    mine = weight.astype(jnp.bfloat16).materialize()
+    np.testing.assert_array_equal(read.float().numpy().T, np.asarray(mine, np.float32))
+
+
+def test_every_form_is_read_by_its_name(tmp_path):
+    draw = lambda i: jax.random.normal(jax.random.key(i), (8, 64))  # noqa: E731
+    elements = {"a": "e2m1", "b": "e2m3", "c": "e4m3"}
+    params = {f"{name}.weight": draw(i) for i, name in enumerate(elements)}
+    rules = [(f"{name}.weight", jw.quantize.mx(element=e)) for name, e in elements.items()]
+    new = jw.apply(jw.partition(*rules), params)
+    write_quantized(tmp_path / "m", new, form="compressed-tensors", config={})
+    again = open_checkpoint(tmp_path / "m")
+    for name, weight in new.items():
+        read = again.represented(name)
+        assert type(read) is type(weight) and read.shape == weight.shape
+        np.testing.assert_array_equal(read.materialize(), weight.materialize())
+    np.testing.assert_array_equal(np.signbit(E2M3[[0, 32]]), [False, True])
 
 
 @pytest.mark.parametrize("overall", [1.0, 1.7, 2691.3, 3e-5])
@@ -126,7 +199,7 @@ def test_the_package_reads_four_bit_floats_in_the_same_order():
     torch = pytest.importorskip("torch")
     helpers = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
     weight = mx_matrix(jnp.linspace(-6, 6, 128).reshape(32, 4), element="e2m1")
-    packed = made(pack_mxfp4(weight))["weight_packed"]
+    packed = made(pack_mx(weight))["weight_packed"]
     theirs = helpers.unpack_fp4_from_uint8(torch.from_numpy(packed), 4, 32)
     np.testing.assert_array_equal(theirs.float().numpy().T, weight.units())
 
@@ -135,9 +208,11 @@ def test_what_these_formats_cannot_hold_is_said():
     values = jnp.linspace(-1, 1, 256).reshape(64, 4)
     cases = {
         "holds float8_e5m2, but this format has e4m3": fp8_matrix(values, element="e5m2"),
-        "has scales in float8_e8m0fnu": mx_matrix(values, element="e4m3"),
-        "has levels that this format does not know": mx_matrix(values, element="e2m3"),
-        "MXFP4 has powers of two for every 32": mx_matrix(values, element="e2m1", block=16),
+        "MXFP8 powers of two for every 32 inputs": mx_matrix(values, element="e4m3", block=16),
+        "has levels that this format does not know": mx_matrix(values, element="e3m2"),
+        "MXFP4 and MXFP6 have powers of two for every 32": mx_matrix(
+            values, element="e2m1", block=16
+        ),
     }
     for words, weight in cases.items():
         assert [words in problem for problem in unfit_floats(weight)] == [True], words
@@ -167,7 +242,7 @@ def test_damaged_modules_are_refused():
     with pytest.raises(
         ValueError, match=r"'weight_scale' is uint8 \(2, 3\), expected uint8 \(2, 2\)"
     ):
-        unpack_mxfp4(parts(packed))
+        unpack_mx(parts(packed), form="mxfp4-pack-quantized")
     packed = {
         "weight_packed": np.ones((2, 16), np.uint8),
         "weight_scale": np.ones((2, 2), ml_dtypes.float8_e4m3fn),
