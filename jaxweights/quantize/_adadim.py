@@ -27,6 +27,7 @@ from jaxweights.quantize._gptq_levels import GridLevels
 from jaxweights.quantize._gptq_matrix import GptqMatrix, prepare_gram, round_rows
 from jaxweights.quantize._grid import (
     Codes,
+    Grid,
     GridKind,
     GroupAxis,
     GroupSize,
@@ -60,7 +61,7 @@ class AxisChoice(NamedTuple):
 
     Attributes:
       axis: "input" or "output".
-      errors: The metric for either, summed over the leaf's stack.
+      errors: The metric for those that were tried, summed over the leaf's stack.
     """
 
     axis: GroupAxis
@@ -103,8 +104,8 @@ def adadim(
       bits: Bits per code, 2 to 8.
       group_size: Rows or columns sharing one scale, a divisor of both axes; None gives one per
         output or one per input.
-      pad: "zero" where the last group of rows may have fewer, so that `group_size` need divide the
-        outputs only; None refuses such a matrix.
+      pad: "zero" where the last group of rows may have fewer, and groups of columns are tried only
+        where `group_size` divides the outputs; None refuses a matrix that it does not divide.
       grid: As in `Grid`.
       method: "round_to_nearest", or "gptq", in order of activity, with scales found before any row
         is changed along inputs, and when a row is reached along outputs.
@@ -168,6 +169,10 @@ def adadim(
         for axis in AXES
     )
 
+    def tried(out_dim: int) -> tuple[Grid, ...]:
+        size: Any = group_size
+        return grids if pad is None or out_dim % size == 0 else grids[:1]
+
     def prepare(gram: jax.Array, count: jax.Array) -> Any:
         del count
         if method != "gptq":
@@ -195,14 +200,15 @@ def adadim(
         prepared: Any,
         mask: jax.Array | None = None,
     ) -> _Result:
-        found = [candidate(i, weight, prepared, mask) for i in range(len(AXES))]
+        own = tried(weight.shape[1])
+        found = [candidate(i, weight, prepared, mask) for i in range(len(own))]
         errors = []
-        for one, grid in zip(found, grids, strict=True):
+        for one, grid in zip(found, own, strict=True):
             codes, scale, zero = one.codes
             full_group = grid.full_group(weight.shape[0])
             rounded = Quantized.from_codes(codes, scale, zero, bits=bits, full_group=full_group)
             errors.append(metric(weight, rounded.matrix(), gram))
-        packed = tuple(pack(one.codes, g) for one, g in zip(found, grids, strict=True))
+        packed = tuple(pack(one.codes, g) for one, g in zip(found, own, strict=True))
         inputs = jnp.asarray(weight.shape[0])
         return _Result(packed, tuple(errors), jnp.asarray(count), found[0].damping, inputs)
 
@@ -214,16 +220,18 @@ def adadim(
             )
         sums: dict[GroupAxis, float] = {
             axis: float(np.sum(on_host(error)))
-            for axis, error in zip(AXES, result.errors, strict=True)
+            for axis, error in zip(AXES, result.errors, strict=False)
         }
-        return AxisChoice("output" if sums["output"] < sums["input"] else "input", sums)
+        turned = "output" in sums and sums["output"] < sums["input"]
+        return AxisChoice("output" if turned else "input", sums)
 
     def wrap(leaf: Any, result: _Result, view: View) -> Any:
         i = AXES.index(choose(result).axis)
         return replace_leaf(leaf, result.codes[i], view, grids[i])
 
     def check(path: Path, leaf: Any, view: View) -> str | None:
-        problem = next((p for g in grids if (p := unfit_leaf(leaf, view, g))), None)
+        found = (unfit_leaf(leaf, view, grid) for grid in tried(view.out_dim))
+        problem = next((problem for problem in found if problem), None)
         return problem and f"{path!r}: {problem}"
 
     def verify(path: Path, result: _Result) -> str | None:

@@ -158,6 +158,8 @@ def test_adadim_compares_a_shorter_group_of_rows_with_groups_of_columns(method):
         np.testing.assert_allclose(chosen["kernel"].errors[name], changed, rtol=1e-4)
     assert (ours["input"].full_group, ours["input"].scale.shape) == (5, (7, 10))
     assert (ours["output"].full_group, ours["output"].scale.shape) == (0, (32, 2))
+    rows_alone = one(tx, alike[:, :9], stats=stats_of(GRAM))  # of 9 columns no groups of 5
+    assert rows_alone.scale.shape == (7, 9) and chosen["kernel"].errors.keys() == {"input"}
     if method == "round_to_nearest":
         plain = one(quantize.round_to_nearest(grid="affine", **settings), alike)
         np.testing.assert_array_equal(ours["input"].codes, plain.codes)
@@ -236,7 +238,5 @@ def test_errors_name_padding_only_where_there_is_the_setting():
     assert "pad" not in str(caught.value)
     with pytest.raises(ValueError, match=words):
         one(quantize.lsq(bits=4, group_size=GROUP), WEIGHT)
-    # Of groups of columns, none may be shorter.
-    with pytest.raises(ValueError, match="group_size=12 does not divide the output") as caught:
-        one(quantize.adadim(bits=4, **SHORT), WEIGHT, stats=stats_of(GRAM))
-    assert "pad" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"group_size=12 does not divide the input axis.*{words}"):
+        one(quantize.adadim(bits=4, group_size=GROUP), WEIGHT, stats=stats_of(GRAM))
