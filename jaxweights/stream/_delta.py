@@ -17,7 +17,7 @@ from jaxweights.merge._delta_leaf import LeafPlan, Row, add_deltas, delta_of
 from jaxweights.merge._delta_tree import Thinning
 from jaxweights.merge._models import compute_dtype
 from jaxweights.stream._delta_settings import DeltaSettings, delta_settings
-from jaxweights.stream._draws import drawn_bits, spread
+from jaxweights.stream._draws import drawn_bits, kept, words_of
 from jaxweights.stream._jobs import Job, Operand, Survey
 from jaxweights.stream._leaf import Leaf
 from jaxweights.stream._program import slice_program
@@ -82,8 +82,7 @@ def delta_job(
             factors = norms.factors()
         if row.sparsifier == "bernoulli":
             drawn = survey.drawn(start) if isinstance(survey, _DeltaNorms) else None
-            drawn = drawn or _drawn(settings, name, start, count)
-            masks = [None if bits is None else spread(bits, start, count) for bits in drawn]
+            masks = drawn or _drawn(settings, name, start, count)
             if row.rescale == "inverse_density":
                 factors = np.array([1 / chance if chance else 0 for chance in settings.density])
         numbers = _Numbers(
@@ -140,11 +139,15 @@ def layered_delta_job(leaf: Leaf, merge: DeltaMerge) -> Job | None:
 
 
 def _drawn(settings: DeltaSettings, name: str, start: int, count: int) -> list[np.ndarray | None]:
-    """What chance keeps of each model's slice, as `drawn_bits`; None where that is all."""
-    return [
-        None if density >= 1 else drawn_bits(density, settings.seed, name, model, start, count)
-        for density, model in zip(settings.density, settings.models, strict=True)
-    ]
+    """What chance keeps of each model's slice, as `words_of`; None where that is all."""
+
+    def words(density: float, model: str) -> np.ndarray | None:
+        if density >= 1:
+            return None
+        bits = drawn_bits(density, settings.seed, name, model, start, count)
+        return words_of(bits, start, count)
+
+    return list(map(words, settings.density, settings.models))
 
 
 @jax.tree_util.register_dataclass
@@ -178,18 +181,11 @@ def _merge_slice(
 
 def _thinned(delta: jax.Array, i: int, numbers: _Numbers, mask: Any, row: Row) -> jax.Array:
     if mask is not None:
-        return _masked(delta, mask) * numbers.factors[i]
+        return kept(delta, mask) * numbers.factors[i]
     if row.sparsifier not in ("magnitude", "outliers"):
         return delta
     keep = kept_by_rank(delta, numbers.bounds[i], row)
     return jnp.where(keep, delta, 0) * numbers.factors[i]
-
-
-def _masked(values: jax.Array, mask: Any) -> jax.Array:
-    """Values where a mask of `spread` keeps them, else zero."""
-    integers = jnp.int64 if values.dtype.itemsize == 8 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(values, integers) & mask.astype(integers)
-    return jax.lax.bitcast_convert_type(bits, values.dtype)
 
 
 def _ranked_delta(arrays: Sequence[Any], i: int) -> Any:
@@ -322,8 +318,7 @@ class _DeltaNorms(Survey):
         if self.keeps:
             self._drawn[start] = drawn
         norms = [
-            _partial_norms(base, model, None if bits is None else spread(bits, start, base.size))
-            for model, bits in zip(models, drawn, strict=True)
+            _partial_norms(base, model, words) for model, words in zip(models, drawn, strict=True)
         ]
         return np.concatenate([run_sums(parts) for parts in norms])
 
@@ -354,5 +349,5 @@ def _partial_norms(base: Any, model: Any, mask: Any) -> tuple[jax.Array, jax.Arr
     if mask is None:
         sums = partial_sums(size)
         return sums, sums
-    sums = partial_sums(jax.lax.complex(size, _masked(size, mask)))
+    sums = partial_sums(jax.lax.complex(size, kept(size, mask)))
     return sums.real, sums.imag

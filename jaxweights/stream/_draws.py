@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import zlib
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jaxweights.stream._memory import aligned
 
 _BLOCK = 1 << 20  # entries that one generator serves
 _LEVELS = 1 << 8  # of the bits that are drawn at once
@@ -34,7 +40,7 @@ def drawn_bits(
 
     Returns:
       A bit for each entry, set where it is kept, `(bytes,)` uint8. The lowest bit of the first byte
-      is that of the last multiple of eight that is not above `start`. See `spread`.
+      is that of the last multiple of eight that is not above `start`. See `words_of`.
     """
     first = start - start % 8
     nbytes = -(-(start + count - first) // 8)
@@ -49,15 +55,34 @@ def drawn_bits(
     return low | within if above_half else low & within
 
 
-def spread(bits: np.ndarray, start: int, count: int) -> np.ndarray:
-    """The masks of `drawn_bits` as numbers, `(count,)` int8: -1 keeps an entry, 0 drops it.
+def words_of(bits: np.ndarray, start: int, count: int) -> np.ndarray:
+    """The masks of `drawn_bits` as words, `(words,)` uint32, where XLA reads them in place.
 
-    All bits of -1 are set, so that a compiled `and` with those of a float drops or keeps it. On a
-    CPU that takes half the time of a choice by booleans.
+    The lowest bit of the first word is that of the entry `start`; `kept` takes them apart.
     """
-    skip = start % 8
-    mask = np.unpackbits(bits, count=skip + count, bitorder="little")[skip:].view(np.int8)
-    return np.negative(mask, out=mask)
+    words = aligned(4 * -(-count // 32)).view(np.uint32)
+    if start % 8:
+        flags = np.unpackbits(bits, bitorder="little")[start % 8 :]
+        bits = np.packbits(flags, bitorder="little")
+    nbytes = -(-count // 8)
+    words.view(np.uint8)[:nbytes] = bits[:nbytes]
+    return words if sys.byteorder == "little" else words.byteswap()
+
+
+def kept(values: jax.Array, words: Any) -> jax.Array:
+    """Values, flat, where the bits of `words_of` are set, else zero.
+
+    Each bit is shifted to the top of its word and from there over all others, so that an `and` with
+    a float drops or keeps it. On a CPU that takes half the time of a choice by booleans, and words
+    are taken apart faster than bytes are read.
+    """
+    integers = jnp.int64 if values.dtype.itemsize == 8 else jnp.int32
+    place = jax.lax.broadcasted_iota(jnp.uint32, (words.size, 32), 1)
+    top = jnp.broadcast_to(words[:, None], place.shape) << (jnp.uint32(31) - place)
+    mask = jax.lax.bitcast_convert_type(top, jnp.int32) >> 31
+    mask = mask.reshape(-1)[: values.size].astype(integers)
+    bits = jax.lax.bitcast_convert_type(values, integers) & mask
+    return jax.lax.bitcast_convert_type(bits, values.dtype)
 
 
 def true_places(mask: np.ndarray) -> np.ndarray:

@@ -52,6 +52,13 @@ def release_freed_pages() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def aligned(nbytes: int) -> np.ndarray:
+    """Uninitialised bytes that XLA reads in place, `(nbytes,)` uint8."""
+    block = np.empty(nbytes + ALIGNMENT, np.uint8)
+    skip = -block.ctypes.data % ALIGNMENT
+    return block[skip : skip + nbytes]
+
+
 class Budget:
     """Bytes that pieces in flight may hold.
 
@@ -129,9 +136,7 @@ class Buffers:
             buffer = free.pop() if free else None
             self._kept -= size if buffer is not None else 0
         if buffer is None:
-            block = np.empty(size + ALIGNMENT, np.uint8)
-            skip = -block.ctypes.data % ALIGNMENT
-            buffer = block[skip : skip + size]
+            buffer = aligned(size)
         return buffer[:nbytes].view(dtype).reshape(shape), buffer
 
     def give(self, buffer: np.ndarray) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from jaxweights.merge._delta_leaf import Row
 from jaxweights.stream import _delta, _jobs
 from jaxweights.stream._delta import delta_job
 from jaxweights.stream._delta_settings import DeltaSettings
-from jaxweights.stream._draws import drawn_bits, spread
+from jaxweights.stream._draws import drawn_bits, kept, words_of
 from jaxweights.stream._jobs import Operand, cut
 from jaxweights.stream._virtual import Made
 
@@ -192,10 +193,25 @@ def test_random_masks_do_not_depend_on_how_a_tensor_is_cut(monkeypatch, rescale)
 
 
 def _mask(density, seed, path, model, start, count):
-    mask = spread(drawn_bits(density, seed, path, model, start, count), start, count)
-    assert mask.dtype == np.int8 and mask.shape == (count,)
-    assert np.isin(mask, [0, -1]).all()
-    return mask != 0
+    words = words_of(drawn_bits(density, seed, path, model, start, count), start, count)
+    assert words.dtype == np.uint32 and words.shape == (-(-count // 32),)
+    return (words[:, None] >> np.arange(32, dtype=np.uint32) & 1).astype(bool).reshape(-1)[:count]
+
+
+@pytest.mark.parametrize("start, count", [(0, 128), (8, 32), (3, 101), (7, 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_words_keep_the_entries_whose_bits_are_drawn(start, count, dtype):
+    bits = np.random.default_rng(0).integers(0, 256, -(-(start % 8 + count) // 8), np.uint8)
+    mask = np.unpackbits(bits, bitorder="little")[start % 8 :][:count].astype(bool)
+    values = np.random.default_rng(1).standard_normal(count).astype(dtype)
+    values[::5], values[1::7] = -0.0, np.inf
+    with jax.enable_x64(dtype == np.float64):
+        words = words_of(bits, start, count)
+        assert words.ctypes.data % 64 == 0  # read in place
+        left = jax.jit(kept)(values, words)
+        assert left.dtype == dtype
+        expected = np.where(mask, values, 0).astype(dtype)
+        assert np.asarray(left).tobytes() == expected.tobytes()  # with the signs of zeros
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-4, 1 / 256, 0.3, 0.5, 0.75, 0.9987, 1.0])
