@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxweights.core._paths import nearest
 from jaxweights.core._transform import Transform
 from jaxweights.recipes._check import settings_of
 from jaxweights.recipes._methods import find_method, methods
@@ -239,7 +240,9 @@ def _full_name(word: str) -> str:
     known = methods()
     names = [name for name in known if word in (name, name.split(".")[1])]
     if not names:
-        find_method(word)  # says what is near it
+        nameables = [*ALIASES, *(label.partition(":")[0] for label in nameable())]
+        near = ", ".join(nearest(word, nameables, count=3))
+        raise ValueError(f"there is no method {word!r}. The nearest: {near}.")
     fitting = [name for name in names if name.split(".")[0] in _FAMILIES]
     if not fitting:
         raise ValueError(

@@ -21,8 +21,9 @@ from tests.cli._quantize import DATA
         (("--method", "rtn", *DATA), ["reads no data. Leave --calibration out"]),
         (
             ("--method", "gptqq", *DATA),
-            ["there is no method 'gptqq'. The nearest: quantize.gptq"],
+            ["there is no method 'gptqq'. The nearest: gptq"],
         ),
+        (("--method", "rtnn"), ["there is no method 'rtnn'. The nearest: rtn"]),
         (("--method", "nf4", "--bits", 4), ["quantize.nf4 has no setting 'bits'. It takes"]),
         (("--method", "rtn", "--act-order"), ["has no setting 'act_order'"]),
         (("--method", "rtn", "--bits", 1), ["bits=1", "(bits is --bits)"]),

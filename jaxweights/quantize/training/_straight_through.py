@@ -86,10 +86,13 @@ def fake_quant(
 
     Returns:
       A tree of dense arrays like `params`. Leaves of integers are what the transform makes of them.
-      Leaves that the transform leaves alone, or that were
-      represented before, are as it returns them. Those of `int8_dynamic` and `fp8_dynamic` stay
+      Leaves that the transform leaves alone, or that were represented before, are as it returns
+      them. Those of `int8_dynamic` and `fp8_dynamic` stay
       `QuantizedProduct` and `RoundedInputs`, which round activations, too: call `lift(model)` on
       them.
+      An NNX module comes back as another module: what it counts while it runs (`BatchNorm`'s means,
+      `Dropout`'s keys) stays there. To keep that, call this on `nnx.state(module, nnx.Param)` and
+      put the result into the module by `nnx.update`.
 
     Raises:
       ValueError: If the transform refuses the tree, changes a shape, or `clipped="zero"` meets a

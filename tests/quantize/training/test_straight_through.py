@@ -164,6 +164,30 @@ def test_linen_nnx_and_dataclass_modules_train():
     np.testing.assert_allclose(new.kernel, module.kernel, rtol=1e-6)
 
 
+@pytest.mark.promotion(dtypes="standard", ranks="allow")
+def test_nnx_modules_that_count_keep_their_counts_where_only_parameters_are_rounded():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(4, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    x = jax.random.normal(jax.random.key(1), (5, 4)) + 1
+
+    def loss(model):
+        nnx.update(model, fake_quant(nnx.state(model, nnx.Param), round_to_nearest(bits=2)))
+        return jnp.sum(model(x) ** 3)
+
+    model = Model(nnx.Rngs(0))
+    kernel = nnx.state(model, nnx.Param)["dense"]["kernel"][...]
+    rounded = fake_quant({"kernel": kernel}, round_to_nearest(bits=2))["kernel"]
+    grads = nnx.grad(loss)(model)
+    assert np.abs(grads["dense"]["kernel"][...]).max() > 0.1
+    np.testing.assert_allclose(model.norm.mean[...], 0.01 * (x @ rounded).mean(0), rtol=1e-5)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Module:
