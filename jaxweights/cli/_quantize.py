@@ -33,11 +33,11 @@ of 512 tokens to calibrate on, compressed-tensors. Codes of compressed-tensors a
 points, as most readers expect; --set grid=affine gives them.
 
 --method takes every method of the library that makes a model smaller, and the names rtn,
-smoothquant, autoround, fp8_block, nvfp4_w4a4. `smooth+gptq` is one after the other, `refine:gptq`
-one around another; smoothquant, or smooth alone, goes on to 8-bit weights and inputs
-(`int8_dynamic`).
-`fp8_dynamic` rounds both to 8-bit floats, nvfp4_w4a4 to NVIDIA's 4-bit ones, and
-`gptq+fp8_dynamic` is 4-bit weights and 8-bit inputs.
+smoothquant, autoround, fp8_block, mxfp4, mxfp6, mxfp8, nvfp4_w4a4, mxfp4_w4a4, mxfp8_w8a8.
+`smooth+gptq` is one after the other, `refine:gptq` one around another; smoothquant, or smooth
+alone, goes on to 8-bit weights and inputs (`int8_dynamic`). `fp8_dynamic` rounds both to 8-bit
+floats, nvfp4_w4a4 and the like to floats in small blocks, and `gptq+fp8_dynamic` is 4-bit weights
+and 8-bit inputs.
 --list shows all with their settings; --bits, --group-size, --pad and --act-order are settings that
 most of them have, --set gives any other.
 
@@ -317,7 +317,10 @@ def _listed() -> tuple[dict[str, Any], str]:
             for name, (settings, needs) in found.items()
             if needs == reads
         ]
-    lines += ["also:", *(f"  {name:<{width}}  {full}" for name, (full, _) in ALIASES.items())]
+    lines.append("also:")
+    for name, (full, settings) in ALIASES.items():
+        said = "".join(f", {key}={value}" for key, value in settings.items())
+        lines.append(f"  {name:<{width}}  {full}{said}")
     methods = {
         name: {"settings": settings, "reads_data": reads}
         for name, (settings, reads) in found.items()

@@ -24,6 +24,11 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "autoround": ("auto_round", {}),
     "fp8_block": ("fp8_dynamic", {"group_size": [128, 128], "input_group_size": 128}),
     "nvfp4_w4a4": ("nvfp4+round_inputs", {"form": "nvfp4"}),
+    "mxfp4": ("mx", {"element": "e2m1"}),
+    "mxfp4_w4a4": ("mx+round_inputs", {"element": "e2m1", "form": "mxfp4"}),
+    "mxfp6": ("mx", {"element": "e2m3"}),
+    "mxfp8": ("mx", {"element": "e4m3"}),
+    "mxfp8_w8a8": ("mx+round_inputs", {"element": "e4m3", "form": "mxfp8"}),
 }
 # What goes without saying where a format holds only what is quantized.
 _COMPLETED = {"compressed-tensors": {"smooth": "smooth+int8_dynamic"}}

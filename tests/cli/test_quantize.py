@@ -171,6 +171,23 @@ def test_4_bit_floats_as_weights_and_inputs_have_a_name(quantize, llama, tmp_pat
         assert (numbers["type"], numbers["num_bits"], numbers["group_size"]) == ("float", 4, 16)
 
 
+@pytest.mark.parametrize("name, bits", [("mxfp8_w8a8", 8), ("mxfp6", 6)])
+def test_microscaling_formats_have_a_name(quantize, llama, tmp_path, name, bits):
+    code, _, err = quantize(llama, tmp_path / "out", "--method", name, "--no-report")
+    assert code == 0, err
+    if name == "mxfp6":
+        written = load_pretrained(tmp_path / "out")
+    else:
+        with pytest.warns(UserWarning, match=r"Apply quantize.round_inputs\(form='mxfp8'\) to"):
+            written = load_pretrained(tmp_path / "out")
+    [group] = written.source.quantization["config_groups"].values()
+    both = [group["weights"], *filter(None, [group["input_activations"]])]
+    assert len(both) == (1 if name == "mxfp6" else 2)
+    for numbers in both:
+        said = [numbers[key] for key in ("type", "num_bits", "strategy", "scale_dtype")]
+        assert (*said, numbers["group_size"]) == ("float", bits, "group", "torch.uint8", 32)
+
+
 @pytest.mark.filterwarnings("ignore:.*tokens were seen")
 @pytest.mark.parametrize("method", ["fp8_dynamic", "gptq+fp8_dynamic"])
 def test_8_bit_floats_as_inputs_are_written_and_run(quantize, llama, tmp_path, method):

@@ -35,6 +35,8 @@ FLOATS = {
     "fp8": (jw.quantize.fp8(), "compressed-tensors"),
     "fp8 in tiles": (jw.quantize.fp8(group_size=(64, 64)), "compressed-tensors"),
     "mxfp4": (jw.quantize.mx(element="e2m1"), "compressed-tensors"),
+    "mxfp6": (jw.quantize.mx(element="e2m3"), "compressed-tensors"),
+    "mxfp8": (jw.quantize.mx(element="e4m3"), "compressed-tensors"),
     "nvfp4": (jw.quantize.nvfp4(), "compressed-tensors"),
 }
 
