@@ -12,6 +12,15 @@ from jaxweights.lift import _compat
 from jaxweights.lift._lookup import row_column
 
 UseKind = Literal["dot", "conv", "lookup", "other"]
+# What besides the image says what a convolution multiplies its kernel with.
+_OF_A_WINDOW = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "feature_group_count",
+    "batch_group_count",
+)
 # One axis of a value: which pieces of which original axes it consists of, as
 # (original axis, piece, number of pieces). Joined axes have several entries.
 Origin = tuple[tuple[int, int, int], ...]
@@ -190,9 +199,12 @@ def _dot_general(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[A
     leaf, x, contract, batch, x_contract, x_batch = (
         (left, right, lc, lb, rc, rb) if isinstance(left, _Leaf) else (right, left, rc, rb, lc, lb)
     )
-    # Equal pairs of axes in any order read the same input.
-    source = (x, tuple(x_contract), tuple(x_batch))
-    return _product(analysis, eqn, leaf, "dot", contract, batch, source)
+    # Equal pairs of axes in any order read the same input, if the matrices list them in one order.
+    order = [
+        _in_own_order(leaf, own, others)
+        for own, others in ((contract, x_contract), (batch, x_batch))
+    ]
+    return _product(analysis, eqn, leaf, "dot", contract, batch, (x, *order))
 
 
 def _ragged_dot(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
@@ -208,14 +220,31 @@ def _conv(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | N
     x, leaf = inputs
     if isinstance(x, _Leaf):
         return None
-    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    contract = tuple(axis for axis in range(len(leaf.shape)) if axis != out_axis)
-    window = tuple(
-        (key, str(eqn.params[key]))
-        for key in ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
-    )
-    spatial = tuple(leaf.shape[a] for a in eqn.params["dimension_numbers"].rhs_spec[2:])
-    return _product(analysis, eqn, leaf, "conv", contract, (), (x, window, spatial))
+    numbers = eqn.params["dimension_numbers"]
+    _, *contract = numbers.rhs_spec  # channels, then what slides over the image
+    window = tuple((key, str(eqn.params[key])) for key in _OF_A_WINDOW)
+    spatial = tuple(leaf.shape[a] for a in contract[1:])
+    order = _in_own_order(leaf, contract, range(len(contract)))
+    source = (x, tuple(numbers.lhs_spec), window, spatial, order)
+    return _product(analysis, eqn, leaf, "conv", contract, (), source)
+
+
+def _in_own_order(leaf: _Leaf, own: Sequence[int], others: Sequence[int]) -> tuple[Any, ...]:
+    """Axes of the activations in the order that a leaf's original axes give its matrix.
+
+    Args:
+      leaf: The leaf.
+      own: Some of its axes.
+      others: The axes of the activations that they meet.
+
+    Returns:
+      The axes; with the leaf's path where one axis joins original ones in another order than
+      theirs, so that no other leaf has equal ones.
+    """
+    pairs = sorted(zip(own, others, strict=True), key=lambda pair: leaf.origins[pair[0]])
+    joined = [origin for axis, _ in pairs for origin in leaf.origins[axis]]
+    unlike = () if joined == sorted(joined) else (leaf.path,)
+    return (*(other for _, other in pairs), *unlike)
 
 
 def _product(

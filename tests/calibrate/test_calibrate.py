@@ -238,6 +238,18 @@ def test_gradients_are_never_shared_although_inputs_are():
     assert not np.allclose(stats.get("a", "grad_sq"), stats.get("b", "grad_sq"), rtol=0.1)
 
 
+def test_kernels_that_list_the_same_inputs_in_another_order_have_their_own_statistics():
+    params = {"a": draw(0, 3, 4, 5), "b": draw(1, 4, 3, 5)}
+    x = draw(2, 7, 3, 4)
+
+    def fn(p, x):
+        return jnp.einsum("thk,hkd->td", x, p["a"]) + jnp.einsum("thk,khd->td", x, p["b"])
+
+    stats = calibrate(fn, params, [x], needs=dict.fromkeys(params, frozenset({"gram"})))
+    for path, rows in {"a": x.reshape(7, 12), "b": jnp.swapaxes(x, 1, 2).reshape(7, 12)}.items():
+        np.testing.assert_allclose(stats.get(path, "gram"), rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+
 def test_grouped_convolutions_are_refused_by_name():
     def fn(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")

@@ -131,6 +131,18 @@ def test_weights_that_provably_read_one_input_have_one_owner():
 
     assert owners(looped, STACKS, leaf(2, 4)) == {"b": "a"}
 
+    def heads(p, x):  # the axes of outputs may stand anywhere
+        return jnp.einsum("thk,hkd->td", x, p["a"]), jnp.einsum("thk,dhk->td", x, p["b"])
+
+    assert owners(heads, {"a": leaf(3, 4, 5), "b": leaf(5, 3, 4)}, leaf(2, 3, 4)) == {"b": "a"}
+
+    def convolutions(p, x):
+        return convolved(x, p["a"], "HWIO"), convolved(x, p["b"], "HWOI")
+
+    assert owners(
+        convolutions, {"a": leaf(3, 3, 2, 4), "b": leaf(3, 3, 5, 2)}, leaf(1, 5, 5, 2)
+    ) == {"b": "a"}
+
 
 APART = {
     "another input": lambda p, x: (x @ p["a"]) @ p["b"],
@@ -151,6 +163,45 @@ APART = {
 @pytest.mark.parametrize("case", APART)
 def test_weights_that_see_different_data_have_no_common_owner(case):
     assert owners(APART[case], TWO, leaf(2, 4)) == {}
+
+
+def convolved(x, kernel, layout, **options):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", layout, "NHWC"), **options
+    )
+
+
+# Of each pair the shapes, and a model in which both contract the same axes of one array.
+DISORDERED = {
+    "heads stored after their features": (
+        ((3, 4, 5), (4, 3, 5)),
+        lambda p, x: jnp.einsum("thk,hkd->td", x, p["a"]) + jnp.einsum("thk,khd->td", x, p["b"]),
+        (2, 3, 4),
+    ),
+    "heads joined after their features": (
+        ((3, 4, 5), (4, 3, 5)),
+        lambda p, x: x @ p["a"].reshape(12, 5) + x @ jnp.swapaxes(p["b"], 0, 1).reshape(12, 5),
+        (2, 12),
+    ),
+    "stacks in another order": (
+        ((2, 3, 4, 4), (3, 2, 4, 4)),
+        lambda p, x: (
+            jnp.einsum("ehtd,ehdf->ehtf", x, p["a"]) + jnp.einsum("ehtd,hedf->ehtf", x, p["b"])
+        ),
+        (2, 3, 7, 4),
+    ),
+    "channels of a kernel before its window": (
+        ((3, 3, 2, 4), (4, 2, 3, 3)),
+        lambda p, x: convolved(x, p["a"], "HWIO") + convolved(x, p["b"], "OIHW"),
+        (1, 5, 5, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISORDERED)
+def test_matrices_whose_inputs_are_listed_in_another_order_have_no_common_owner(case):
+    (first, second), fn, x = DISORDERED[case]
+    assert owners(fn, {"a": leaf(*first), "b": leaf(*second)}, leaf(*x)) == {}
 
 
 def test_layers_in_another_order_have_no_common_owner():
