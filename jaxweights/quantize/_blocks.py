@@ -93,10 +93,10 @@ def fit_block(
     if pad is None:
         refuse_unfit(asker, block, shape, pads=True)
         return block, 0
-    assert isinstance(block, int)  # `check_pad` refused all else
-    if block >= shape[0]:
+    size = int(block)  # type: ignore[arg-type]  # `check_pad` refused all but whole numbers
+    if size >= shape[0]:
         return None, 0
-    return block, block if shape[0] % block else 0
+    return size, size if shape[0] % size else 0
 
 
 def fill_up_group(weight: jax.Array, full_group: int) -> jax.Array:

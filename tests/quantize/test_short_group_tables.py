@@ -104,7 +104,7 @@ def test_pruned_weights_stay_zero():
 @pytest.mark.parametrize("name", [*FREE, *CALIBRATED])
 def test_a_group_that_divides_needs_no_padding_and_a_long_one_is_all(name):
     make = (FREE | CALIBRATED)[name]
-    for given, plain in ((8, 8), (64, None), (32, None)):
+    for given, plain in ((8, 8), (np.int64(64), None), (32, None)):
         weight, expected = (
             one(make(group_size=given, pad="zero"), WEIGHT),
             one(make(group_size=plain), WEIGHT),
