@@ -155,6 +155,20 @@ def test_statistics_of_another_model_are_refused():
         apply(scale_by_rms(), {"v": matrix(0, 5, 3)}, stats=stats)
 
 
+def test_statistics_of_other_input_axes_are_refused_though_their_shapes_fit():
+    params = {"w": matrix(0, 4, 4)}
+    stats = statistics_of(params)
+    turned = jw.weights.Axes(inputs=(-1,), outputs=(-2,))
+    for layout in ({"w": turned}, jw.infer_layout(lambda p, x: x @ p["w"].T, params, params["w"])):
+        with pytest.raises(
+            ValueError,
+            match=r"'w': its statistics are those of the input axes \(-2,\), but the layout says "
+            r"that its inputs are \(-1,\). Leave layout out",
+        ):
+            apply(scale_by_rms(), params, stats=stats, layout=layout)
+    apply(scale_by_rms(), params, stats=stats, layout={"w": jw.weights.Axes()})
+
+
 def test_a_tree_that_lacks_a_layer_of_the_calibrated_model_is_refused():
     params = {f"layer_{i}": matrix(i, 4, 4) for i in range(3)}
     stats = statistics_of(params)
