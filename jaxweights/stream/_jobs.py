@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -47,12 +48,12 @@ class Operand:
     name: str
     label: str = "base"
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
         return self.source.shape(self.name)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> np.dtype:
         """Its dtype."""
         return self.source.dtype(self.name)
@@ -122,17 +123,22 @@ class Job:
     unit: int = 1
     block: int | None = None
 
-    @property
+    @functools.cached_property
     def entries(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes that are written."""
         return self.entries * self.dtype.itemsize
 
-    @property
+    @functools.cached_property
+    def itemsizes(self) -> int:
+        """Bytes of one entry of every operand."""
+        return sum(operand.dtype.itemsize for operand in self.operands)
+
+    @functools.cached_property
     def bytes_read(self) -> int:
         """Bytes that are read."""
         return sum(math.prod(o.shape) * o.dtype.itemsize for o in self.operands)
@@ -171,7 +177,7 @@ class Piece:
         """Bytes of them that its operands take."""
         if self.padded is None:
             return self.job.bytes_read
-        return self.padded * sum(operand.dtype.itemsize for operand in self.job.operands)
+        return self.padded * self.job.itemsizes
 
 
 def cut(job: Job, budget: int) -> Iterator[Piece]:

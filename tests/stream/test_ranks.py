@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxweights.stream._jobs import Job
-from jaxweights.stream._ranks import RankSurvey, Target, among
+from jaxweights.stream._ranks import _ALL, _TOP, RankSurvey, Target, among
 
 JOB = Job("w", (0,), np.dtype(np.float32), ())
 
@@ -94,3 +94,21 @@ def test_a_misleading_sample_costs_another_pass_and_nothing_else():
     _, passes = _select(values, 25_000, 65536)
     _, usual = _select(_draws("normal", 50_000), 25_000, 65536)
     assert passes > usual == 2
+
+
+@pytest.mark.parametrize(
+    "bound, kept",
+    [
+        ((0, _ALL), [True] * 6),
+        ((_TOP, -1), [False] * 6),
+        ((_TOP, _ALL), [False] * 6),  # no magnitude has such a pattern
+        ((0x3F800000, -1), [False, False, True, False, True, True]),
+        ((0x3F800000, 1), [False, True, True, False, True, True]),
+        ((0x7FFFFFFF, 5), [False] * 5 + [True]),
+    ],
+)
+def test_a_bound_parts_the_first_of_equal_magnitudes_from_the_others(bound, kept):
+    largest = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]
+    values = np.array([0, -1, 2, 1, -np.inf, largest], np.float32)
+    found = among(jnp.asarray(values), jnp.asarray(np.array(bound, np.int64).astype(np.uint32)))
+    np.testing.assert_array_equal(found, kept)
