@@ -101,6 +101,17 @@ class Stats:
             "this model with needs=tx.needs(params), or leave the weight out with `partition`."
         )
 
+    def why_other_axes(self, path: Path, inputs: tuple[int, ...]) -> str | None:
+        """What to say where a layout has other input axes than statistics are of; None if not."""
+        seen = self.layout.get(path)
+        if seen is None or seen.inputs == tuple(inputs):
+            return None
+        return (
+            f"{path!r}: its statistics are those of the input axes {seen.inputs}, but the layout "
+            f"says that its inputs are {tuple(inputs)}. Leave layout out, which the statistics "
+            "bring along, or pass it to `calibrate` as well."
+        )
+
     def __add__(self, other: Stats) -> Stats:
         """Statistics of both sets of data together."""
         return merge_stats(self, other)

@@ -129,13 +129,9 @@ def _unfit_statistics(
     if not wanted:
         return None
     stats = context.require("stats", name)
-    seen = stats.layout.get(path)
-    if seen is not None and seen.inputs != view.axes.inputs:
-        return (
-            f"{path!r}: its statistics are those of the input axes {seen.inputs}, but the layout "
-            f"says that its inputs are {view.axes.inputs}. Leave layout out, which the statistics "
-            "bring along, or pass it to `calibrate` as well."
-        )
+    problem = stats.why_other_axes(path, view.axes.inputs)
+    if problem is not None and wanted - frozenset(GRADIENT_STATISTICS):  # those are of any axes
+        return problem
     stack = stack_sizes(leaf, view)
     for statistic in sorted(wanted):
         value = stats.get(path, statistic)

@@ -263,6 +263,8 @@ def _views(
             stats: Any = context.stats
             if stats.get(path, "gram") is None:
                 problems.append(stats.why_missing(path, "gram"))
+            elif problem := stats.why_other_axes(path, view.axes.inputs):
+                problems.append(problem)
     fail(name, problems)
     if settings.weighted:
         stats = context.stats

@@ -38,7 +38,12 @@ def missing_statistics(trials: Mapping[Path, Any], measure: str, context: Contex
             "or measure='weight', which reads no data."
         ]
     name = "grad_sq" if measure == "fisher" else "gram"
-    return [stats.why_missing(path, name) for path in trials if stats.get(path, name) is None]
+    missing = [stats.why_missing(path, name) for path in trials if stats.get(path, name) is None]
+    if measure == "fisher":  # of the leaf's own shape, whatever its axes are
+        return missing
+    axes = {path: context.layout[path].inputs for path in trials if path in context.layout}
+    others = (stats.why_other_axes(path, inputs) for path, inputs in axes.items())
+    return [*missing, *(problem for problem in others if problem is not None)]
 
 
 def error_of(leaf: jax.Array, path: Path, measure: str, context: Context) -> Any:

@@ -93,6 +93,9 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
             if problem := _unfit(start):
                 problems.append(f"{path!r}: {problem}")
                 continue
+            if problem := stats.why_other_axes(path, start.view.axes.inputs):
+                problems.append(problem)
+                continue
             gram = stats.get(path, "gram")
             empty = not start.size
             new[path] = start if empty else refine_weight(start, flat[path], gram, sweeps=sweeps)
