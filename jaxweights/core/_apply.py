@@ -46,7 +46,8 @@ def apply(
 ) -> Params:
     """Transforms a tree: builds the context, initialises, updates once, drops the state.
 
-    Tied leaves (one array at several paths) are transformed once and stay tied.
+    Tied leaves (one array at several paths) are transformed once, by the statistics of all their
+    uses, and stay tied.
 
     Args:
       tx: The transform.
@@ -111,7 +112,7 @@ def transform_tree(
     resolved = resolve_layout(flat, layout, stats)
     _refuse_other_model(flat, resolved)
     context = Context(
-        stats=stats,
+        stats=None if stats is None else stats.of_tied(representative),
         models=None if models is None else _flat_models(models, representative),
         grads=None if grads is None else flatten(grads)[0],
         step=None if step is None else jnp.asarray(step, jnp.int32),

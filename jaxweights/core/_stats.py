@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -87,6 +88,52 @@ class Stats:
             return jnp.diagonal(entry["gram"], axis1=-2, axis2=-1)
         return entry.get(name)
 
+    def of_tied(self, representative: Mapping[Path, Path]) -> Stats:
+        """The statistics of weights of which some are one array: sums over all its uses.
+
+        Args:
+          representative: For every path the one that stands for its array.
+
+        Returns:
+          Statistics in which those of a path that stands for others are of all of them.
+
+        Raises:
+          ValueError: If two of an array's uses contract other axes of it.
+        """
+        groups: dict[Path, list[Path]] = {}
+        for path in self.paths:
+            if path in representative:
+                groups.setdefault(representative[path], []).append(path)
+        groups = {first: paths for first, paths in groups.items() if paths != [first]}
+        if not groups:
+            return self
+        fail("apply", [line for paths in groups.values() for line in self._contracted_apart(paths)])
+        # Who only reads the same input as one of an array's uses keeps what it has.
+        apart = {p for p, owner in self.owners if owner in groups or p in groups}
+        values = {**self.values, **{path: self._all_of(path) for path in apart}}
+        for first, paths in groups.items():
+            values[first] = functools.reduce(_together, map(self._all_of, paths))
+        kept = tuple((path, owner) for path, owner in self.owners if path not in apart)
+        return dataclasses.replace(self, values=values, owners=kept)
+
+    def _contracted_apart(self, paths: list[Path]) -> list[str]:
+        """A complaint if the uses of one array contract other axes of it."""
+        seen = {path: self.layout[path].inputs for path in paths if path in self.layout}
+        if len(set(seen.values())) < 2:
+            return []
+        uses = ", ".join(f"{inputs} at {path!r}" for path, inputs in seen.items())
+        return [
+            f"{paths[0]!r}: is one array with {paths[1:]}, but the model contracts other axes of "
+            f"it: {uses}. No statistics serve both. Give the tree a copy of its own at one path, "
+            "such as jnp.copy(leaf), and calibrate that."
+        ]
+
+    def _all_of(self, path: Path) -> dict[Statistic, jax.Array]:
+        """Every statistic of one weight."""
+        names = [*self.values.get(self.owner(path), {}), *self.values.get(path, {})]
+        found = {name: self.get(path, name) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
     def why_missing(self, path: Path, name: Statistic) -> str:
         """The sentence that an error needs when `get` gave None."""
         if path in self.paths:
@@ -130,6 +177,17 @@ def combine(name: Statistic, first: jax.Array, second: jax.Array) -> jax.Array:
     if name == "max":
         return jnp.maximum(first, second)
     return first + second
+
+
+def _together(
+    first: dict[Statistic, jax.Array], second: dict[Statistic, jax.Array]
+) -> dict[Statistic, jax.Array]:
+    """Statistics of two uses of one array on the same examples."""
+    return {
+        name: value if name == "examples" else combine(name, value, second[name])
+        for name, value in first.items()
+        if name in second
+    }
 
 
 def merge_stats(first: Stats, second: Stats) -> Stats:

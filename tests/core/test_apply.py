@@ -139,9 +139,9 @@ def test_a_tree_with_a_missing_layer_names_what_is_nearest():
         apply(tx, params)
 
 
-def statistics_of(params):
+def statistics_of(params, x=None):
     model = lambda p, x: sum(x @ w for w in p.values())  # noqa: E731
-    x = matrix(1, 6, next(iter(params.values())).shape[0])
+    x = matrix(1, 6, next(iter(params.values())).shape[0]) if x is None else x
     return jw.calibrate(model, params, [x], needs=scale_by_rms().needs(params))
 
 
@@ -167,6 +167,38 @@ def test_statistics_of_other_input_axes_are_refused_though_their_shapes_fit():
         ):
             apply(scale_by_rms(), params, stats=stats, layout=layout)
     apply(scale_by_rms(), params, stats=stats, layout={"w": jw.weights.Axes()})
+
+
+@pytest.mark.parametrize("other", ["earlier", "later"])
+def test_an_array_at_several_paths_has_the_statistics_of_all_its_uses(other):
+    shared, x = matrix(0, 4, 4), matrix(1, 6, 4)
+    params = {"first": shared, "second": shared, other: matrix(2, 4, 4)}
+    model = lambda p, x: (x @ p["first"]) @ p["second"] + x @ p[other]  # noqa: E731
+    stats = jw.calibrate(model, params, [x], needs=scale_by_rms().needs(params))
+    assert len(stats.owners) == 1  # the other reads what the first does
+
+    new = apply(scale_by_rms(), params, stats=stats)
+    assert new["first"] is new["second"]
+    inputs = jnp.concatenate([x, x @ shared])
+    for path, rows in {"first": inputs, other: x}.items():
+        apart = statistics_of({"w": params[path]}, rows)
+        expected = apply(scale_by_rms(), {"w": params[path]}, stats=apart)["w"]
+        np.testing.assert_allclose(new[path], expected, rtol=1e-5)
+
+
+def test_an_array_whose_uses_contract_other_axes_is_refused_for_methods_that_read_inputs():
+    shared = matrix(0, 4, 4)
+    params = {"first": shared, "second": shared}
+    model = lambda p, x: (x @ p["first"]) @ p["second"].T  # noqa: E731
+    stats = jw.calibrate(model, params, [matrix(1, 6, 4)], needs=scale_by_rms().needs(params))
+    words = (
+        r"'first': is one array with \['second'\], but .*\(-2,\) at 'first', \(-1,\) at 'second'"
+    )
+    with pytest.raises(ValueError, match=words + r".*jnp.copy\(leaf\)"):
+        apply(scale_by_rms(), params, stats=stats)
+    untied = {"first": shared, "second": jnp.copy(shared)}
+    stats = jw.calibrate(model, untied, [matrix(1, 6, 4)], needs=scale_by_rms().needs(untied))
+    apply(scale_by_rms(), untied, stats=stats)
 
 
 def test_a_tree_that_lacks_a_layer_of_the_calibrated_model_is_refused():
