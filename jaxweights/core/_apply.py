@@ -118,6 +118,7 @@ def transform_tree(
         step=None if step is None else jnp.asarray(step, jnp.int32),
         key=key,
         layout=resolved,
+        tied=tuple((first, path) for path, first in representative.items() if path != first),
         progress=progress,
     )
     new, _ = tx.update(unique, tx.init(unique), context)

@@ -42,6 +42,7 @@ class Context:
       named: Whether a rule of `partition` named the leaves: then a leaf that a transform would
         leave alone by default is transformed, and one that it cannot transform is an error.
       only: Paths that may change; None for all. Rules still see every name.
+      tied: Pairs (path, other path) of leaves that are one array; the tree holds the first.
       progress: Called on the host with (path, done, total) after each leaf.
     """
 
@@ -53,6 +54,7 @@ class Context:
     layout: Layout = dataclasses.field(default=Layout(), metadata=_STATIC)
     named: bool = dataclasses.field(default=False, metadata=_STATIC)
     only: frozenset[Path] | None = dataclasses.field(default=None, metadata=_STATIC)
+    tied: tuple[tuple[Path, Path], ...] = dataclasses.field(default=(), metadata=_STATIC)
     progress: Progress | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def require(self, field: str, asker: str) -> Any:

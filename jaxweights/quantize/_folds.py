@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxweights.core._layout import Layout, is_float
-from jaxweights.core._paths import Flat, Path, check_pattern, fail, nearest
+from jaxweights.core._paths import Flat, Path, check_pattern, fail, matching, nearest
 from jaxweights.core._stats import Stats
 from jaxweights.weights._axes import View
 from jaxweights.weights._input_changes import InputChange, Rescaled
@@ -120,6 +120,26 @@ def check_folds(asker: str, folds: Any) -> tuple[Fold, ...]:
         TypeError,
     )
     return folds
+
+
+def refuse_tied(asker: str, folds: Sequence[Fold], tied: Iterable[tuple[Path, Path]]) -> None:
+    """Refuses folds into an array that the model uses elsewhere, too: it would change there.
+
+    Args:
+      asker: What errors call the caller.
+      folds: The descriptions.
+      tied: As in `Context`.
+    """
+    patterns = [p for fold in folds for name in _PATTERNS if (p := getattr(fold, name)) is not None]
+    fail(
+        asker,
+        [
+            f"cannot fold: {first!r} is one array with {other!r}, which would change as well. Give "
+            f"the tree a copy of its own at one path, such as jnp.copy(leaf), {_REMEDY}."
+            for first, other in tied
+            if any(matching(pattern, (first, other)) for pattern in patterns)
+        ],
+    )
 
 
 def find_sites(

@@ -15,7 +15,7 @@ from jaxweights.core._paths import Flat, Params, Path, flatten
 from jaxweights.core._stats import Needs, Statistic
 from jaxweights.core._targets import may_be_target, targets_of
 from jaxweights.core._transform import Transform, stateless
-from jaxweights.quantize._folds import Fold, Site, find_sites, inner
+from jaxweights.quantize._folds import Fold, Site, find_sites, inner, refuse_tied
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 from jaxweights.weights._weight import is_weight
@@ -90,6 +90,7 @@ def find_groups(
     Returns:
       The groups, which hold every target once.
     """
+    refuse_tied(name, folds, context.tied)
     groups = []
     left = dict(targets)
     for site in find_sites(name, folds, flat, context.layout, context.stats):

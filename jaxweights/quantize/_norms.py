@@ -23,6 +23,7 @@ from jaxweights.quantize._folds import (
     find_sites,
     inner,
     multiply_rows,
+    refuse_tied,
     with_inner,
 )
 from jaxweights.weights._axes import View
@@ -63,6 +64,7 @@ def fuse_norms(folds: Fold | Sequence[Fold]) -> Transform:
 
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
+        refuse_tied(_NAME, folds, context.tied)
         return unflatten(treedef, fuse_flat(_NAME, folds, flat, context.layout))
 
     return stateless(update, name=_NAME, moves_inputs=True)

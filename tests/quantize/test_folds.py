@@ -213,3 +213,32 @@ def test_llama_folds_follow_the_options():
     names = {name: len(jw.quantize.llama_folds(config)) for name, config in LLAMAS.items()}
     assert names == {"gqa": 5, "biases": 5, "tied": 4, "post": 3}
     assert all(f.one_plus for f in jw.quantize.llama_folds(LLAMAS["tied"], one_plus=True)[:2])
+
+
+@pytest.mark.parametrize("method", ["smooth", "awq", "fuse_norms"])
+def test_folds_into_an_array_that_is_used_elsewhere_too_are_refused(method):
+    shared = jax.random.normal(jax.random.key(0), (8, 8))
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    params = {"norm_1": 2 * jnp.ones(8), "norm_2": 3 * jnp.ones(8), "up": shared, "down": shared}
+
+    def model(p, x):
+        return jnp.tanh((x * p["norm_1"][None]) @ p["up"]) * p["norm_2"][None] @ p["down"]
+
+    folds = [jw.quantize.Fold("down", "norm_2")]
+    tx = {
+        "smooth": lambda: jw.quantize.smooth(folds=folds),
+        "awq": lambda: jw.quantize.awq(group_size=None, folds=folds),
+        "fuse_norms": lambda: jw.quantize.fuse_norms(folds),
+    }[method]()
+    words = rf"quantize.{method}: cannot fold: '.*' is one array with '.*jnp.copy\(leaf\)"
+    for tied in (True, False):
+        tree = params if tied else params | {"down": jnp.copy(shared)}
+        needs = tx.needs(tree)
+        stats = jw.calibrate(model, tree, [x], needs=needs) if needs else None
+        layout = jw.infer_layout(model, tree, x)
+        if tied:
+            with pytest.raises(ValueError, match=words):
+                jw.apply(tx, tree, stats=stats, layout=layout)
+        elif method != "awq":  # which rounds
+            new = jw.apply(tx, tree, stats=stats, layout=layout)
+            assert jw.quantize.check_same_function(model, tree, new, [x]) < 1e-5
