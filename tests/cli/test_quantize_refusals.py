@@ -31,7 +31,7 @@ from tests.cli._quantize import DATA
             ("--method", "rtn", "--group-size", 48),
             ["group_size=48 does not divide", "64", "group_size is --group-size", "is --pad"],
         ),
-        (("--method", "nf4", "--pad"), ["quantize.nf4 has no setting 'pad'"]),
+        (("--method", "nvfp4", "--pad"), ["quantize.nvfp4 has no setting 'pad'"]),
         (("--method", "rtn", "--bits", 8, "--pad"), ["pad='zero' fills up groups of rows, but"]),
         (
             ("--method", "rtn", "--group-size", 32, "--bits", 3, "--format", "awq"),
@@ -43,7 +43,10 @@ from tests.cli._quantize import DATA
         ),
         (
             ("--method", "nf4", "--format", "gptq"),
-            ["is a Codebook, and gptq holds only integers"],
+            [
+                "is a Codebook, and gptq holds only integers",
+                "bitsandbytes (which holds NF4 and FP4)",
+            ],
         ),
         (
             ("--method", "rtn", "--group-size", 32, "--format", "bitsandbytes"),

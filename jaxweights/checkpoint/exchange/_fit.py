@@ -51,7 +51,8 @@ def misfits(
     if writer.uniform and not is_integer:
         return [
             f"is a {type(weight).__name__}, and {form} holds only integers. Quantize with "
-            "round_to_nearest, gptq or awq, or write bitsandbytes or compressed-tensors"
+            "round_to_nearest, gptq or awq, or write bitsandbytes (which holds NF4 and FP4) or "
+            "compressed-tensors (FP8, MXFP4 and NVFP4)"
         ]
     faults = list(writer.unfit(weight))
     if not name.endswith(".weight") or weight.view.axes.kind != "linear":
