@@ -57,7 +57,7 @@ if _typing.TYPE_CHECKING:
     from jaxweights import sparsify as sparsify
     from jaxweights import stream as stream
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 # Loaded when first used, so that the import stays quick: most programs use one or two families, and
 # some of these touch Flax, Orbax and files.
