@@ -46,6 +46,7 @@ from tests.cli._quantize import DATA
             [
                 "is a Codebook, and gptq holds only integers",
                 "bitsandbytes (which holds NF4 and FP4)",
+                "compressed-tensors (FP8, NVFP4, MXFP4, MXFP6 and MXFP8)",
             ],
         ),
         (

@@ -52,7 +52,7 @@ def misfits(
         return [
             f"is a {type(weight).__name__}, and {form} holds only integers. Quantize with "
             "round_to_nearest, gptq or awq, or write bitsandbytes (which holds NF4 and FP4) or "
-            "compressed-tensors (FP8, MXFP4 and NVFP4)"
+            "compressed-tensors (FP8, NVFP4, MXFP4, MXFP6 and MXFP8)"
         ]
     faults = list(writer.unfit(weight))
     if not name.endswith(".weight") or weight.view.axes.kind != "linear":

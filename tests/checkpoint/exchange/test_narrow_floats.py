@@ -258,6 +258,19 @@ def test_damaged_modules_are_refused():
         unpack_nvfp4(parts(packed))
 
 
+def test_damaged_modules_of_other_mx_formats_are_refused():
+    values, scale = np.ones((2, 48), ml_dtypes.float8_e4m3fn), np.ones((2, 2), np.uint8)
+    read = lambda form, **arrays: unpack_mx(parts(arrays), form=form)  # noqa: E731
+    with pytest.raises(ValueError, match="48 inputs are no blocks of 32"):
+        read("mxfp8-quantized", weight=values, weight_scale=scale)
+    with pytest.raises(
+        ValueError, match=r"'weight_scale' is uint8 \(2, 2\), expected uint8 .*2, 1"
+    ):
+        read("mxfp8-quantized", weight=values[:, :32], weight_scale=scale)
+    with pytest.raises(ValueError, match="48 inputs are no blocks of 32"):
+        read("mxfp6-pack-quantized", weight_packed=np.ones((2, 36), np.uint8), weight_scale=scale)
+
+
 def test_modules_that_vllm_multiplies_at_once_have_one_global_scale(tmp_path):
     names = ["m.q_proj", "m.k_proj", "m.v_proj", "m.o_proj", "n.gate_proj", "n.up_proj"]
     draw = lambda i: (1.0 + i) * jax.random.normal(jax.random.key(i), (8, 32))  # noqa: E731
