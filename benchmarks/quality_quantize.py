@@ -99,10 +99,17 @@ def run(model_name: str, bits: int, options: argparse.Namespace) -> dict[str, An
         for name, row in rows(bits, options.group).items():
             if not re.search(options.rows, name) or (draw and not row.reads_data):
                 continue
-            start = time.perf_counter()
-            params = row.make(bench)
-            jax.block_until_ready(jax.tree.leaves(params))
             entry = found.setdefault(name, {"scores": [], "seconds": []})
+            if "refused" in entry:
+                continue
+            start = time.perf_counter()
+            try:
+                params = row.make(bench)
+            except ValueError as error:  # settings that this model's matrices do not allow
+                entry["refused"] = str(error)
+                print(f"draw {draw}: {name}: refused: {error}", file=sys.stderr, flush=True)
+                continue
+            jax.block_until_ready(jax.tree.leaves(params))
             entry["seconds"].append(time.perf_counter() - start)
             entry["bytes"] = matrices_bytes(params)
             entry["scores"].append(measure.score(params, name))
@@ -158,6 +165,9 @@ def table(found: dict[str, Any]) -> str:
 
     for name, entry in found["rows"].items():
         scores = entry["scores"]
+        if "refused" in entry:
+            lines.append(f"| {name} | | | | refused |")
+            continue
         first = [s["perplexity"] if is_decoder else s["recall_at_1"] for s in scores]
         size = f"{entry['bytes'] / 1e6:.3f}" if entry.get("bytes") else ""
         pairs = zip(lost(name), lost("gptq"), strict=False)  # a row without data has one draw
