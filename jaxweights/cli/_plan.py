@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import Any
 
+from jaxweights.cli._run import WORDS as WORDS
+
 SUMMARY = "show what a recipe would do to which weight, without doing it"
 DESCRIPTION = """\
 Shows what a recipe would do: which step acts on which weight, and its size before and after.
@@ -14,9 +16,6 @@ model's weights for their shapes (downloading a pinned package once); computes n
 EXAMPLES = """\
 example:
   jaxweights plan configs/quickstart.yaml"""
-
-# How the words of the library's errors are said in a recipe.
-WORDS = ((r"`partition`", "what stays as it is is named by `except` in the step"),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
