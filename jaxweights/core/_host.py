@@ -35,6 +35,13 @@ def where_not_finite(array: Any) -> np.ndarray:
     return np.argwhere(~np.isfinite(values.astype(np.float32) if narrow else values))
 
 
+def where_zero(array: Any) -> np.ndarray:
+    """Indices `(n, rank)` of the entries that are 0; as `where_not_finite` does it."""
+    if isinstance(array, jax.Array) and not _is_here(array) and not bool(_has_zero(array)):
+        return np.zeros((0, array.ndim), np.int64)
+    return np.argwhere(on_host(array) == 0)
+
+
 def _is_here(array: jax.Array) -> bool:
     return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
 
@@ -42,3 +49,8 @@ def _is_here(array: jax.Array) -> bool:
 @jax.jit
 def _is_finite(array: jax.Array) -> jax.Array:
     return jnp.isfinite(array).all()
+
+
+@jax.jit
+def _has_zero(array: jax.Array) -> jax.Array:
+    return (array == 0).any()

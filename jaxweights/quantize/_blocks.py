@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from jaxweights.core._stored import stored_as
 from jaxweights.quantize._extremes import largest_magnitude
 from jaxweights.quantize._grid import Pad
 from jaxweights.quantize._settings import is_whole, is_word
@@ -138,15 +136,6 @@ def block_max(weight: jax.Array, counts: tuple[int, int]) -> jax.Array:
     if cols < out_dim:
         folded = largest_magnitude(folded.reshape(rows * cols, out_dim // cols, 1))
     return jnp.abs(folded.reshape(counts))
-
-
-def stored_scale(scale: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Scales in the dtype they are stored in; 1 where they underflow, so that nothing divides by 0.
-
-    Codes are chosen for the scale that is stored, so it is rounded first.
-    """
-    stored = stored_as(scale, dtype)
-    return jnp.where(stored == 0, jnp.ones_like(stored), stored)
 
 
 def in_units(weight: jax.Array, scale: jax.Array) -> jax.Array:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxweights.quantize._blocks import block_max, in_units, stored_scale
+from jaxweights.quantize._blocks import block_max, in_units
 from jaxweights.quantize._levels import nearest_code
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._codebook import Codebook
 
 _BLOCK = 256

@@ -18,11 +18,11 @@ from jaxweights.quantize._blocks import (
     check_block,
     in_units,
     refuse_unfit,
-    stored_scale,
 )
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import ELEMENTS
 from jaxweights.quantize._settings import is_word
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._divide import divide
 from jaxweights.weights._narrow_float import NarrowFloat
 
@@ -104,7 +104,7 @@ def fp8_matrix(
     kind = ELEMENTS[element]
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(group_size, *weight.shape))
-    scale = stored_scale(divide(largest, kind.largest), scale_dtype)
+    scale = stored_scale(divide(largest, kind.largest), scale_dtype, largest)
     units = jnp.clip(in_units(wide, scale), -kind.largest, kind.largest)
     return NarrowFloat.from_values(units.astype(kind.dtype), scale)
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxweights.quantize._blocks import stored_scale
 from jaxweights.quantize._extremes import largest_magnitude
 from jaxweights.quantize._grid import (
     Codes,
@@ -30,6 +29,7 @@ from jaxweights.quantize._grid import (
 from jaxweights.quantize._levels import nearest_code
 from jaxweights.quantize._nf4 import FP4_LEVELS, NF4_LEVELS
 from jaxweights.quantize._settings import is_word
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._codebook import Codebook, look_up
 from jaxweights.weights._divide import divide
 from jaxweights.weights._quantized import Quantized

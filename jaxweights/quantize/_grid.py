@@ -11,11 +11,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
-from jaxweights.core._stored import stored_as
 from jaxweights.quantize._extremes import extremes, largest_magnitude, percentiles
 from jaxweights.quantize._search import Search as Search
 from jaxweights.quantize._search import check_search, rms_end
 from jaxweights.quantize._settings import check_between, check_float_dtype, is_whole, is_word
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._divide import divide
 
 GridKind = Literal["narrow", "full", "half", "signed_max", "affine", "gptq_sym"]
@@ -319,9 +319,7 @@ def scale_of_range(
         scale = divide(high - low, 2**grid.bits - 1)
     else:
         scale = divide(2 * amax, 2**grid.bits - 1)
-    # Codes are chosen for the scale that is stored, so it is rounded first.
-    stored = stored_as(scale, grid.scale_dtype)
-    stored = jnp.where(stored == 0, jnp.ones_like(stored), stored)
+    stored = stored_scale(scale, grid.scale_dtype, amax)
     if not grid.unsigned:
         return stored, None
     if grid.kind == "affine":

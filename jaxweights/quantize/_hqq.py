@@ -20,6 +20,7 @@ from jaxweights.quantize._grid import GroupSize, Pad, make_grid
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_count, check_numbers
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._divide import divide
 from jaxweights.weights._quantized import Quantized
 
@@ -28,6 +29,8 @@ _NAME = "quantize.hqq"
 # By how much an offset must be better than the best so far: more than sums round, as offsets often
 # alternate between two of equal error, and compiled programs would choose differently.
 _MARGIN = 4e-6
+# Half of float16's last place of 1: a range below it is lost in the offset anyway.
+_EQUAL = 2.0**-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +183,10 @@ def _fit(
     rows, size, out_dim = groups.shape
     top = 2**bits - 1
     low, high = extremes(groups)
-    scale = stored_as(divide(high - low, top), scale_dtype)
-    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # of equal weights, codes are 0
+    # Weights that are equal, or as good as equal beside the rounding of their offset: codes are 0.
+    equal = high - low <= _EQUAL * jnp.maximum(-low, high)
+    spread = jnp.where(equal, 0.0, high - low)
+    scale = stored_scale(divide(spread, top), scale_dtype, spread)
     step = scale.astype(jnp.float32)
 
     def move(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -219,7 +224,8 @@ def _fit(
     _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if groups.size else start
     codes = jnp.clip(jnp.round(divide(groups - offset, step)), 0, top).astype(jnp.int32)
     stored = offset[:, 0].astype(scale_dtype)
-    return codes.reshape(rows * size, out_dim), scale[:, 0], stored
+    scale = jnp.where(jnp.isfinite(stored), scale[:, 0], jnp.inf)  # for who looks at scales only
+    return codes.reshape(rows * size, out_dim), scale, stored
 
 
 def _shrink(missed: jax.Array, beta: Any, norm: float) -> jax.Array:

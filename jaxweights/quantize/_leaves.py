@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxweights.core._host import where_not_finite
+from jaxweights.core._host import where_not_finite, where_zero
 from jaxweights.core._leafwise import PerLeaf, Shared, leafwise
 from jaxweights.core._paths import Path
 from jaxweights.core._transform import Transform
@@ -27,6 +27,11 @@ from jaxweights.weights._weight import is_weight
 REFUSAL = (
     "Quantizing it again would add a second rounding error. Dequantize it first with "
     "`materialize`, or leave it out with `partition`. In `chain`, quantizers come before LoRA."
+)
+
+_TOO_SMALL = (
+    "Choose a wider scale_dtype, set weights as small as these to 0, or leave this weight out with "
+    "`partition`."
 )
 
 
@@ -98,7 +103,7 @@ def represented(
         mapping=mapping,
         check=check,
         verify=describe_bad_blocks,
-        sound=lambda weight: jnp.isfinite(weight.scale_matrix()).all(),
+        sound=usable_blocks,
     )
 
 
@@ -127,23 +132,43 @@ def replace_leaf(
 
 
 def finite_scales(codes: Codes) -> jax.Array:
-    """Whether all scales are finite, which they are where all values of their groups are."""
-    return jnp.isfinite(codes.scale).all()
+    """Whether all scales are finite, as where all values of their groups are, and not 0."""
+    return ((codes.scale != 0) & jnp.isfinite(codes.scale)).all()
+
+
+def usable_blocks(weight: Scaled) -> jax.Array:
+    """Whether all scales of blocks are finite, and none is 0 for want of range."""
+    scale = weight.scale_matrix()
+    finite = jnp.isfinite(scale).all()
+    return finite & (scale != 0).all() if _may_vanish(weight) else finite
+
+
+def _may_vanish(weight: Scaled) -> bool:
+    """Whether a scale of 0 tells that its dtype has none so small.
+
+    Scales of scales may be 0 for other reasons, and bytes hold powers of two alone.
+    """
+    return not is_weight(weight.scale) and weight.scale.dtype.itemsize > 1
 
 
 def describe_bad_scales(path: Path, codes: Codes) -> str | None:
-    """Says which groups have a scale that is not finite; None if none has.
+    """Says which groups have a scale that is not finite, or 0; None if none has.
 
-    A group that holds NaN or infinity has such a scale, so this finds them without reading the
-    weight again.
+    A group that holds NaN or infinity has a scale that is not finite, and one whose values are too
+    small for the scales' dtype has 0, so this finds them without reading the weight again.
     """
     scale = codes.scale
-    bad = where_not_finite(scale)
-    if not len(bad):
+    bad, zero = where_not_finite(scale), where_zero(scale)
+    if not len(bad) and not len(zero):
         return None
-    *stack, row, column = (int(i) for i in bad[0])
+    *stack, row, column = (int(i) for i in (bad if len(bad) else zero)[0])
     where = f"group {row} of " + (f"output {column}" if scale.shape[-1] > 1 else "all outputs")
     where += f" of matrix {stack} in the stack" if stack else ""
+    if not len(bad):
+        return (
+            f"{path!r}: {len(zero)} of {scale.size} groups hold values so small that their scales "
+            f"are 0 in {scale.dtype}, the first being {where}. {_TOO_SMALL}"
+        )
     return (
         f"{path!r}: {len(bad)} of {scale.size} groups hold values that are not finite, or too "
         f"large for scales in {scale.dtype}, the first being {where}. Repair the checkpoint, "
@@ -155,7 +180,8 @@ def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
     """As `describe_bad_scales`, for any blocks."""
     scale = weight.scale_matrix()
     bad = where_not_finite(scale)
-    if not len(bad):
+    zero = where_zero(scale) if _may_vanish(weight) else bad[:0]
+    if not len(bad) and not len(zero):
         return None
     remedy = (
         "Repair the checkpoint, choose a wider dtype for scales where there is a choice, or leave "
@@ -163,13 +189,18 @@ def describe_bad_blocks(path: Path, weight: Scaled) -> str | None:
     )
     if len(bad) == scale.size > 1:  # one bad value spoils a scale of scales, and so all of them
         return f"{path!r}: holds values that are not finite, or too large for its scales. {remedy}"
-    *stack, row, column = (int(i) for i in bad[0])
+    *stack, row, column = (int(i) for i in (bad if len(bad) else zero)[0])
     height, width = weight.group_size or weight.in_dim, weight.out_dim // scale.shape[-1]
     rows = f"inputs {row * height} to {min((row + 1) * height, weight.in_dim) - 1}"
     columns = f"outputs {column * width} to {(column + 1) * width - 1}"
     if width == 1:
         columns = f"output {column}"
     where = f"{rows} of {columns}" + (f" of matrix {stack} in the stack" if stack else "")
+    if not len(bad):
+        return (
+            f"{path!r}: {len(zero)} of {scale.size} blocks hold values so small that their scales "
+            f"are 0 in {weight.scale.dtype}, the first being {where}. {_TOO_SMALL}"
+        )
     return (
         f"{path!r}: {len(bad)} of {scale.size} blocks hold values that are not finite, or too "
         f"large for their scales, the first being {where}. {remedy}"

@@ -14,6 +14,7 @@ from jaxweights.core._compiled import compiled
 from jaxweights.core._context import Context
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Flat, Path
+from jaxweights.core._stored import stored_as
 from jaxweights.core._targets import inner_weight
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._blocks import (
@@ -21,7 +22,6 @@ from jaxweights.quantize._blocks import (
     block_max,
     in_units,
     refuse_unfit,
-    stored_scale,
 )
 from jaxweights.quantize._leaves import represented
 from jaxweights.quantize._levels import (
@@ -227,7 +227,10 @@ def nvfp4_matrix(
     overall = block_max(of_blocks, (1, 1)) if largest is None else largest.reshape(1, 1)
     outer = overall_scale(overall)
     steps = jnp.minimum(divide(of_blocks, kind.largest) * outer, of_scale.largest)
-    scale = NarrowFloat.from_values(stored_scale(steps, of_scale.dtype), outer, divides=True)
+    scale = stored_as(steps, of_scale.dtype)
+    # Blocks of zeros, or of so much less than the largest that all of their codes are 0.
+    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)
+    scale = NarrowFloat.from_values(scale, outer, divides=True)
     table = minifloat_table(kind)
     size = in_units(jnp.abs(wide), scale.matrix())
     codes = signed_code(size, signs(wide), table[:8], ties="even")

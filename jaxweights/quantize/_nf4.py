@@ -19,13 +19,13 @@ from jaxweights.quantize._blocks import (
     fill_up_group,
     fit_block,
     in_units,
-    stored_scale,
 )
 from jaxweights.quantize._double import quantize_scales
 from jaxweights.quantize._grid import Pad, check_pad
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import nearest_code, signed_code, signs
 from jaxweights.quantize._settings import check_flags
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._codebook import Codebook
 
 # Quantiles of the normal distribution with an exact zero; appendix E of the paper.

@@ -20,7 +20,6 @@ from jaxweights.quantize._blocks import (
     fill_up_group,
     fit_block,
     in_units,
-    stored_scale,
     unfit_block,
 )
 from jaxweights.quantize._calibrated import OnFailure, ReportLeaf
@@ -39,6 +38,7 @@ from jaxweights.quantize._learned import (
 from jaxweights.quantize._leaves import check_scale_dtype, describe_bad_blocks, unfit_values
 from jaxweights.quantize._power import EXPONENTS
 from jaxweights.quantize._settings import is_word
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._axes import View
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
@@ -264,7 +264,7 @@ def _least_error(
         return missed.reshape(rows, in_dim // rows, columns, out_dim // columns).sum((1, 3))
 
     def attempt(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[Any, None]:
-        scale = stored_scale(amax * share, scale_dtype)
+        scale = stored_scale(amax * share, scale_dtype, amax)
         new = error(scale)
         return (jnp.minimum(new, best[0]), jnp.where(new < best[0], scale, best[1])), None
 

@@ -28,12 +28,12 @@ from jaxweights.quantize._blocks import (
     fill_up_group,
     fit_block,
     in_units,
-    stored_scale,
 )
 from jaxweights.quantize._grid import Pad, check_bits, check_pad
 from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.quantize._settings import check_numbers, is_word
+from jaxweights.quantize._stored_scale import stored_scale
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
@@ -265,7 +265,7 @@ def _encode(
 def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike) -> jax.Array:
     """The step of a uniform grid: `narrow` divides by just these."""
     largest = block_max(wide, block_counts(group_size, *wide.shape))
-    return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
+    return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype, largest)
 
 
 def _rounded(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:

@@ -22,7 +22,10 @@ _ELEMENTS = {"mxfp4": "e2m1", "mxfp6": "e2m3", "mxfp8": "e4m3", "nvfp4": "e2m1"}
 
 
 def shared_exponent(largest: Float[Array, "rows cols"], kind: Minifloat, rule: ScaleRule) -> Array:
-    """Exponents of the scales of blocks with these largest magnitudes; int32, -127 at least."""
+    """Exponents of the scales of blocks with these largest magnitudes; int32.
+
+    They are -126 at least, of which XLA makes no 0, and -127 of blocks of zeros.
+    """
     bits = jax.lax.bitcast_convert_type(largest, jnp.int32)
     of_largest = jax.lax.bitcast_convert_type(jnp.float32(kind.largest), jnp.int32)
     mantissa = bits & 0x7FFFFF
@@ -35,7 +38,7 @@ def shared_exponent(largest: Float[Array, "rows cols"], kind: Minifloat, rule: S
         "oas": mantissa >= _outlier_mantissa(kind),
     }[rule]
     exponent = (bits >> 23) - 127 + up.astype(jnp.int32) - kind.largest_exponent
-    return jnp.clip(exponent, -127, 126)
+    return jnp.clip(exponent, jnp.where(largest == 0, -127, -126), 126)
 
 
 def _outlier_mantissa(kind: Minifloat) -> int:
@@ -53,7 +56,8 @@ def overall_scale(largest: jax.Array) -> jax.Array:
     """NVFP4's G, 448 * 6 over the largest magnitude, float32; 1 where that is 0."""
     top = jnp.full_like(largest, ELEMENTS["e4m3"].largest * ELEMENTS["e2m1"].largest)
     outer = divide(top, jnp.maximum(largest, jnp.finfo(jnp.float32).tiny))
-    return jnp.where(jnp.isinf(outer), jnp.float32(1), outer)
+    most = jnp.where(largest == 0, 1, jnp.float32(2.0**126))  # whose inverse is no 0 to XLA
+    return jnp.where(jnp.isinf(outer), most, outer)
 
 
 def input_block(form: InputForm) -> int:

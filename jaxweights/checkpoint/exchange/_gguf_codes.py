@@ -19,6 +19,7 @@ from jaxweights.checkpoint._gguf_blocks import (
     two_bits,
 )
 from jaxweights.checkpoint.exchange._module import (
+    beyond_float16,
     host_weight,
     in_equal_groups,
     unpacked_codes,
@@ -266,12 +267,11 @@ def unfit_gguf(weight: Quantized) -> list[str]:
                 f"has codes from {centred.min()} to {centred.max()} around its zero points, but "
                 "Q8_0 holds -128 to 127. Quantize on a symmetric grid"
             )
-    for name, field in (("scales", weight.scale), ("offsets", weight.offset)):
-        if field is not None and _overflows(np.asarray(field)):
-            problems.append(f"has {name} beyond float16, in which GGUF holds them")
+    remedy = "Set weights as small to 0, dequantize it with `materialize`, or leave it out"
+    if lost := beyond_float16(weight.scale):
+        problems.append(f"has {lost}, in which GGUF holds scales. {remedy} with `partition`")
+    if weight.offset is not None and (
+        lost := beyond_float16(weight.offset, word="offsets", may_vanish=True)
+    ):
+        problems.append(f"has {lost}, in which GGUF holds offsets. {remedy} with `partition`")
     return problems
-
-
-def _overflows(field: np.ndarray) -> bool:
-    with np.errstate(over="ignore"):
-        return not np.all(np.isfinite(field.astype(np.float32).astype(np.float16)))

@@ -267,15 +267,26 @@ def float16_scale(scale: np.ndarray) -> np.ndarray:
 
 def unfit_float16(scale: Any) -> str | None:
     """Why scales cannot be float16, if they cannot."""
-    scale = np.asarray(scale, np.float32)
-    narrow = float16_scale(scale)
-    lost = ~np.isfinite(narrow) | ((narrow == 0) & (scale != 0))
+    lost = beyond_float16(scale)
+    return lost and (
+        f"{lost}, in which this format keeps scales. Write compressed-tensors, which keeps float32"
+    )
+
+
+def beyond_float16(numbers: Any, *, word: str = "scales", may_vanish: bool = False) -> str | None:
+    """Which numbers float16 makes infinite, or 0 unless they `may_vanish`; None if it makes none.
+
+    What vanishes is less than 3e-8.
+    """
+    numbers = np.asarray(numbers, np.float32)
+    narrow = float16_scale(numbers)
+    lost = ~np.isfinite(narrow)
+    if not may_vanish:
+        lost |= (narrow == 0) & (numbers != 0)
     if not lost.any():
         return None
-    return (
-        f"{int(lost.sum())} of {scale.size} scales, such as {float(scale[lost][0]):g}, lie beyond "
-        "float16, in which this format keeps scales. Write compressed-tensors, which keeps float32"
-    )
+    example = float(numbers[lost][0])
+    return f"{int(lost.sum())} of {numbers.size} {word}, such as {example:g}, lie beyond float16"
 
 
 def without_mask(weight: Any) -> Any:

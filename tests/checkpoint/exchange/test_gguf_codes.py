@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxweights as jw
 from jaxweights.checkpoint._gguf_blocks import BLOCK_TYPES, dequantize
 from jaxweights.checkpoint.exchange._gguf_codes import (
     INTEGER_TYPES,
@@ -95,7 +96,30 @@ def test_what_no_type_holds_is_said():
         "has groups of 16 inputs": weight(rows=4),
         "has groups in another order": weight(group_index=jnp.array([0, 1] * 32, jnp.int32)),
         "has offsets and 6 bits": weight(bits=6, offset=jnp.ones((2, 4))),
-        "has scales beyond float16": weight(scale=1e6),
+        "has 8 of 8 scales, such as 1e+06, lie beyond float16": weight(scale=1e6),
+        "has 8 of 8 scales, such as 1e-09, lie beyond float16": weight(scale=1e-9),
+        "has 8 of 8 offsets, such as 1e+06, lie beyond float16": weight(
+            offset=jnp.full((2, 4), 1e6)
+        ),
     }
     for words, case in cases.items():
         assert [words in problem for problem in unfit_gguf(case)] == [True], words
+
+
+def test_offsets_that_vanish_beside_their_scales_and_groups_of_zeros_are_written():
+    codes = jnp.zeros((32, 1), jnp.int32)
+    tiny = Quantized.from_codes(codes, jnp.ones((1, 1)), bits=4, offset=jnp.full((1, 1), 1e-9))
+    zero = Quantized.from_codes(codes, jnp.zeros((1, 1)), bits=4)
+    assert not unfit_gguf(tiny) and not unfit_gguf(zero)
+
+
+@pytest.mark.parametrize("size, written", [(1e-9, "1.25e-10"), (1e6, "125000")])
+def test_a_file_is_not_written_with_scales_that_become_zero_or_infinite(tmp_path, size, written):
+    tx = jw.quantize.round_to_nearest(bits=4, group_size=32)
+    values = jnp.full((2, 64), size).at[0].set(0.5)
+    small = jw.apply(tx, {"up.weight": values}, layout={"up.weight": jw.Axes((-1,), (-2,))})
+    with pytest.raises(ValueError) as error:
+        jw.checkpoint.write_gguf(tmp_path / "m.gguf", small, {"general.name": "tiny"})
+    message = str(error.value)
+    assert f"'up.weight' has 2 of 4 scales, such as -{written}, lie beyond float16" in message
+    assert "Set weights as small to 0" in message and not [*tmp_path.iterdir()]
