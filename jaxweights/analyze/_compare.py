@@ -19,6 +19,7 @@ from jaxweights.analyze._matrices import (
 from jaxweights.analyze._report import Report, Select, selected
 from jaxweights.core._apply import LayoutLike, resolve_layout
 from jaxweights.core._computed_first import computed_first
+from jaxweights.core._feature_groups import FeatureGroups, columns_like_gram
 from jaxweights.core._layout import Layout, is_float
 from jaxweights.core._leafwise import describe_nonfinite
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten
@@ -153,6 +154,8 @@ def _grams(
         shape = tuple(flat[path].shape)
         view = View.of(shape, layout[path])
         stack = tuple(shape[a] for a in view.stack_axes(len(shape)))
+        groups = FeatureGroups.of(stats, path, flat[path], view)
+        stack = stack if groups is None else (*stack, groups.count)
         expected = (*stack, view.in_dim, view.in_dim)
         if tuple(gram.shape) != expected:
             problems.append(
@@ -205,7 +208,7 @@ def compare_matrices(
     Args:
       old: `(*stack, in, out)`, float32 or float64.
       new: Likewise.
-      gram: `(*stack, in, in)`.
+      gram: `(*stack, in, in)`, or `(*stack, groups, in, in)` of feature groups.
       ranks: Whether to take singular values.
       eps: Epsilon of the dtype that the weights were stored in; None is that of `old`.
 
@@ -278,7 +281,10 @@ def _ranks(
 
 
 def _output_error(scaled: jax.Array, step: jax.Array, old: jax.Array, gram: jax.Array) -> jax.Array:
-    gram = gram / power_of_two(gram)
+    unit = power_of_two(gram)
+    if gram.ndim > old.ndim:  # one unit for all feature groups, whose outputs are added up
+        unit = jnp.max(unit, axis=-3, keepdims=True)
+    gram = gram / unit
     error = _quadratic(scaled, gram) * step * step
     whole = _quadratic(old, gram)
     none = jnp.where(error > 0, jnp.inf, 0).astype(old.dtype)
@@ -287,6 +293,8 @@ def _output_error(scaled: jax.Array, step: jax.Array, old: jax.Array, gram: jax.
 
 def _quadratic(matrix: jax.Array, gram: jax.Array) -> jax.Array:
     """tr(Wᵀ G W), not negative."""
-    matrix = computed_first(matrix)
-    product = jnp.matmul(gram, matrix, precision="highest")
-    return jnp.maximum(jnp.sum(matrix * product, axis=(-2, -1)), 0)
+    columns = columns_like_gram(computed_first(matrix), gram)
+    product = jnp.matmul(gram, columns, precision="highest")
+    total = jnp.sum(columns * product, axis=(-2, -1))
+    total = jnp.sum(total, axis=-1) if columns.ndim > matrix.ndim else total
+    return jnp.maximum(total, 0)

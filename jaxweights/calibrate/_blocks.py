@@ -21,6 +21,7 @@ from jaxweights.calibrate._calibrate import (
     observing,
     probed,
     refuse_incomplete,
+    refuse_mixed_groups,
 )
 from jaxweights.calibrate._probe import combine_records, neutral_record
 from jaxweights.calibrate._reference import Reference
@@ -87,6 +88,7 @@ class BlockPrograms:
         flat, self._treedef = flatten(params)
         self._flat = flat | {path: _compat.shape_of(x) for path, x in arrays_of(flat).items()}
         trace = trace_model(fn, params, _arguments(batch))
+        refuse_mixed_groups(trace, self._flat)
         self.layout = _merged_layout(trace.layout, layout, list(self._flat))
         self._owners = dict(trace.owners)
         self._models: dict[Any, ScannedModel] = {}

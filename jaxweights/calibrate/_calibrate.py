@@ -23,7 +23,7 @@ from jaxweights.core._stats import (
     MATRIX_STATISTICS,
     STATISTICS,
 )
-from jaxweights.lift._infer_layout import arrays_of, trace_model
+from jaxweights.lift._infer_layout import Trace, arrays_of, trace_model
 from jaxweights.lift._lift import evaluate_lifted
 from jaxweights.lift._walk import Walk
 from jaxweights.weights import InputChange, View
@@ -98,6 +98,7 @@ def calibrate(
     flat, treedef = flatten(params)
     _check_paths(needs, flat)
     trace = trace_model(fn, params, _arguments(first))
+    refuse_mixed_groups(trace, needs)
     axes = _merged_layout(trace.layout, layout, list(flat))
     input_needs, owners = _assign(needs, flat, axes, dict(trace.owners))
     before = None if reference is None else _like(flat, flatten(reference)[0])
@@ -202,6 +203,24 @@ def _check_paths(needs: Needs, flat: Mapping[Path, Any]) -> None:
             f"{nearest(path, flat)}."
             for path in needs
             if path not in flat
+        ],
+    )
+
+
+def refuse_mixed_groups(trace: Trace, paths: Iterable[Path]) -> None:
+    """Refuses kernels that are used in convolutions of different numbers of feature groups."""
+    groups: dict[Path, set[int]] = {}
+    for use in trace.uses:
+        if use.kind in ("dot", "conv"):
+            groups.setdefault(use.path, set()).add(use.groups)
+    fail(
+        "calibrate",
+        [
+            f"{path!r}: the model convolves with it in {sorted(groups[path])} feature groups by "
+            "turns, so that no statistics serve all its uses. Leave this weight out of needs, with "
+            "`partition`, or give each use a kernel of its own."
+            for path in paths
+            if len(groups.get(path, ())) > 1
         ],
     )
 

@@ -285,13 +285,18 @@ def ragged_statistics(x: jax.Array, group_sizes: jax.Array, probe: Probe) -> Rec
 def patches_as_rows(
     path: str, x: jax.Array, probe: Probe, params: dict[str, Any]
 ) -> tuple[jax.Array, tuple[int, ...]]:
-    """The windows that a convolution multiplies with its kernel, as rows, and their axes."""
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+    """The windows that a convolution multiplies with its kernel, as rows, and their axes.
+
+    Returns:
+      Rows `(windows, in)`, with feature groups `(groups, windows, in)`; and the axes of `windows`.
+    """
+    if params["batch_group_count"] != 1:
         raise ValueError(
-            f"calibrate: {path!r}: this convolution has {params['feature_group_count']} feature "
-            "groups, so its outputs do not share one input. Statistics need an ungrouped "
-            "convolution; leave this weight out with `partition`."
+            f"calibrate: {path!r}: this convolution has {params['batch_group_count']} batch "
+            "groups, so each output sees some examples only. Statistics need a convolution of all "
+            "examples with the whole kernel; leave this weight out with `partition`."
         )
+    groups = params["feature_group_count"]
     numbers = params["dimension_numbers"]
     _, channel_axis, *spatial_axes = numbers.rhs_spec
     spatial = tuple(probe.shape[axis] for axis in spatial_axes)
@@ -310,11 +315,15 @@ def patches_as_rows(
     batch_axis, channels, *positions = numbers.out_spec
     patches = jnp.transpose(patches, (batch_axis, *positions, channels))
     windows = tuple(patches.shape[:-1])
-    # Patches are laid out (channel, *window); the kernel's inputs in the order of its view.
-    patches = patches.reshape(-1, probe.shape[channel_axis], *spatial)
+    # Patches are laid out (channel, *window), channels by group; the kernel's inputs in the order
+    # of its view.
+    count = math.prod(windows)
+    patches = patches.reshape(count, groups, probe.shape[channel_axis], *spatial)
     held = [channel_axis, *spatial_axes]
-    order = [1 + held.index(axis % probe.ndim) for axis in probe.view.axes.inputs]
-    return jnp.transpose(patches, (0, *order)).reshape(patches.shape[0], -1), windows
+    order = [2 + held.index(axis % probe.ndim) for axis in probe.view.axes.inputs]
+    rows = jnp.transpose(patches, (1, 0, *order))
+    apart = () if groups == 1 else (groups,)
+    return rows.reshape(*apart, count, probe.view.in_dim), windows
 
 
 _NO_MASK = "Remove padding from the batches and pass no mask, or leave this weight out."

@@ -47,8 +47,8 @@ class Reference:
             if found is None or found.transposed:
                 return
             rows = found.x
-        if any(length > 1 for length in rows.shape[:-2]):
-            self._refuse(named.path, "has inputs of their own for the matrices of a stack")
+            if any(length > 1 for length in rows.shape[:-2]):
+                self._refuse(named.path, "has inputs of their own for the matrices of a stack")
         self._rows.setdefault(named.path, []).append(changed_rows(probe.base, rows))
 
     def _refuse(self, path: str, problem: str) -> None:

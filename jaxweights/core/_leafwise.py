@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxweights.core._context import Context
+from jaxweights.core._feature_groups import FeatureGroups
 from jaxweights.core._host import where_not_finite
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, path_key, unflatten
 from jaxweights.core._stats import GRADIENT_STATISTICS, Needs, Statistic
 from jaxweights.core._targets import (
     Check,
+    Grouped,
     inner_weight,
     may_be_target,
     stack_sizes,
@@ -54,6 +56,7 @@ def leafwise(
     sound: Sound | None = None,
     checks_finite: bool = True,
     moves_inputs: bool = False,
+    grouped: Grouped = "refuse",
 ) -> Transform:
     """Makes a transform of a tree from a function of one `(in, out)` matrix.
 
@@ -93,6 +96,10 @@ def leafwise(
       checks_finite: Whether a leaf with NaN or infinity is refused (concrete runs only). Off for
         functions whose own `verify` does it.
       moves_inputs: As in `Transform`.
+      grouped: What becomes of the kernel of a convolution with feature groups, whose statistics are
+        of each group. `"refuse"`; `"pool"`, for functions of extremes: they get those of all
+        groups; `"split"`: the groups are matrices of a stack, and what `wrap` makes of them, dense
+        or a `Scaled` whose fields have rows and columns, is put side by side again.
 
     Returns:
       The transform. By default it acts on the matrices of the layout, not on embeddings, heads,
@@ -147,7 +154,7 @@ def leafwise(
 
     def update(params: Params, context: Context) -> Params:
         flat, treedef = flatten(params)
-        targets = targets_of(flat, context, name, accepts, refusal, check, wanted)
+        targets = targets_of(flat, context, name, accepts, refusal, check, wanted, grouped)
         key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context, flat) if shared is not None and targets else {}
         others = per_leaf(context, flat) if per_leaf is not None and targets else {}
@@ -158,6 +165,17 @@ def leafwise(
         for paths in _groups(targets, context, shares=shares):
             leaves = tuple(inner_weight(flat[path]) for path in paths)
             views = tuple(targets[path] for path in paths)
+            # Who shares an input shares its feature groups.
+            groups = [
+                FeatureGroups.of(context.stats, path, leaf, view) if wanted else None
+                for path, leaf, view in zip(paths, leaves, views, strict=True)
+            ]
+            if grouped == "split":
+                split = [
+                    (leaf, view) if kernel is None else (kernel.split(leaf), kernel.view)
+                    for kernel, leaf, view in zip(groups, leaves, views, strict=True)
+                ]
+                leaves, views = zip(*split, strict=True)
             own: list[dict[str, Any]] = []
             for path, leaf, view in zip(paths, leaves, views, strict=True):
                 given = dict(others.get(path, {}))
@@ -166,16 +184,18 @@ def leafwise(
                 if masked and (mask := getattr(leaf, "mask", None)) is not None:
                     given["mask"] = mask
                 own.append(given)
-            statistics = _statistics(context, paths[0], wanted, views[0])
+            statistics = _statistics(context, paths[0], wanted, views[0], groups[0], grouped)
             results, flags = run(leaves, tuple(own), statistics, common, views)
             concrete = not _is_abstract(results)
             if concrete:  # one leaf at a time, in the memory that one takes
                 jax.block_until_ready(flags)
-            for path, leaf, view, result, flag in zip(
-                paths, leaves, views, results, flags, strict=True
+            for path, leaf, view, kernel, result, flag in zip(
+                paths, leaves, views, groups, results, flags, strict=True
             ):
                 well[path] = flag
                 changed = (_put_value if wrap is None else wrap)(leaf, result, view)
+                if kernel is not None and grouped == "split":
+                    changed = kernel.join(changed)
                 new[path] = with_inner_weight(flat[path], changed)
                 if sound is not None:
                     outcome[path] = result
@@ -212,13 +232,25 @@ def leafwise(
 
 
 def _statistics(
-    context: Context, path: Path, wanted: frozenset[Statistic], view: View
+    context: Context,
+    path: Path,
+    wanted: frozenset[Statistic],
+    view: View,
+    groups: FeatureGroups | None,
+    grouped: Grouped,
 ) -> dict[str, Any]:
+    """What a function takes of a weight, with the stack axes of its view in front."""
     if not wanted or context.stats is None:
         return {}
     inputs: dict[str, Any] = {name: context.stats.get(path, name) for name in sorted(wanted)}
-    for name in wanted & frozenset(GRADIENT_STATISTICS):
-        inputs[name] = view.to_matrix(inputs[name])
+    gradients = wanted & frozenset(GRADIENT_STATISTICS)
+    if groups is not None:
+        move = groups.statistic if grouped == "split" else groups.pooled
+        inputs |= {name: move(name, inputs[name]) for name in wanted - gradients}
+    for name in gradients:
+        own = inputs[name]
+        own = groups.split(own) if groups is not None and grouped == "split" else own
+        inputs[name] = view.to_matrix(own)
     return inputs
 
 

@@ -48,6 +48,9 @@ class Stats:
       model, which are the columns.
     - `grad_abs`, `grad_sq`, shaped like the weight: sums over examples of |g| and g².
 
+    The kernel of a convolution with G feature groups counts as a stack of G matrices
+    `(in, out / G)`, each with inputs of its own: of it, `stack` is `(*stack, G)`.
+
     Weights that read the same input share one entry. Of a weight that changes its inputs
     (`Rescaled`, `Rotated`), the inputs are those of its innermost base.
 
@@ -88,6 +91,37 @@ class Stats:
             return jnp.diagonal(entry["gram"], axis1=-2, axis2=-1)
         return entry.get(name)
 
+    def feature_groups(self, path: Path, stack: tuple[int, ...]) -> int:
+        """Feature groups of the convolution that a kernel belongs to; 1 for other weights.
+
+        Args:
+          path: The weight.
+          stack: Lengths of its own stack axes.
+        """
+        axes = self.layout.get(path)
+        if axes is None or axes.kind != "conv":
+            return 1
+        for name in INPUT_STATISTICS:
+            value = self.get(path, name)
+            if value is not None:
+                own = 0 if name == "count" else 2 if name in MATRIX_STATISTICS else 1
+                grouped = len(value.shape) == len(stack) + 1 + own
+                return int(value.shape[len(stack)]) if grouped else 1
+        return 1
+
+    def why_grouped(self, path: Path, stack: tuple[int, ...]) -> str | None:
+        """What to say where outputs should share one input and feature groups have their own."""
+        groups = self.feature_groups(path, stack)
+        if groups == 1:
+            return None
+        return (
+            f"{path!r}: the model convolves with it in {groups} feature groups, each with inputs "
+            "of its own, but this method, as it is set, takes one input for all outputs. Choose "
+            "quantize.gptq to integers, which goes by groups, or quantize.int8_static, which reads "
+            "ranges only, or what reads no data, such as quantize.round_to_nearest; or leave this "
+            "weight out with `partition`."
+        )
+
     def of_tied(self, representative: Mapping[Path, Path]) -> Stats:
         """The statistics of weights of which some are one array: sums over all its uses.
 
@@ -120,7 +154,16 @@ class Stats:
         """A complaint if the uses of one array contract other axes of it."""
         seen = {path: self.layout[path].inputs for path in paths if path in self.layout}
         if len(set(seen.values())) < 2:
-            return []
+            counts = {path: self.get(path, "count") for path in paths}
+            shapes = {path: x.shape for path, x in counts.items() if x is not None}
+            if len(set(shapes.values())) < 2:
+                return []
+            return [
+                f"{paths[0]!r}: is one array with {paths[1:]}, but the model convolves with it in "
+                f"other feature groups: counts have the shapes {shapes}. No statistics serve both. "
+                "Give the tree a copy of its own at one path, such as jnp.copy(leaf), and "
+                "calibrate that."
+            ]
         uses = ", ".join(f"{inputs} at {path!r}" for path, inputs in seen.items())
         return [
             f"{paths[0]!r}: is one array with {paths[1:]}, but the model contracts other axes of "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jaxweights.core._context import Context
+from jaxweights.core._feature_groups import FeatureGroups
 from jaxweights.core._layout import is_default_target, is_float, is_vector
 from jaxweights.core._paths import Flat, Path, fail
 from jaxweights.core._stats import GRADIENT_STATISTICS, MATRIX_STATISTICS, Statistic
@@ -15,6 +16,7 @@ from jaxweights.weights._input_changes import InputChange
 from jaxweights.weights._weight import Weight, is_weight
 
 Check = Callable[[Path, Any, View], str | None]
+Grouped = Literal["refuse", "pool", "split"]
 
 
 def inner_weight(leaf: Any) -> Any:
@@ -46,8 +48,21 @@ def targets_of(
     refusal: str,
     check: Check | None,
     wanted: frozenset[Statistic],
+    grouped: Grouped = "refuse",
 ) -> dict[Path, View]:
-    """The leaves to transform with their views; every leaf that cannot be is one error."""
+    """The leaves to transform with their views; every leaf that cannot be is one error.
+
+    Args:
+      flat: Leaves by path.
+      context: What the transform was given.
+      name: What errors call the transform.
+      accepts: Representations that may be transformed.
+      refusal: What to do instead, for other representations.
+      check: What is wrong with a leaf, from its shape; of feature groups that are split, from the
+        view of one with its groups as a stack axis.
+      wanted: Statistics that are read.
+      grouped: What becomes of the feature groups of convolutions, as in `leafwise`.
+    """
     targets: dict[Path, View] = {}
     problems: list[str] = []
     for path, leaf in flat.items():
@@ -59,8 +74,10 @@ def targets_of(
         problem = _unfit(path, leaf, axes, accepts, refusal, context)
         if problem is None and axes is not None:
             view = View.of(leaf.shape, axes)
-            problem = check(path, inner_weight(leaf), view) if check is not None else None
-            problem = problem or _unfit_statistics(path, leaf, view, context, wanted, name)
+            groups = FeatureGroups.of(context.stats, path, leaf, view) if wanted else None
+            checked = groups.view if groups is not None and grouped == "split" else view
+            problem = check(path, inner_weight(leaf), checked) if check is not None else None
+            problem = problem or _unfit_statistics(path, leaf, view, context, wanted, name, grouped)
             targets[path] = view
         if problem is not None:
             problems.append(problem)
@@ -125,14 +142,23 @@ def _unfit_statistics(
     context: Context,
     wanted: frozenset[Statistic],
     name: str,
+    grouped: Grouped,
 ) -> str | None:
     if not wanted:
         return None
     stats = context.require("stats", name)
     problem = stats.why_other_axes(path, view.axes.inputs)
-    if problem is not None and wanted - frozenset(GRADIENT_STATISTICS):  # those are of any axes
+    of_inputs = wanted - frozenset(GRADIENT_STATISTICS)  # those are of any axes
+    if problem is not None and of_inputs:
         return problem
     stack = stack_sizes(leaf, view)
+    groups = FeatureGroups.of(stats, path, leaf, view)
+    if groups is not None and of_inputs:
+        if grouped == "refuse":
+            return stats.why_grouped(path, stack)
+        if grouped == "split" and (problem := groups.unfit(path, inner_weight(leaf))):
+            return problem
+        stack = (*stack, groups.count)
     for statistic in sorted(wanted):
         value = stats.get(path, statistic)
         if value is None:

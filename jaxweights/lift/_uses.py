@@ -38,6 +38,7 @@ class Use:
       source: Identifies the activations and how they are contracted: equal for two leaves exactly
         where they provably read the same input. None where there is none.
       primitive: What used it.
+      groups: Feature groups of a convolution.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Use:
     outputs: tuple[int, ...] = ()
     source: Any = None
     primitive: str = ""
+    groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +228,8 @@ def _conv(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | N
     spatial = tuple(leaf.shape[a] for a in contract[1:])
     order = _in_own_order(leaf, contract, range(len(contract)))
     source = (x, tuple(numbers.lhs_spec), window, spatial, order)
-    return _product(analysis, eqn, leaf, "conv", contract, (), source)
+    groups = int(eqn.params["feature_group_count"])
+    return _product(analysis, eqn, leaf, "conv", contract, (), source, groups)
 
 
 def _in_own_order(leaf: _Leaf, own: Sequence[int], others: Sequence[int]) -> tuple[Any, ...]:
@@ -255,13 +258,14 @@ def _product(
     contract: Sequence[int],
     batch: Sequence[int],
     source: Any,
+    groups: int = 1,
 ) -> Sequence[Any] | None:
     free = [a for a in range(len(leaf.shape)) if a not in contract and a not in batch]
     inputs, outputs = _whole_axes(leaf, contract), _whole_axes(leaf, free)
     if not inputs or not outputs:
         return None
     source = (source, leaf.place, analysis.scope)
-    analysis.uses.append(Use(leaf.path, kind, inputs, outputs, source, eqn.primitive.name))
+    analysis.uses.append(Use(leaf.path, kind, inputs, outputs, source, eqn.primitive.name, groups))
     return [analysis.fresh()]
 
 

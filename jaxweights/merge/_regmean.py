@@ -213,6 +213,8 @@ def _layout(layout: Layout, stats: tuple[Stats, ...], flat: Flat) -> Layout:
 
 def _unfit(path: Path, leaf: Any, view: View, stats: Stats) -> str | None:
     stack = tuple(leaf.shape[a] for a in view.stack_axes(len(leaf.shape)))
+    if problem := stats.why_grouped(path, stack):
+        return problem
     wanted = {"gram": (*stack, view.in_dim, view.in_dim), "count": stack}
     for statistic, expected in wanted.items():
         value = stats.get(path, statistic)

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxweights.core._feature_groups import columns_like_gram
 from jaxweights.core._host import on_host
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, nearest, unflatten
 from jaxweights.core._stats import Stats
+from jaxweights.core._targets import stack_sizes
 from jaxweights.quantize._calibrated import places_of
 from jaxweights.quantize._output_error import output_error
 from jaxweights.quantize._requantize import (
@@ -219,6 +221,9 @@ def why_no_gram(
     if gram is None:
         return stats.why_missing(path, "gram")
     view = view_of(weight) if why_not_requantizable(weight) is None else None
+    own = () if view is None else stack_sizes(weight, view)
+    if view is not None and (problem := stats.why_grouped(path, own)):
+        return problem
     if view is not None and gram.shape[-1] != view.in_dim:
         return (
             f"{path!r}: the statistic 'gram' has shape {tuple(gram.shape)}, but the weight has "
@@ -260,6 +265,7 @@ def _dense_view(path: Path, leaf: Any, stats: Stats | None) -> View | None:
 
 
 def _stack_energy(matrix: jax.Array, gram: jax.Array) -> jax.Array:
+    matrix = columns_like_gram(matrix, gram)
     energy = lambda one: output_error(one[0], jnp.zeros_like(one[0]), one[1])  # noqa: E731
     return jnp.sum(map_over_stack(energy, (matrix, gram), matrix.shape[:-2]))
 

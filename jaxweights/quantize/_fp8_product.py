@@ -150,6 +150,7 @@ def _transform(
         check=check,
         verify=verify,
         checks_finite=False,
+        grouped="pool",
     )
 
 

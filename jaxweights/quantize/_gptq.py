@@ -25,7 +25,7 @@ from jaxweights.quantize._calibrated import (
     warn_of_few_tokens,
 )
 from jaxweights.quantize._error_propagation import make_up, propagation_matrix
-from jaxweights.quantize._gptq_levels import Table, make_levels
+from jaxweights.quantize._gptq_levels import GridLevels, Table, make_levels
 from jaxweights.quantize._gptq_matrix import (
     ActOrder,
     PreparedGram,
@@ -172,6 +172,9 @@ def gptq(
     check_failures(_NAME, on_failure, report)
 
     pads = act_order != "groups"
+    # Tables, and which rows share a scale, are a whole matrix's, not of its columns.
+    scattered = act_order is True and isinstance(group_size, int) and not static_groups
+    joins = isinstance(levels, GridLevels) and not scattered
 
     def prepare(
         gram: jax.Array, count: jax.Array, cross_gram: jax.Array | None = None
@@ -256,6 +259,7 @@ def gptq(
         check=check,
         verify=verify,
         checks_finite=False,
+        grouped="split" if joins else "refuse",
     )
 
 

@@ -15,6 +15,7 @@ from jaxweights.core._context import Context
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
+from jaxweights.core._targets import stack_sizes
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
@@ -263,7 +264,9 @@ def _views(
             stats: Any = context.stats
             if stats.get(path, "gram") is None:
                 problems.append(stats.why_missing(path, "gram"))
-            elif problem := stats.why_other_axes(path, view.axes.inputs):
+            elif problem := stats.why_other_axes(path, view.axes.inputs) or stats.why_grouped(
+                path, stack_sizes(leaf, view)
+            ):
                 problems.append(problem)
     fail(name, problems)
     if settings.weighted:

@@ -14,6 +14,7 @@ from jaxweights.core._computed_first import computed_first
 from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
+from jaxweights.core._targets import Grouped
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._calibrated import (
     LeafReport,
@@ -137,6 +138,7 @@ def learned_transform(
     bad_scales: Verify,
     on_failure: OnFailure,
     report: ReportLeaf | None,
+    grouped: Grouped = "refuse",
 ) -> Transform:
     """A transform that learns the rounding of each matrix from its Gram matrix.
 
@@ -148,6 +150,7 @@ def learned_transform(
       bad_scales: What is wrong with the fields of a leaf.
       on_failure: As in `gptq`.
       report: As in `gptq`.
+      grouped: As in `leafwise`.
 
     Returns:
       The transform.
@@ -198,6 +201,7 @@ def learned_transform(
         check=check_path,
         verify=verify,
         checks_finite=False,
+        grouped=grouped,
     )
 
 
@@ -235,6 +239,7 @@ def learned_codes(
         bad_scales=describe_bad_scales,
         on_failure=on_failure,
         report=report,
+        grouped="split",
     )
 
 

@@ -43,6 +43,17 @@ def output_error(
       >>> float(output_error(weight, jnp.zeros_like(weight), gram, relative=True))
       1.0
     """
+    return summed_error(weight, approximation, gram, relative=relative)
+
+
+def summed_error(
+    weight: Float[Array, "*stack in out"],
+    approximation: Float[Array, "*stack in out"],
+    gram: Float[Array, "*stack in in"],
+    *,
+    relative: bool = False,
+) -> Float[Array, ""]:
+    """As `output_error`, of all outputs of the matrices of a stack."""
     weight = weight.astype(jnp.float32)
     gram = gram.astype(jnp.float32)
 

@@ -16,6 +16,7 @@ from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Params, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
 from jaxweights.core._stored import stored_as
+from jaxweights.core._targets import stack_sizes
 from jaxweights.core._transform import Transform, stateless, widest
 from jaxweights.quantize._around import (
     changed_leaves,
@@ -93,7 +94,9 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
             if problem := _unfit(start):
                 problems.append(f"{path!r}: {problem}")
                 continue
-            if problem := stats.why_other_axes(path, start.view.axes.inputs):
+            if problem := stats.why_other_axes(path, start.view.axes.inputs) or stats.why_grouped(
+                path, stack_sizes(start, start.view)
+            ):
                 problems.append(problem)
                 continue
             gram = stats.get(path, "gram")

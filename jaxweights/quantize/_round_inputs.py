@@ -105,6 +105,7 @@ def round_inputs(*, form: InputForm, scale_rule: ScaleRule = "floor") -> Transfo
         check=check,
         verify=verify,
         checks_finite=False,
+        grouped="pool",
     )
 
 

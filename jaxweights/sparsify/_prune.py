@@ -115,7 +115,9 @@ def prune(
     shared = (
         (lambda context, _: {"sparsity": _read(name, sparsity, context)}) if scheduled else None
     )
-    return leafwise(choose, wrap=wrap, shared=shared, **common)
+    # What is ranked within an output is ranked within its feature group.
+    grouped = "split" if group.name in ("output", "n_of_m") else "refuse"
+    return leafwise(choose, wrap=wrap, shared=shared, grouped=grouped, **common)
 
 
 _REFUSALS = {

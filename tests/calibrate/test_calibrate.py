@@ -250,21 +250,6 @@ def test_kernels_that_list_the_same_inputs_in_another_order_have_their_own_stati
         np.testing.assert_allclose(stats.get(path, "gram"), rows.T @ rows, rtol=1e-4, atol=1e-5)
 
 
-def test_grouped_convolutions_are_refused_by_name():
-    def fn(p, x):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, p["conv"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
-        )
-
-    with pytest.raises(
-        ValueError, match=r"calibrate: 'conv': this convolution has 2 feature groups"
-    ):
-        calibrate(
-            fn, {"conv": draw(0, 2, 2, 2, 4)}, [draw(1, 1, 4, 4, 4)], needs={"conv": {"gram"}}
-        )
-
-
 # --- saving, cost -------------------------------------------------------------------------------
 
 
