@@ -51,6 +51,7 @@ def calibrate(
     products. Statistics leave scans, loops, branches and `shard_map` as extra results, so stacked
     weights get stacked statistics, nothing is differentiated and no activation outlives its
     product. One compiled step takes one batch; weights that read the same input share an entry.
+    Of a convolution with feature groups, depthwise ones included, every group has its statistics.
 
     Args:
       fn: The model, called as `fn(params, *batch)` for a tuple or list, else `fn(params, batch)`.

@@ -87,7 +87,8 @@ def auto_round(
 
     Returns:
       A transform from dense or masked matrices to `Quantized` ones, of the same shape and dtype. It
-      needs the statistics "gram" and "count".
+      needs the statistics "gram" and "count". Feature groups of a convolution are matrices of their
+      own.
 
     Raises:
       TypeError: If a setting is of the wrong kind.

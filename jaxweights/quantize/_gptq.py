@@ -80,7 +80,8 @@ def gptq(
     error onto the rows not yet rounded. Runs in O(in² · out) for each matrix; the matrices of a
     stack one after another, by one compiled program. Weights that read the same input (queries,
     keys and values; gate and up) share one factorization of its Gram matrix. Pruned weights of a
-    `Masked` leaf stay zero.
+    `Masked` leaf stay zero. Feature groups of a convolution, which read inputs of their own, are
+    matrices of their own, too; not with tables, nor with groups that `act_order` scatters.
 
     Args:
       bits: Bits per code, 2 to 8.

@@ -101,7 +101,7 @@ def int8_static(
     As `int8_dynamic`, with a step that calibration fixed: the largest magnitude that was seen, over
     `2**(input_bits-1) - 1`. What exceeds it is clipped. Saves looking for each token's largest
     magnitude; one channel of outliers makes the step coarse for all others, which smoothing the
-    activations beforehand mends.
+    activations beforehand mends. All feature groups of a convolution share its step.
 
     Args:
       bits: As in `int8_dynamic`.

@@ -82,7 +82,8 @@ def learned_clip(
 
     Returns:
       A transform from dense or masked matrices to `Quantized` ones, of the same shape and dtype. It
-      needs the statistics "gram" and "count".
+      needs the statistics "gram" and "count". Feature groups of a convolution are matrices of their
+      own.
 
     Raises:
       TypeError: If a setting is of the wrong kind.

@@ -36,7 +36,8 @@ def wanda(
 
     The score of a weight is :math:`|W_{jo}| \, \|X_j\|_2`, with :math:`\|X_j\|_2` the norm of input
     :math:`j` over the calibration tokens. In every group exactly :math:`\lfloor s g \rfloor`
-    weights with the lowest scores are removed; what stays is not changed.
+    weights with the lowest scores are removed; what stays is not changed. Within outputs, and in
+    runs, the weights of a convolution with feature groups go by the inputs of their own group.
 
     Args:
       sparsity: As in `magnitude`.
