@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxweights.lift import _compat
 from jaxweights.lift._lookup import row_column
+from jaxweights.lift._traced_leaf import TracedLeaf
 
 UseKind = Literal["dot", "conv", "lookup", "other"]
 # What besides the image says what a convolution multiplies its kernel with.
@@ -21,9 +21,6 @@ _OF_A_WINDOW = (
     "feature_group_count",
     "batch_group_count",
 )
-# One axis of a value: which pieces of which original axes it consists of, as
-# (original axis, piece, number of pieces). Joined axes have several entries.
-Origin = tuple[tuple[int, int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +47,6 @@ class Use:
     groups: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """A leaf, or a rearrangement or slice of one, on its way through the jaxpr.
-
-    `place` tells which slice it is: equal for two leaves where the same matrices of both are meant.
-    """
-
-    path: str
-    origins: tuple[Origin, ...]
-    shape: tuple[int, ...]
-    place: tuple[Any, ...] = ()
-
-
 def find_uses(jaxpr: Any, consts: Sequence[Any], paths: Sequence[str | None]) -> list[Use]:
     """Lists every use of the inputs that have a path.
 
@@ -76,11 +60,7 @@ def find_uses(jaxpr: Any, consts: Sequence[Any], paths: Sequence[str | None]) ->
     """
     analysis = _Analysis()
     values = [
-        analysis.fresh()
-        if path is None
-        else _Leaf(
-            path, tuple(((axis, 0, 1),) for axis in range(len(var.aval.shape))), var.aval.shape
-        )
+        analysis.fresh() if path is None else TracedLeaf.whole(path, var.aval.shape)
         for path, var in zip(paths, jaxpr.invars, strict=True)
     ]
     analysis.run(jaxpr, [analysis.fresh() for _ in consts], values)
@@ -116,7 +96,7 @@ class _Analysis:
         return [read(var) for var in jaxpr.outvars]
 
     def equation(self, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-        if not any(isinstance(x, _Leaf) for x in inputs):
+        if not any(isinstance(x, TracedLeaf) for x in inputs):
             return self.number(eqn, inputs)
         name = eqn.primitive.name
         handler = _HANDLERS.get(name)
@@ -124,7 +104,7 @@ class _Analysis:
         if outputs is not None:
             return outputs
         for x in inputs:
-            if isinstance(x, _Leaf):
+            if isinstance(x, TracedLeaf):
                 self.uses.append(Use(x.path, "other", primitive=name))
         return [self.fresh() for _ in eqn.outvars]
 
@@ -163,10 +143,7 @@ def _scan(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     consts, rest = inputs[: parts.consts], inputs[parts.consts :]
     carry = [analysis.fresh() for _ in rest[: parts.carry]]
     xs = [
-        _Leaf(x.path, x.origins[1:], x.shape[1:], (*x.place, "step"))
-        if isinstance(x, _Leaf)
-        else analysis.fresh()
-        for x in rest[parts.carry :]
+        x.one_step() if isinstance(x, TracedLeaf) else analysis.fresh() for x in rest[parts.carry :]
     ]
     return _body_once(analysis, eqn, eqn.params["jaxpr"], [*consts, *carry, *xs])
 
@@ -187,7 +164,7 @@ def _cond(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
 def _shard_map(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     inner, _ = _compat.open_jaxpr(eqn.params["jaxpr"])
     local = [
-        dataclasses.replace(x, shape=tuple(var.aval.shape)) if isinstance(x, _Leaf) else x
+        dataclasses.replace(x, shape=tuple(var.aval.shape)) if isinstance(x, TracedLeaf) else x
         for x, var in zip(inputs, inner.invars, strict=True)
     ]
     return _body_once(analysis, eqn, eqn.params["jaxpr"], local)
@@ -195,16 +172,16 @@ def _shard_map(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any
 
 def _dot_general(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
     left, right = inputs
-    if isinstance(left, _Leaf) and isinstance(right, _Leaf):
+    if isinstance(left, TracedLeaf) and isinstance(right, TracedLeaf):
         return None
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    leaf, x, contract, batch, x_contract, x_batch = (
-        (left, right, lc, lb, rc, rb) if isinstance(left, _Leaf) else (right, left, rc, rb, lc, lb)
-    )
+    if isinstance(left, TracedLeaf):
+        leaf, x, contract, batch, x_contract, x_batch = left, right, lc, lb, rc, rb
+    else:
+        leaf, x, contract, batch, x_contract, x_batch = right, left, rc, rb, lc, lb
     # Equal pairs of axes in any order read the same input, if the matrices list them in one order.
     order = [
-        _in_own_order(leaf, own, others)
-        for own, others in ((contract, x_contract), (batch, x_batch))
+        leaf.axes_met(own, others) for own, others in ((contract, x_contract), (batch, x_batch))
     ]
     return _product(analysis, eqn, leaf, "dot", contract, batch, (x, *order))
 
@@ -213,47 +190,29 @@ def _ragged_dot(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[An
     x, leaf, sizes = inputs[:3]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
-    if not isinstance(leaf, _Leaf) or isinstance(x, _Leaf) or not plain:
+    if not isinstance(leaf, TracedLeaf) or isinstance(x, TracedLeaf) or not plain:
         return None
     return _product(analysis, eqn, leaf, "dot", (1,), (0,), (x, sizes))
 
 
 def _conv(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
     x, leaf = inputs
-    if isinstance(x, _Leaf):
+    if isinstance(x, TracedLeaf):
         return None
     numbers = eqn.params["dimension_numbers"]
     _, *contract = numbers.rhs_spec  # channels, then what slides over the image
     window = tuple((key, str(eqn.params[key])) for key in _OF_A_WINDOW)
     spatial = tuple(leaf.shape[a] for a in contract[1:])
-    order = _in_own_order(leaf, contract, range(len(contract)))
+    order = leaf.axes_met(contract, range(len(contract)))
     source = (x, tuple(numbers.lhs_spec), window, spatial, order)
     groups = int(eqn.params["feature_group_count"])
     return _product(analysis, eqn, leaf, "conv", contract, (), source, groups)
 
 
-def _in_own_order(leaf: _Leaf, own: Sequence[int], others: Sequence[int]) -> tuple[Any, ...]:
-    """Axes of the activations in the order that a leaf's original axes give its matrix.
-
-    Args:
-      leaf: The leaf.
-      own: Some of its axes.
-      others: The axes of the activations that they meet.
-
-    Returns:
-      The axes; with the leaf's path where one axis joins original ones in another order than
-      theirs, so that no other leaf has equal ones.
-    """
-    pairs = sorted(zip(own, others, strict=True), key=lambda pair: leaf.origins[pair[0]])
-    joined = [origin for axis, _ in pairs for origin in leaf.origins[axis]]
-    unlike = () if joined == sorted(joined) else (leaf.path,)
-    return (*(other for _, other in pairs), *unlike)
-
-
 def _product(
     analysis: _Analysis,
     eqn: Any,
-    leaf: _Leaf,
+    leaf: TracedLeaf,
     kind: UseKind,
     contract: Sequence[int],
     batch: Sequence[int],
@@ -261,7 +220,7 @@ def _product(
     groups: int = 1,
 ) -> Sequence[Any] | None:
     free = [a for a in range(len(leaf.shape)) if a not in contract and a not in batch]
-    inputs, outputs = _whole_axes(leaf, contract), _whole_axes(leaf, free)
+    inputs, outputs = leaf.original_axes(contract), leaf.original_axes(free)
     if not inputs or not outputs:
         return None
     source = (source, leaf.place, analysis.scope)
@@ -269,22 +228,9 @@ def _product(
     return [analysis.fresh()]
 
 
-def _whole_axes(leaf: _Leaf, axes: Sequence[int]) -> tuple[int, ...] | None:
-    """Original axes that the given axes make up, or None where one is cut in two."""
-    pieces: dict[int, set[int]] = {}
-    counts: dict[int, int] = {}
-    for axis in axes:
-        for original, piece, of in leaf.origins[axis]:
-            pieces.setdefault(original, set()).add(piece)
-            counts[original] = of
-    if any(len(found) != counts[original] for original, found in pieces.items()):
-        return None
-    return tuple(sorted(pieces))
-
-
 def _gather(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
     leaf = inputs[0]
-    if not isinstance(leaf, _Leaf) or isinstance(inputs[1], _Leaf):
+    if not isinstance(leaf, TracedLeaf) or isinstance(inputs[1], TracedLeaf):
         return None
     if row_column(eqn.params, leaf.shape) is None:
         return None
@@ -306,75 +252,37 @@ def _all_same(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]
 
 def _transpose(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     del analysis
-    return [_pick_axes(inputs[0], eqn.params["permutation"])]
-
-
-def _slice(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
-    """A range of layers; a cut through any other axis is another kind of use."""
-    del analysis
-    leaf, *starts = inputs
-    sizes = tuple(eqn.outvars[0].aval.shape)
-    if not isinstance(leaf, _Leaf) or sizes[1:] != tuple(leaf.shape[1:]):
-        return None
-    strides = eqn.params.get("strides") or (1,)
-    start = starts[0] if starts else eqn.params["start_indices"][0]
-    where = (len(leaf.place), leaf.shape[0], start, strides[0], sizes[0])
-    return [dataclasses.replace(leaf, shape=sizes, place=(*leaf.place, where))]
-
-
-def _rev(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
-    del analysis
-    leaf = inputs[0]
-    if tuple(eqn.params["dimensions"]) != (0,):
-        return None
-    return [dataclasses.replace(leaf, place=(*leaf.place, "reversed"))]
+    return [inputs[0].with_axes(eqn.params["permutation"])]
 
 
 def _squeeze(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
     del analysis
     leaf, gone = inputs[0], eqn.params["dimensions"]
-    return [_pick_axes(leaf, [a for a in range(len(leaf.shape)) if a not in gone])]
-
-
-def _pick_axes(leaf: _Leaf, axes: Sequence[int]) -> _Leaf:
-    return dataclasses.replace(
-        leaf,
-        origins=tuple(leaf.origins[a] for a in axes),
-        shape=tuple(leaf.shape[a] for a in axes),
-    )
+    return [leaf.with_axes([a for a in range(len(leaf.shape)) if a not in gone])]
 
 
 def _reshape(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
     del analysis
-    leaf = inputs[0]
-    new = tuple(eqn.params["new_sizes"])
-    origins: list[Origin] = []
-    old_axis, new_axis = 0, 0
-    while old_axis < len(leaf.shape) or new_axis < len(new):
-        olds, news = [old_axis], [new_axis]
-        old_axis, new_axis = old_axis + 1, new_axis + 1
-        product = lambda shape, axes: math.prod(shape[a] for a in axes if a < len(shape))  # noqa: E731
-        while (left := product(leaf.shape, olds)) != (right := product(new, news)):
-            if left < right:
-                olds.append(old_axis)
-                old_axis += 1
-            else:
-                news.append(new_axis)
-                new_axis += 1
-            if old_axis > len(leaf.shape) or new_axis > len(new):
-                return None
-        olds = [a for a in olds if a < len(leaf.shape)]
-        news = [a for a in news if a < len(new)]
-        joined = tuple(entry for a in olds for entry in leaf.origins[a])
-        if len(news) == 1:
-            origins.append(joined)
-        elif len(joined) == 1 and joined[0][2] == 1:
-            origins += [((joined[0][0], i, len(news)),) for i in range(len(news))]
-        elif not joined:
-            origins += [()] * len(news)
-        else:
-            return None
-    return [dataclasses.replace(leaf, origins=tuple(origins), shape=new)]
+    return _if_any(inputs[0].reshaped(tuple(eqn.params["new_sizes"])))
+
+
+def _slice(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    del analysis
+    leaf, *starts = inputs
+    if not isinstance(leaf, TracedLeaf):
+        return None
+    strides = eqn.params.get("strides") or (1,)
+    start = starts[0] if starts else eqn.params["start_indices"][0]
+    return _if_any(leaf.layers(start, strides[0], tuple(eqn.outvars[0].aval.shape)))
+
+
+def _rev(analysis: _Analysis, eqn: Any, inputs: list[Any]) -> Sequence[Any] | None:
+    del analysis
+    return [inputs[0].upside_down()] if tuple(eqn.params["dimensions"]) == (0,) else None
+
+
+def _if_any(leaf: TracedLeaf | None) -> list[TracedLeaf] | None:
+    return None if leaf is None else [leaf]
 
 
 _HANDLERS = {
