@@ -76,6 +76,7 @@ class _Result(NamedTuple):
     tokens: jax.Array
     damping: jax.Array
     inputs: jax.Array
+    finite_gram: jax.Array
 
 
 def adadim(
@@ -210,7 +211,8 @@ def adadim(
             errors.append(metric(weight, rounded.matrix(), gram))
         packed = tuple(pack(one.codes, g) for one, g in zip(found, own, strict=True))
         inputs = jnp.asarray(weight.shape[0])
-        return _Result(packed, tuple(errors), jnp.asarray(count), found[0].damping, inputs)
+        finite = jnp.isfinite(jnp.diagonal(gram)).all()
+        return _Result(packed, tuple(errors), jnp.asarray(count), found[0].damping, inputs, finite)
 
     def choose(result: _Result) -> AxisChoice:
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(result)):
@@ -241,9 +243,15 @@ def adadim(
         if problem is None and on_failure == "error":
             problem = describe_failure(path, tokens, used)
         if problem is None and not np.isfinite([*choice.errors.values()]).all():
+            cause = (
+                "the metric is not finite, or its weights are so large that their squares are not. "
+                "Repair the checkpoint, pass another metric"
+                if on_host(result.finite_gram).all()
+                else "its Gram matrix is not finite. Calibrate again"
+            )
             problem = (
-                f"{path!r}: its errors are {choice.errors}: the metric or its Gram matrix is not "
-                "finite. Calibrate again, or leave this weight out with `partition`."
+                f"{path!r}: its errors are {choice.errors}: {cause}, or leave this weight out with "
+                "`partition`."
             )
         if problem is None:
             if method == "gptq":

@@ -21,6 +21,7 @@ from jaxweights.quantize._grid import (
     split_groups,
 )
 from jaxweights.quantize._output_error import output_errors
+from jaxweights.quantize._unit import unit_of
 
 Duo = bool | Literal["both"]
 
@@ -106,6 +107,8 @@ def search_scale(
     spread = (lambda x: x) if fold is None else fold.spread
     gather = (lambda x: x) if fold is None else (lambda x: fold.gather(x, jnp.mean))
     weights = [weight.astype(jnp.float32) for weight in weights]
+    unit = unit_of(*weights)
+    weights = [weight / unit for weight in weights]
     weight_mean = gather(_relative_size(weights, grid)) if duo else None
     candidates = candidate_scales(gather(input_mean), weight_mean, duo=duo)
 
@@ -188,7 +191,8 @@ def clip_and_round(
             inverse = 1 / scale
             moments = moments * inverse if moments.ndim == 1 else moments * inverse[:, None]
             moments = moments * (inverse if moments.ndim == 1 else inverse[None])
-        limit = search_limits(weight, moments, grid)[:, None]
+        unit = unit_of(weight)
+        limit = (search_limits(weight / unit, moments, grid) * unit)[:, None]
         groups = split_groups(weight, grid)
         weight = join_groups(jnp.clip(groups, -limit, limit), weight.shape)
     return round_matrix(weight, grid)

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from jaxweights.core._context import Context
+from jaxweights.core._host import where_not_finite
 from jaxweights.core._layout import is_float
 from jaxweights.core._paths import Flat, Params, Path, fail, flatten, unflatten
 from jaxweights.core._stats import Needs
@@ -33,6 +35,10 @@ from jaxweights.quantize._settings import (
 )
 from jaxweights.weights._axes import View
 from jaxweights.weights._weight import is_weight
+
+_TOO_LARGE = (
+    "Choose a wider dtype, repair the checkpoint, or leave this weight out with `partition`."
+)
 
 
 def joint(
@@ -212,14 +218,16 @@ def _transform(name: str, quantizer: Transform, settings: Settings) -> Transform
             context.require("stats", name)
         changed = changed_leaves(quantizer, flat, context)
         views = _views(name, changed, flat, context, settings)
-        new = dict(flat)
+        new, problems = dict(flat), []
         for done, (path, view) in enumerate(views.items(), start=1):
             quantize = functools.partial(quantize_alone, quantizer, flat, context, path)
             new[path] = fit_leaf(
                 flat[path], quantize, _gram(context, path, settings), view, settings
             )
+            problems += _overflown(path, new[path], settings)
             if context.progress is not None:
                 context.progress(path, done, len(views))
+        fail(name, problems)
         return unflatten(treedef, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
@@ -252,6 +260,7 @@ def _views(
                 "break. Apply it to the dense weight, or leave this one out with `partition`."
             )
             continue
+        problems += _too_large(path, leaf, settings)
         view = views[path] = View.of(leaf.shape, context.layout[path])
         most = min(view.in_dim, view.out_dim)
         if settings.rank > most:
@@ -273,6 +282,27 @@ def _views(
         stats = context.stats
         fail(name, nonfinite_statistics(stats, views, "gram"))
     return views
+
+
+def _too_large(path: Path, leaf: jax.Array, settings: Settings) -> list[str]:
+    """Complains about values that outliers, which are the largest, cannot be."""
+    if not settings.outliers or isinstance(leaf, Tracer | jax.ShapeDtypeStruct) or not leaf.size:
+        return []
+    largest = float(jnp.max(jnp.abs(jnp.asarray(leaf).astype(jnp.float32))))
+    if not float(jnp.finfo(settings.dtype).max) < largest < np.inf:
+        return []
+    return [
+        f"{path!r}: holds values up to {largest:g}, too large for outliers in {settings.dtype}. "
+        f"{_TOO_LARGE}"
+    ]
+
+
+def _overflown(path: Path, weight: Any, settings: Settings) -> list[str]:
+    """Complains about factors that are not finite."""
+    factors = [weight.down, weight.up] if settings.rank else []
+    if not any(not isinstance(part, Tracer) and len(where_not_finite(part)) for part in factors):
+        return []
+    return [f"{path!r}: its factors are too large for {settings.dtype}. {_TOO_LARGE}"]
 
 
 def _gram(context: Context, path: Path, settings: Settings) -> jax.Array | None:

@@ -15,6 +15,7 @@ from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._stored import stored_as
 from jaxweights.quantize._low_rank_of import low_rank_of
 from jaxweights.quantize._output_error import output_errors
+from jaxweights.quantize._unit import unit_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._low_rank import LowRank
 from jaxweights.weights._outliers import Outliers
@@ -103,7 +104,9 @@ def _split_off(
     if not count:
         return parts, view.from_matrix(rest)
     importance = None if gram is None else jnp.diagonal(_reached(gram), axis1=-2, axis2=-1)
-    score = jnp.abs(rest) if importance is None else jnp.abs(rest) * jnp.sqrt(importance)[..., None]
+    score = jnp.abs(rest / unit_of(rest))
+    if importance is not None:
+        score = score * jnp.sqrt(importance)[..., None]
 
     def pick(one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rest, score = (x.reshape(-1) for x in one)
@@ -121,10 +124,11 @@ def _correct(
 ) -> tuple[_Parts, jax.Array]:
     """Finds the low-rank part for the residual, and each matrix's error, of the stack's shape."""
     base = view.to_matrix(materialize(parts.base)).astype(jnp.float32)
-    residual = view.to_matrix(leaf).astype(jnp.float32) - base - _sparse(parts, view)
+    matrix = view.to_matrix(leaf).astype(jnp.float32)
+    residual = matrix - base - _sparse(parts, view)
 
-    def one(given: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
-        residual, gram = given
+    def one(given: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
+        matrix, residual, gram = given
         gram = None if gram is None else _reached(gram)
         down, up = low_rank_of(residual, gram, rank=settings.rank)
         down, up = stored_as(down, settings.dtype), stored_as(up, settings.dtype)
@@ -132,9 +136,9 @@ def _correct(
             down.astype(jnp.float32), up.astype(jnp.float32), precision="highest"
         )
         moments = jnp.ones(len(left)) if gram is None else gram
-        return down, up, jnp.sum(output_errors(left, moments))
+        return down, up, jnp.sum(output_errors(left / unit_of(matrix), moments))
 
-    down, up, error = map_over_stack(one, (residual, gram), residual.shape[:-2])
+    down, up, error = map_over_stack(one, (matrix, residual, gram), residual.shape[:-2])
     return parts._replace(down=down, up=up), error
 
 

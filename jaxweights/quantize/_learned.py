@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxweights.core._computed_first import computed_first
 from jaxweights.core._host import on_host
 from jaxweights.core._leafwise import leafwise
 from jaxweights.core._paths import Path
+from jaxweights.core._stored import stored_as
 from jaxweights.core._targets import Grouped
 from jaxweights.core._transform import Transform
 from jaxweights.quantize._calibrated import (
@@ -34,6 +36,7 @@ from jaxweights.quantize._leaves import (
     unfit_leaf,
 )
 from jaxweights.quantize._settings import check_count, check_positive
+from jaxweights.quantize._unit import unit_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._masked import Masked
 
@@ -163,9 +166,9 @@ def learned_transform(
         weight = weight.astype(jnp.float32)
         if mask is not None:
             weight = jnp.where(mask, weight, 0)
-        tokens = jnp.asarray(count)
-        learned = learn(weight, gram.astype(jnp.float32), tokens.astype(jnp.float32), mask)
-        return _Result(learned, tokens)
+        tokens, unit = jnp.asarray(count), unit_of(weight)
+        found = learn(weight / unit, gram.astype(jnp.float32), tokens.astype(jnp.float32), mask)
+        return _Result(Learned(_times(found.fields, unit), found.error), tokens)
 
     def verify(path: Path, result: _Result) -> str | None:
         tokens = on_host(result.tokens)
@@ -203,6 +206,14 @@ def learned_transform(
         checks_finite=False,
         grouped=grouped,
     )
+
+
+def _times(fields: Any, unit: jax.Array) -> Any:
+    """Codes or a weight whose scales are so many times as large."""
+    scale = stored_as(fields.scale.astype(jnp.float32) * unit, fields.scale.dtype)
+    if isinstance(fields, Codes):
+        return fields._replace(scale=scale)
+    return dataclasses.replace(fields, scale=scale)
 
 
 def learned_codes(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from jaxweights.core._lapack import eigh, qr
 from jaxweights.quantize._settings import check_count
+from jaxweights.quantize._unit import unit_of
 
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
@@ -51,6 +52,8 @@ def low_rank_of(
             f"Choose at most {min(residual.shape)}."
         )
     residual = residual.astype(jnp.float32)
+    unit = unit_of(residual)
+    residual = residual / unit
     in_dim, out_dim = residual.shape
     if not rank:
         return jnp.zeros((in_dim, 0)), jnp.zeros((0, out_dim))
@@ -65,7 +68,8 @@ def low_rank_of(
         directions, _ = qr(_matmul(seen.T, left))
     down = _matmul(residual, directions)
     norm = jnp.sqrt(jnp.sqrt(jnp.sum(jnp.square(down), axis=0)))  # root of each column's norm
-    return down / jnp.where(norm > 0, norm, 1)[None], norm[:, None] * directions.T
+    root = jnp.sqrt(unit)  # 1 but for weights that no model has
+    return root * down / jnp.where(norm > 0, norm, 1)[None], root * norm[:, None] * directions.T
 
 
 def _first_eigenvectors(matrix: jax.Array, rank: int) -> jax.Array:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxweights.core._computed_first import computed_first
+from jaxweights.quantize._unit import unit_of
 
 # Of a symmetric matrix in strips of so many rows, products of 10 of 16 blocks are enough.
 _STRIPS = 4
@@ -57,10 +58,12 @@ def summed_error(
     weight = weight.astype(jnp.float32)
     gram = gram.astype(jnp.float32)
 
-    error = jnp.sum(output_errors(weight - approximation.astype(jnp.float32), gram))
+    change = weight - approximation.astype(jnp.float32)
     if not relative:
-        return error
-    return jnp.where(error == 0, 0.0, error / jnp.sum(output_errors(weight, gram)))
+        return jnp.sum(output_errors(change, gram))
+    unit = unit_of(weight)
+    error = jnp.sum(output_errors(change / unit, gram))
+    return jnp.where(error == 0, 0.0, error / jnp.sum(output_errors(weight / unit, gram)))
 
 
 def output_errors(

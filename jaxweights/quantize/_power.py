@@ -34,6 +34,7 @@ from jaxweights.quantize._leaves import check_scale_dtype, represented
 from jaxweights.quantize._levels import pick, rank_bits
 from jaxweights.quantize._settings import check_numbers, is_word
 from jaxweights.quantize._stored_scale import stored_scale
+from jaxweights.quantize._unit import unit_of
 from jaxweights.weights._codebook import Codebook
 from jaxweights.weights._divide import divide
 from jaxweights.weights._masked import Masked
@@ -109,8 +110,13 @@ def power(
         matrix = functools.partial(power_matrix, exponents=exponents, **grid)
         return put(matrix)
 
+    def roots(weight: jax.Array) -> jax.Array:
+        unit = unit_of(weight.astype(jnp.float32))
+        found = power_errors(weight.astype(jnp.float32) / unit, exponents=exponents, **grid)
+        return jnp.sqrt(found) * unit
+
     errors = leafwise(
-        functools.partial(power_errors, exponents=exponents, **grid),
+        roots,
         name=_NAME,
         wrap=lambda leaf, result, view: result,
         accepts=(Masked,),
@@ -121,7 +127,7 @@ def power(
         quiet = dataclasses.replace(context, progress=None)
         measured, _ = errors.update(params, (), quiet)
         totals = [
-            jnp.sqrt(inner_weight(found)).reshape(-1, len(exponents)).sum(axis=0)
+            inner_weight(found).reshape(-1, len(exponents)).sum(axis=0)
             for path, found in measured.items()
             if found is not params[path]
         ]
@@ -166,7 +172,8 @@ def power_matrix(
     grid |= {"pad": pad}
     exponent = jnp.float32(exponents[0])
     if len(exponents) > 1:
-        errors = power_errors(weight, exponents=exponents, **grid)
+        wide = weight.astype(jnp.float32)
+        errors = power_errors(wide / unit_of(wide), exponents=exponents, **grid)
         exponent = jnp.asarray(exponents, jnp.float32)[jnp.argmin(errors)]
     return _encode(weight, exponent, **grid)
 

@@ -28,6 +28,7 @@ from jaxweights.quantize._calibrated import nonfinite_statistics
 from jaxweights.quantize._grid import Grid, decode, encode
 from jaxweights.quantize._output_error import output_errors
 from jaxweights.quantize._settings import check_count
+from jaxweights.quantize._unit import unit_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._quantized import Quantized
 from jaxweights.weights._weight import is_weight
@@ -193,7 +194,9 @@ def _refine_matrix(
     codes, scale, zero, offset, value, gram = (
         operands[name] for name in ("codes", "scale", "zero_point", "offset", "value", "gram")
     )
-    in_dim = codes.shape[0]
+    in_dim, dtype, unit = codes.shape[0], scale.dtype, unit_of(value)
+    value, scale = value / unit, (scale.astype(jnp.float32) / unit).astype(dtype)
+    offset = None if offset is None else offset.astype(jnp.float32) / unit
     of_row = operands["group_index"]
     together = group_size if of_row is None else None  # rows of groups of neighbouring rows
     of_row = jnp.arange(in_dim) // group_size if of_row is None else of_row
@@ -214,7 +217,7 @@ def _refine_matrix(
 
     start = _Columns(codes, scale, error_of(codes, scale))
     best = jax.lax.fori_loop(0, sweeps, sweep, start)
-    return best.codes, best.scale
+    return best.codes, (best.scale.astype(jnp.float32) * unit).astype(dtype)
 
 
 def _keep(best: _Columns, codes: jax.Array, scale: jax.Array, error: jax.Array) -> _Columns:

@@ -28,7 +28,7 @@ def stats_of(**changed):
         (Q.refine(Q.round_to_nearest(bits=4)), OVERFLOWED),
         (Q.joint(Q.round_to_nearest(bits=4), rank=2), OVERFLOWED),
         (Q.awq(bits=4, group_size=8), OVERFLOWED),
-        (Q.adadim(bits=4, group_size=8), "the metric or its Gram matrix is not finite"),
+        (Q.adadim(bits=4, group_size=8), "its Gram matrix is not finite"),
         (Q.gptq(bits=4), "its Gram matrix is not positive definite"),
     ],
     ids=lambda x: getattr(x, "name", ""),

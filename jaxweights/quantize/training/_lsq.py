@@ -17,6 +17,7 @@ from jaxweights.quantize._grid import GroupSize, Pad, make_grid, unfit_group
 from jaxweights.quantize._leaves import REFUSAL
 from jaxweights.quantize._ordered_sum import ordered_sum
 from jaxweights.quantize._settings import check_between, check_flags
+from jaxweights.quantize._unit import unit_of
 from jaxweights.weights._axes import View
 from jaxweights.weights._divide import divide
 from jaxweights.weights._learned_step import LearnedStep, learned_round
@@ -101,8 +102,9 @@ def _first_step(magnitude: jax.Array, group_size: GroupSize, largest: int) -> ja
         rows, cols = 1 if group_size is None else in_dim // max(size, 1), out_dim
         # A group's rows first, so that one sum over the first axis serves all groups.
         groups = magnitude.reshape(rows, size, cols).swapaxes(0, 1).reshape(size, rows * cols)
-    total = ordered_sum(groups).reshape(rows, cols)
-    step = divide(total, max(size, 1) * math.sqrt(largest) / 2)
+    unit = unit_of(groups)
+    total = ordered_sum(groups / unit).reshape(rows, cols)
+    step = unit * divide(total, max(size, 1) * math.sqrt(largest) / 2)
     return jnp.where(step == 0, jnp.ones_like(step), step)
 
 
