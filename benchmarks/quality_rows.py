@@ -227,10 +227,10 @@ def _authors_awq(bench: Bench) -> Any:
 
 def _by_matrix(bench: Bench, fn: Callable[..., np.ndarray]) -> Any:
     """Dense weights, each matrix of each stack by a function of path, weight and place."""
-    flat, treedef = flatten(bench.model.params)
+    flat, structure = flatten(bench.model.params)
     for path in [path for path in flat if path.endswith("/kernel")]:
         stack = np.array(flat[path])
         for i in range(len(stack)):
             stack[i] = fn(path, stack[i], (i,))
         flat[path] = jnp.asarray(stack)
-    return unflatten(treedef, flat)
+    return unflatten(structure, flat)

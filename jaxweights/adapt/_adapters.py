@@ -78,14 +78,14 @@ class AdapterTrees:
     Args:
       name: What errors call the function.
       flat: Leaves of the first tree.
-      treedef: Its structure.
+      structure: Its structure.
       leaves: What the adapters change, by path.
       labels: What errors call the adapters.
     """
 
     name: str
     flat: Flat
-    treedef: Any
+    structure: Any
     leaves: dict[Path, AdapterLeaf]
     labels: tuple[str, ...]
 

@@ -121,7 +121,7 @@ def combine_adapters(
         merged[path] = leaf.with_factors(down, up)
         report[path] = RankLoss(down.shape[-1], error)
     tree.refuse_nonfinite(finite)
-    return unflatten(tree.treedef, merged), report
+    return unflatten(tree.structure, merged), report
 
 
 def _check_weights(weights: Any, count: int) -> jax.Array:

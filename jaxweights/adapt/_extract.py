@@ -94,7 +94,7 @@ def extract_lora(
     """
     _check_settings(rank, energy, others)
     check_factor_dtype(_NAME, dtype)
-    flat, treedef = flatten(base)
+    flat, structure = flatten(base)
     other = flatten(tuned)[0]
     _require_alike(flat, other)
     resolved = resolve_layout(flat, layout)
@@ -119,7 +119,7 @@ def extract_lora(
     _refuse_nonfinite(finite, flat)
     if others == "error":
         fail(_NAME, [_unwanted(path, change) for path, change in rest.items()])
-    return unflatten(treedef, new), Extraction(report, rest)
+    return unflatten(structure, new), Extraction(report, rest)
 
 
 def _check_settings(rank: int | None, energy: float | None, others: Rest) -> None:

@@ -94,7 +94,7 @@ def merge_adapters(
             "jnp.bfloat16."
         )
     _check_requantize(dequantize, requantize)
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     found = {path: weight for path, leaf in flat.items() for weight in _adapters(leaf)}
     if not found:
         raise ValueError(
@@ -115,7 +115,7 @@ def merge_adapters(
         else:
             merged[path], report[path] = _merge_leaf(flat[path], dequantize, masked)
     fail("adapt.merge_adapters", filter(None, failures))
-    return unflatten(treedef, merged), report
+    return unflatten(structure, merged), report
 
 
 def unmerge(params: Params, adapted: Params, *, subtract: bool = False) -> Params:
@@ -145,13 +145,13 @@ def unmerge(params: Params, adapted: Params, *, subtract: bool = False) -> Param
       Array([[1., 0.],
              [0., 1.]], dtype=float32)
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     wanted = {path: leaf for path, leaf in flatten(adapted)[0].items() if _adapters(leaf)}
     fail("adapt.unmerge", _mismatches(flat, wanted))
     restored = dict(flat)
     for path, leaf in wanted.items():
         restored[path] = _subtract(flat[path], leaf) if subtract else leaf
-    return unflatten(treedef, restored)
+    return unflatten(structure, restored)
 
 
 def _adapters(leaf: Any) -> list[LowRank]:

@@ -100,7 +100,7 @@ def merge_adapter_deltas(
             merged[path] = leaf.with_factors(down, up)
             report[path] = RankLoss(width, error)
     tree.refuse_nonfinite(finite)
-    return unflatten(tree.treedef, merged), report
+    return unflatten(tree.structure, merged), report
 
 
 def _merged_deltas(

@@ -80,13 +80,13 @@ def loss_barrier(
         raise ValueError(f"{name}: points={points} must be odd and at least 3.")
     if at_once < 1:
         raise ValueError(f"{name}: at_once={at_once} must be at least 1.")
-    (ours, treedef), (theirs, _) = (flatten(_arrays(x)) for x in (params_a, params_b))
+    (ours, structure), (theirs, _) = (flatten(_arrays(x)) for x in (params_a, params_b))
     fail(name, _mismatches(ours, theirs))
     alphas = np.linspace(0.0, 1.0, points)
     shares = jnp.asarray(alphas, jnp.float32)
 
     def loss_at(ours: Flat, theirs: Flat, alpha: jax.Array) -> Any:
-        return loss_fn(unflatten(treedef, interpolate(ours, theirs, alpha)))
+        return loss_fn(unflatten(structure, interpolate(ours, theirs, alpha)))
 
     if traced:
         losses = jax.jit(
@@ -96,7 +96,7 @@ def loss_barrier(
         )(ours, theirs, shares)
     else:
         line = jax.jit(interpolate)
-        losses = [loss_fn(unflatten(treedef, line(ours, theirs, alpha))) for alpha in shares]
+        losses = [loss_fn(unflatten(structure, line(ours, theirs, alpha))) for alpha in shares]
     losses = np.asarray(losses, np.float64)
     if losses.shape != (points,):
         raise ValueError(

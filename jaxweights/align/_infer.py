@@ -98,7 +98,7 @@ def _follow_model(
     trace: _Trace, fn: Callable[..., Any], params: Params, inputs: Sequence[Any]
 ) -> dict[Path, Axes]:
     """Axes of the leaves, after everything that the program says about them."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     arrays = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")}
     rest, input_tree = jax.tree.flatten(tuple(inputs))
     traced = [i for i, x in enumerate(rest) if hasattr(x, "shape") and hasattr(x, "dtype")]
@@ -107,7 +107,7 @@ def _follow_model(
         filled = list(rest)
         for i, x in zip(traced, given, strict=True):
             filled[i] = x
-        tree = unflatten(treedef, flat | dict(zip(arrays, leaves, strict=True)))
+        tree = unflatten(structure, flat | dict(zip(arrays, leaves, strict=True)))
         out = fn(tree, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 

@@ -83,7 +83,7 @@ def match_many(
             raise ValueError(f"{name}: {setting}={value} must be at least 1.")
     for i, model in enumerate(models[1:], start=1):
         check_pair(name, spec, models[0], model, ("models[0]", f"models[{i}]"))
-    treedef = flatten(models[0])[1]
+    structure = flatten(models[0])[1]
     flat: list[Flat] = [flatten(model)[0] for model in models]
     found = [spec.identity() for _ in models]
     draw = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
@@ -106,7 +106,7 @@ def match_many(
                 flat[i] = flat[i] | descent.theirs
                 objective.append(objective[-1] + gain)
     mean = {p: x.astype(flat[0][p].dtype) for p, x in _mean(flat).items() if is_float(x)}
-    average = unflatten(treedef, flat[0] | mean)
+    average = unflatten(structure, flat[0] | mean)
     return MatchedMany(tuple(found), average, np.array(objective), rounds, settled)
 
 

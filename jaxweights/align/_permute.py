@@ -64,8 +64,8 @@ def apply_permutation(spec: PermutationSpec, params: Params, permutations: Permu
     name = "align.apply_permutation"
     spec.check(params, name)
     found = check_permutations(name, spec, permutations)
-    flat, treedef = flatten(params)
-    return unflatten(treedef, permute_flat(spec, flat, found))
+    flat, structure = flatten(params)
+    return unflatten(structure, permute_flat(spec, flat, found))
 
 
 def permute_flat(

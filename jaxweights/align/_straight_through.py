@@ -97,7 +97,7 @@ def straight_through_matching(
     if max_sweeps < 1:
         raise ValueError(f"{name}: max_sweeps={max_sweeps} must be at least 1.")
     optimizer = optax.sgd(1e-2, momentum=0.9) if optimizer is None else optimizer
-    (ours, treedef), theirs = flatten(params_a), flatten(params_b)[0]
+    (ours, structure), theirs = flatten(params_a), flatten(params_b)[0]
     seed = np.asarray(jax.random.bits(key, (4,), "uint32"))
     orders = draw_orders(spec, np.random.default_rng(seed))
     learned = {path: x for path, x in ours.items() if is_float(x)}
@@ -106,7 +106,7 @@ def straight_through_matching(
     state = optimizer.init(proxy)
 
     def whole(middle: Flat) -> Params:
-        return unflatten(treedef, {path: middle.get(path, fixed.get(path)) for path in ours})
+        return unflatten(structure, {path: middle.get(path, fixed.get(path)) for path in ours})
 
     @jax.jit
     def step(proxy: Flat, state: Any, permuted: Flat, batch: Any) -> tuple[Any, ...]:

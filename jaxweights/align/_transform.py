@@ -40,13 +40,13 @@ def permute(spec: PermutationSpec, permutations: Permutations) -> Transform:
     found = check_permutations(name, spec, permutations)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         chosen = {
             path: leaf
             for path, leaf in flat.items()
             if path in spec.axes and (context.only is None or path in context.only)
         }
         fail(name, misfits(spec, chosen))
-        return unflatten(treedef, flat | permute_flat(spec, chosen, found))
+        return unflatten(structure, flat | permute_flat(spec, chosen, found))
 
     return stateless(update, name=name, moves_inputs=True, scope="leaf")

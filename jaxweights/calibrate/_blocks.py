@@ -85,7 +85,7 @@ class BlockPrograms:
     ):
         """Takes the model apart and compiles nothing yet."""
         self._fn = fn
-        flat, self._treedef = flatten(params)
+        flat, self._structure = flatten(params)
         self._flat = flat | {path: _compat.shape_of(x) for path, x in arrays_of(flat).items()}
         trace = trace_model(fn, params, _arguments(batch))
         refuse_mixed_groups(trace, self._flat)
@@ -104,7 +104,7 @@ class BlockPrograms:
         """The model of inputs of a batch's shapes; it is traced once for each."""
         shapes = tuple((x.shape, str(x.dtype)) for x in array_leaves(batch))
         if shapes not in self._models:
-            self._models[shapes] = find_layers(self._fn, self._flat, self._treedef, batch)
+            self._models[shapes] = find_layers(self._fn, self._flat, self._structure, batch)
         return self._models[shapes]
 
     def enter(self, leaves: Leaves, batch: Batch) -> list[jax.Array]:
@@ -255,7 +255,7 @@ def transform_blocks(
 
     Every layer is calibrated on the activations that the transformed layers before it give.
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     programs = BlockPrograms(fn, params, batches[0], layout)
     model, axes = programs.model, programs.layout
     needs = tx.needs(params)
@@ -292,13 +292,13 @@ def transform_blocks(
     rest = {path: names for path, names in needs.items() if path in outside and path in axes}
     stats = Stats({}, (), axes)
     if rest:
-        new_params = unflatten(treedef, flat | done)
+        new_params = unflatten(structure, flat | done)
         stats = calibrate(
             fn, new_params, batches, needs=rest, reference=params, layout=axes, mask=mask
         )
     # Rules see the layers as they were: folds could not move scales between quantized ones.
     done |= apply_inside(tx, flat, outside, stats, axes, key)
-    return unflatten(treedef, flat | done)
+    return unflatten(structure, flat | done)
 
 
 def apply_inside(

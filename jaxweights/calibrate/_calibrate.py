@@ -96,7 +96,7 @@ def calibrate(
         first = next(batches)
     except StopIteration:
         raise ValueError("calibrate: there is no batch. Pass at least one.") from None
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     _check_paths(needs, flat)
     trace = trace_model(fn, params, _arguments(first))
     refuse_mixed_groups(trace, needs)
@@ -115,8 +115,10 @@ def calibrate(
     ) -> dict[Path, Any]:
         whole = flat | arrays
         old = None if before is None or before_arrays is None else before | before_arrays
-        records = _input_records(fn, whole, old, treedef, axes, input_needs, batch, mask)
-        for path, record in _gradient_records(loss, whole, treedef, gradient_paths, batch).items():
+        records = _input_records(fn, whole, old, structure, axes, input_needs, batch, mask)
+        for path, record in _gradient_records(
+            loss, whole, structure, gradient_paths, batch
+        ).items():
             records[path] = records.get(path, {}) | record
         return records
 
@@ -337,7 +339,7 @@ def _input_records(
     fn: Callable[..., Any],
     flat: dict[Path, Any],
     before: dict[Path, Any] | None,
-    treedef: Any,
+    structure: Any,
     axes: Layout,
     wanted: dict[Path, frozenset[str]],
     batch: Batch,
@@ -350,9 +352,9 @@ def _input_records(
     if before is not None and compared(wanted):
         reference = Reference()
         leaves = probed(before, axes, compared(wanted))
-        evaluate_lifted(fn, reference.walk, (unflatten(treedef, leaves), *inputs), {})
+        evaluate_lifted(fn, reference.walk, (unflatten(structure, leaves), *inputs), {})
     walk = observing(keep, reference)
-    evaluate_lifted(fn, walk, (unflatten(treedef, probed(flat, axes, wanted)), *inputs), {})
+    evaluate_lifted(fn, walk, (unflatten(structure, probed(flat, axes, wanted)), *inputs), {})
     refuse_incomplete(walk, wanted)
     return dict(walk.records)
 
@@ -374,7 +376,7 @@ def refuse_incomplete(walk: Walk, wanted: Iterable[Path]) -> None:
 def _gradient_records(
     loss: Callable[..., jax.Array] | None,
     flat: dict[Path, Any],
-    treedef: Any,
+    structure: Any,
     wanted: dict[Path, frozenset[str]],
     batch: Batch,
 ) -> dict[Path, Any]:
@@ -383,7 +385,7 @@ def _gradient_records(
         return {}
 
     def example_loss(trained: dict[Path, Any], example: tuple[Any, ...]) -> jax.Array:
-        return loss(unflatten(treedef, {p: trained.get(p, flat[p]) for p in flat}), *example)
+        return loss(unflatten(structure, {p: trained.get(p, flat[p]) for p in flat}), *example)
 
     def step(total: dict[Path, Any], example: Any) -> tuple[dict[Path, Any], None]:
         example = jax.tree.map(lambda x: x[None], example)

@@ -110,14 +110,14 @@ def array_leaves(batch: Batch) -> list[Any]:
 
 
 def find_layers(
-    fn: Callable[..., Any], flat: Mapping[Path, Any], treedef: Any, batch: Batch
+    fn: Callable[..., Any], flat: Mapping[Path, Any], structure: Any, batch: Batch
 ) -> ScannedModel:
     """Traces the model and divides it at the scan that slices the most parameters.
 
     Args:
       fn: The model.
       flat: Its parameters, concrete or abstract.
-      treedef: Their tree.
+      structure: Of their tree.
       batch: Inputs, of which shapes count.
 
     Returns:
@@ -133,7 +133,7 @@ def find_layers(
         filled = list(inputs)
         for i, x in zip(arrays, given, strict=True):
             filled[i] = x
-        tree = unflatten(treedef, {**flat, **dict(zip(weights, leaves, strict=True))})
+        tree = unflatten(structure, {**flat, **dict(zip(weights, leaves, strict=True))})
         out = fn(tree, *jax.tree.unflatten(input_tree, filled))
         return [x for x in jax.tree.leaves(out) if hasattr(x, "dtype")]
 

@@ -106,7 +106,7 @@ def transform_tree(
     progress: Progress | None = None,
 ) -> Params:
     """As `apply`, for trees that may have nothing to transform, such as one leaf of a stream."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     unique, representative = _untie(flat)
     _refuse_torn_ties(tx, representative)
     resolved = resolve_layout(flat, layout, stats)
@@ -127,7 +127,7 @@ def transform_tree(
             f"apply: {tx.name} gave back no leaf at {dropped[:5]}. A transform must return a tree "
             "with the paths that it was given."
         )
-    return unflatten(treedef, {path: new[representative[path]] for path in flat})
+    return unflatten(structure, {path: new[representative[path]] for path in flat})
 
 
 def _check_arguments(tx: Any, stats: Any, models: Any, key: Any, layout: Any) -> None:

@@ -153,7 +153,7 @@ def leafwise(
         return results, tuple(finite)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         targets = targets_of(flat, context, name, accepts, refusal, check, wanted, grouped)
         key: Any = context.require("key", name) if randomized and targets else None
         common = shared(context, flat) if shared is not None and targets else {}
@@ -213,7 +213,7 @@ def leafwise(
             )
             problems |= {path: problem} if problem else {}
         fail(name, problems.values())
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     def declare(params: Params, *, named: bool = False) -> Needs:
         if not wanted:

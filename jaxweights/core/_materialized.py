@@ -35,10 +35,10 @@ def materialized(tx: Transform) -> Transform:
     def update(params: Params, state: State, context: Context) -> tuple[Params, State]:
         before, _ = flatten(params)
         new, state = tx.update(params, state, context)
-        after, treedef = flatten(new)
+        after, structure = flatten(new)
         for path, leaf in after.items():
             if is_weight(leaf) and not is_weight(before.get(path)):
                 after[path] = materialize(leaf)
-        return unflatten(treedef, after), state
+        return unflatten(structure, after), state
 
     return dataclasses.replace(tx, update=update, name=f"materialized({tx.name})")

@@ -88,7 +88,7 @@ def to_optax(
             raise ValueError(
                 "core.to_optax: params is missing: call optimizer.update(grads, state, params)."
             )
-        stepped, treedef = flatten(optax.apply_updates(params, updates))
+        stepped, structure = flatten(optax.apply_updates(params, updates))
         context = Context(
             stats=stats,
             models=flat_models,
@@ -102,8 +102,8 @@ def to_optax(
             _update_to,
             params,
             updates,
-            unflatten(treedef, stepped),
-            unflatten(treedef, projected),
+            unflatten(structure, stepped),
+            unflatten(structure, projected),
         )
         return updates, ProjectionState(state.count + 1, inner)
 

@@ -102,14 +102,14 @@ def partition(*rules: Rule) -> Transform:
         return tuple(tx.init(part) for (_, tx), part in zip(rules, parts, strict=True))
 
     def update(params: Params, state: tuple[Any, ...], context: Context) -> tuple[Params, Any]:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         merged, new_state = dict(flat), []
         for (pattern, tx), part, inner in zip(rules, assign(flat), state, strict=True):
             if part:
                 part, inner = tx.update(part, inner, inner_context(pattern, context))
                 merged |= part
             new_state.append(inner)
-        return unflatten(treedef, merged), tuple(new_state)
+        return unflatten(structure, merged), tuple(new_state)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
         parts = assign(flatten(params)[0])

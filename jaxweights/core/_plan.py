@@ -188,7 +188,7 @@ def plan_and_leaves(
     models: Sequence[Params] | None = None,
 ) -> tuple[Plan, Flat]:
     """`plan`, and what the leaves become, as shapes, by path."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     found = resolve_layout(flat, layout, stats)
     needs = tx.needs(params)
     if stats is None and needs:
@@ -199,7 +199,7 @@ def plan_and_leaves(
 
     def run(arrays: Flat, others_arrays: list[Flat] | None, stats: Any, key: jax.Array) -> Flat:
         traced = flat | arrays
-        tree = unflatten(treedef, {path: traced[owners[path]] for path in flat})
+        tree = unflatten(structure, {path: traced[owners[path]] for path in flat})
         trees = None
         if others is not None and others_arrays is not None:
             parts = zip(others, others_arrays, strict=True)

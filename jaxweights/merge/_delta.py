@@ -196,7 +196,7 @@ def delta_merge(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=True)
         job = DeltaJob.of(name, row, flat, models, context, names, shares, weights)
@@ -225,7 +225,7 @@ def delta_merge(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     settings = DeltaMerge(
         row, density, outliers, epsilon, trim, weights, scale, names, output, name

@@ -90,14 +90,14 @@ def diagonal_fisher(
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{_NAME}: {argument}={count} must be a positive integer.")
     refuse_one_batch(_NAME, batches)
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     dense = [path for path, leaf in flat.items() if is_weight(leaf)]
     fail(_NAME, [f"{p!r}: is a represented weight. Pass materialize(params)." for p in dense])
 
     def log_probabilities(floats: Flat, example: Any) -> jax.Array:
         arguments = tuple(example) if isinstance(example, tuple | list) else (example,)
         one = jax.tree.map(lambda x: x[None], arguments)
-        logits = fn(unflatten(treedef, flat | floats), *one)[0]
+        logits = fn(unflatten(structure, flat | floats), *one)[0]
         return jax.nn.log_softmax(logits.astype(jnp.float32).reshape(-1, logits.shape[-1]))
 
     @jax.jit
@@ -130,7 +130,7 @@ def diagonal_fisher(
         path: total[path] / examples if path in total else jnp.zeros(jnp.shape(leaf), jnp.float32)
         for path, leaf in flat.items()
     }
-    return unflatten(treedef, means)
+    return unflatten(structure, means)
 
 
 def _examples(batch: Batch) -> int:

@@ -99,7 +99,7 @@ def fisher(
     output = Output.checked(_NAME, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(_NAME, flat, context, names, delta=False)
         per_model(_NAME, "fishers", list(range(len(trees))), len(models))
@@ -136,7 +136,7 @@ def fisher(
         if not any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in valid.values()):
             bad = [path for path, good in valid.items() if not np.all(good)]
             fail(_NAME, [_invalid(path, valid[path], names) for path in bad])
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=_NAME, scope="tree" if normalize == "model" else "leaf")
 

@@ -168,7 +168,7 @@ def _interpolation(alpha: Any, names: Sequence[str] | None, output: Output) -> T
     points = np.shape(alpha)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(_NAME, flat, context, names, delta=False)
         if len(models) != 1:
@@ -190,7 +190,7 @@ def _interpolation(alpha: Any, names: Sequence[str] | None, output: Output) -> T
         for path, leaf in new.items():
             if points and not is_float(leaf):
                 new[path] = jnp.broadcast_to(leaf, (*points, *np.shape(leaf)))
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=_NAME, scope="entry" if output.rounding == "nearest" else "leaf")
 

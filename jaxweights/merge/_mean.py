@@ -109,7 +109,7 @@ def mean_of(
     check_names(name, names)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=False)
         chosen, shares = weigh(len(models))
@@ -133,7 +133,7 @@ def mean_of(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=name, scope="entry" if output.rounding == "nearest" else "leaf")
 

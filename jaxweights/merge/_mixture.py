@@ -78,7 +78,7 @@ class Mixture:
           A tree like the base.
         """
         coefficients = self._checked(coefficients)
-        flat, treedef = flatten(self.base)
+        flat, structure = flatten(self.base)
         new = dict(flat)
         for leaf in self.leaves:
             base = flat[leaf.path]
@@ -89,7 +89,7 @@ class Mixture:
                 before = merged
                 merged = _add_delta(merged, base, model[leaf.path], share, stack=leaf.stack)
             new[leaf.path] = merged.astype(self.out_dtype or base.dtype)
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     def value_and_grad(self, loss: Callable[..., Any]) -> Callable[..., tuple[Any, jax.Array]]:
         r"""Loss and its exact gradient in the coefficients, in memory that does not grow with N.
@@ -150,8 +150,8 @@ class Mixture:
 
         @jax.jit
         def backward(params: Params, extra: Any, args: tuple[Any, ...]) -> Any:
-            flat, treedef = flatten(params)
-            of = lambda floats, extra: loss(unflatten(treedef, flat | floats), extra, *args)  # noqa: E731
+            flat, structure = flatten(params)
+            of = lambda floats, extra: loss(unflatten(structure, flat | floats), extra, *args)  # noqa: E731
             return jax.value_and_grad(of, argnums=(0, 1))({p: flat[p] for p in paths}, extra)
 
         def run(coefficients: jax.Array, extra: Any, *args: Any) -> tuple[Any, Any, Any]:

@@ -115,7 +115,7 @@ def pcb(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=True)
         floats = {path: leaf for path, leaf in flat.items() if is_float(leaf) and leaf.size}
@@ -150,7 +150,7 @@ def pcb(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=name, scope=scope)
 

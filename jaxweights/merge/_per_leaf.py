@@ -76,7 +76,7 @@ def per_leaf(
     check_names(name, names)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=delta)
         check_count(name, len(models), fewest, most, remedy)
@@ -101,7 +101,7 @@ def per_leaf(
             found = [path for path, flag in odd.items() if flag]
             if found:
                 report(found)
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     scope = scope if output.rounding == "nearest" else "leaf"
     return stateless(update, name=name, scope=scope, settings=settings)

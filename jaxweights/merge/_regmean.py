@@ -120,7 +120,7 @@ def regmean(
     output = Output.checked(_NAME, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(_NAME, flat, context, names, delta=False)
         per_model(_NAME, "stats", list(range(len(stats))), len(models))
@@ -156,7 +156,7 @@ def regmean(
         new = merge_leaves(_NAME, flat, models, context, output, names, merge_leaf)
         if not any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in solved.values()):
             fail(_NAME, [_unsolved(path, damping) for path, good in solved.items() if not good])
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=_NAME, scope="leaf")
 

@@ -104,7 +104,7 @@ def regmean_plus(
         layer, depth = 0, 1
         while layer < depth:
             stats = [calibrate(fn, merged, data, needs=needs, layout=layout) for data in batches]
-            flat, treedef = flatten(merged)
+            flat, structure = flatten(merged)
             axes = _layer_axes(paths, flat, stats, layout)
             depth = max((flat[p].shape[a] for p, a in axes.items() if a is not None), default=1)
             tx = regmean(
@@ -117,7 +117,7 @@ def regmean_plus(
             each = [_tree_of_layer(model, axes, layer) for model in models]
             fitted = flatten(apply(only, each[0], models=each, layout=layout))[0]
             new = {path: _with_layer(flat[path], fitted[path], axes[path], layer) for path in paths}
-            merged = unflatten(treedef, flat | new)
+            merged = unflatten(structure, flat | new)
             layer += 1
     return merged
 
@@ -163,10 +163,10 @@ def _layer_axes(
 
 def _tree_of_layer(tree: Params, axes: dict[Path, int | None], layer: int) -> Params:
     """A model whose matrices of the stage have one layer, on an axis of length 1."""
-    flat, treedef = flatten(tree)
+    flat, structure = flatten(tree)
     stacked = {path: axis for path, axis in axes.items() if axis is not None}
     return unflatten(
-        treedef, flat | {path: _one(flat[path], axis, layer) for path, axis in stacked.items()}
+        structure, flat | {path: _one(flat[path], axis, layer) for path, axis in stacked.items()}
     )
 
 

@@ -172,6 +172,6 @@ def _moved(state: RunningState, params: Params, rate: Callable[[Any], jax.Array]
 
 
 def _value(state: RunningState, like: Params) -> Params:
-    flat, treedef = flatten(like)
+    flat, structure = flatten(like)
     cast = {path: x.astype(flat[path].dtype) for path, x in state.average.items()}
-    return unflatten(treedef, flat | cast)
+    return unflatten(structure, flat | cast)

@@ -197,7 +197,7 @@ def add_signatures(
       >>> add_signatures(c, [found])["conv1"]
       Array([1., 5.], dtype=float32)
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     _require_fit(flat, signatures)
     weights = check_weights(_ADD, weights, normalize=False)
     if weights is None:
@@ -214,7 +214,7 @@ def add_signatures(
         dtype = compute_dtype(leaf)
         moved = _leading(leaf, update.shape).astype(dtype) + update.astype(dtype)
         new[path] = _put(leaf, moved.astype(leaf.dtype))
-    return unflatten(treedef, new)
+    return unflatten(structure, new)
 
 
 def signature_leaves(params: Params, signatures: Sequence[Signature]) -> dict[Path, jax.Array]:
@@ -263,7 +263,7 @@ def restore_leaves(params: Params, leaves: dict[Path, jax.Array]) -> Params:
       >>> restore_leaves({"conv1": jnp.ones(2)}, {"conv1": jnp.zeros(2)})
       {'conv1': Array([0., 0.], dtype=float32)}
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     problems = [
         f"{path!r}: is {getattr(flat.get(path), 'dtype', 'missing')} of shape "
         f"{np.shape(flat.get(path, ()))} in the model, but {leaf.dtype} of shape {leaf.shape} was "
@@ -275,7 +275,7 @@ def restore_leaves(params: Params, leaves: dict[Path, jax.Array]) -> Params:
     ]
     fail("merge.restore_leaves", problems)
     restored = {path: _put(jnp.asarray(flat[path]), leaf) for path, leaf in leaves.items()}
-    return unflatten(treedef, flat | restored)
+    return unflatten(structure, flat | restored)
 
 
 def _chosen(paths: list[Path], layers: Sequence[str], keep: int | None) -> list[Path]:

@@ -98,7 +98,7 @@ def spectral_merge(
     output = Output.checked(name, out_dtype, rounding, nonfloat)
 
     def update(params: Params, context: Context) -> Params:
-        everything, treedef = flatten(params)
+        everything, structure = flatten(params)
         flat = selected(everything, context)
         models = require_models(name, flat, context, names, delta=True)
         shares = np.ones(len(models)) if weights is None else weights
@@ -131,7 +131,7 @@ def spectral_merge(
             )
 
         new = merge_leaves(name, flat, models, context, output, names, merge_leaf)
-        return unflatten(treedef, everything | new)
+        return unflatten(structure, everything | new)
 
     return stateless(update, name=name, scope="matrix" if output.rounding == "nearest" else "leaf")
 

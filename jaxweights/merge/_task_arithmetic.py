@@ -62,7 +62,7 @@ def task_vector(model: Params, base: Params) -> Params:
       >>> task_vector({"b": jnp.array([3.0])}, {"b": jnp.array([1.0])})["b"]
       Array([2.], dtype=float32)
     """
-    flat, treedef = flatten(base)
+    flat, structure = flatten(base)
     context = Context(models=(flatten(model)[0],))
     (other,) = require_models("merge.task_vector", flat, context, None, delta=False)
     deltas = {
@@ -71,7 +71,7 @@ def task_vector(model: Params, base: Params) -> Params:
         else jnp.zeros(jnp.shape(leaf), jnp.float32)
         for path, leaf in flat.items()
     }
-    return unflatten(treedef, deltas)
+    return unflatten(structure, deltas)
 
 
 def add_task_vector(base: Params, vector: Params, *, scale: float | jax.Array = 1.0) -> Params:
@@ -93,7 +93,7 @@ def add_task_vector(base: Params, vector: Params, *, scale: float | jax.Array = 
       >>> add_task_vector({"b": jnp.array([1.0])}, {"b": jnp.array([2.0])}, scale=-1)["b"]
       Array([-1.], dtype=float32)
     """
-    flat, treedef = flatten(base)
+    flat, structure = flatten(base)
     floats = {path: leaf for path, leaf in flat.items() if is_float(leaf)}
     context = Context(models=(flatten(vector)[0],))
     (deltas,) = require_models("merge.add_task_vector", floats, context, None, delta=False)
@@ -102,4 +102,4 @@ def add_task_vector(base: Params, vector: Params, *, scale: float | jax.Array = 
         dtype = compute_dtype(leaf)
         moved = leaf.astype(dtype) + jnp.asarray(scale, dtype) * deltas[path].astype(dtype)
         new[path] = moved.astype(leaf.dtype)
-    return unflatten(treedef, new)
+    return unflatten(structure, new)

@@ -179,9 +179,9 @@ def _torch_tensors(params: Any, config: LlamaConfig | BertConfig) -> dict[str, A
 def _without_masks(params: Any) -> Any:
     from jaxweights.checkpoint.exchange._module import without_mask
 
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     bare = {path: without_mask(x) if is_weight(x) else x for path, x in flat.items()}
-    return unflatten(treedef, bare)
+    return unflatten(structure, bare)
 
 
 def _config_json(given: Any, config: LlamaConfig | BertConfig) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def read_config(source: Checkpoint) -> ModelConfig:
 
 def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
     """Leaves as JAX arrays, in `dtype`; parts of represented weights keep their dtypes."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
 
     def place(leaf: Any) -> Any:
         if is_weight(leaf):
@@ -252,7 +252,7 @@ def _on_device(params: Any, dtype: DTypeLike | None) -> Any:
             return jnp.asarray(leaf, dtype)
         return jnp.asarray(leaf)
 
-    return unflatten(treedef, {path: place(leaf) for path, leaf in flat.items()})
+    return unflatten(structure, {path: place(leaf) for path, leaf in flat.items()})
 
 
 def tokenizer_path_of(source: Checkpoint) -> Path | None:

@@ -96,7 +96,7 @@ def add_deltas(
       >>> type(merged["kernel"]).__name__, round(float(report["kernel"].survived), 1)
       ('Quantized', 0.9)
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     added = {path: delta for path, delta in flatten(deltas)[0].items() if delta is not None}
     check_rounding(_NAME, rounding)
     check_numbers(_NAME, coefficient=coefficient)
@@ -134,7 +134,7 @@ def add_deltas(
         )
         failures.append(problem)
     fail(_NAME, filter(None, failures))
-    return unflatten(treedef, new), report
+    return unflatten(structure, new), report
 
 
 def requantized_sum(

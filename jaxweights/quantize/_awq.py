@@ -190,7 +190,7 @@ def awq(
     wanted = frozenset({"abs_sum", "count", moments})
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         targets = group_targets(flat, context, _NAME, wanted, REFUSAL)
         fail(
             _NAME,
@@ -232,7 +232,7 @@ def awq(
             if context.progress is not None:
                 context.progress(path, done, len(targets))
         fail(_NAME, problems)
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     return scales_groups(update, _NAME, wanted)
 

@@ -127,7 +127,7 @@ def distill(
       are not.
     """
     _check_settings(loss, steps, code_rate, scale_rate, float_rate, train, progress)
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     floats = flatten(dense)[0]
     fail(_NAME, _differences(flat, floats))
     owner = _owners(flat)
@@ -155,7 +155,7 @@ def distill(
 
     def tree(make: Callable[[Any, Any], Any], arrays: Flat, trained: Flat) -> Params:
         new = flat | arrays | {path: make(arrays[path], x) for path, x in trained.items()}
-        return unflatten(treedef, {path: new[owner[path]] for path in order})
+        return unflatten(structure, {path: new[owner[path]] for path in order})
 
     @jax.jit
     def step(

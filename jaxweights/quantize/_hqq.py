@@ -29,8 +29,6 @@ _NAME = "quantize.hqq"
 # By how much an offset must be better than the best so far: more than sums round, as offsets often
 # alternate between two of equal error, and compiled programs would choose differently.
 _MARGIN = 4e-6
-# Half of float16's last place of 1: a range below it is lost in the offset anyway.
-_EQUAL = 2.0**-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +182,7 @@ def _fit(
     top = 2**bits - 1
     low, high = extremes(groups)
     # Weights that are equal, or as good as equal beside the rounding of their offset: codes are 0.
-    equal = high - low <= _EQUAL * jnp.maximum(-low, high)
+    equal = high - low <= float(jnp.finfo(scale_dtype).epsneg) / 2 * jnp.maximum(-low, high)
     spread = jnp.where(equal, 0.0, high - low)
     scale = stored_scale(divide(spread, top), scale_dtype, spread)
     step = scale.astype(jnp.float32)

@@ -213,7 +213,7 @@ def _check(
 
 def _transform(name: str, quantizer: Transform, settings: Settings) -> Transform:
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         if settings.weighted and any(is_float(x) and len(x.shape) > 1 for x in flat.values()):
             context.require("stats", name)
         changed = changed_leaves(quantizer, flat, context)
@@ -228,7 +228,7 @@ def _transform(name: str, quantizer: Transform, settings: Settings) -> Transform
             if context.progress is not None:
                 context.progress(path, done, len(views))
         fail(name, problems)
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
         return needs_around(name, quantizer, params, named=named, weighted=settings.weighted)

@@ -124,7 +124,7 @@ def learn_rotations(
     stream = itertools.cycle(batches)
     if (first := next(stream, None)) is None:
         raise ValueError(f"{_NAME}: there is no batch. Pass at least one.")
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     gains = gains_of(spec, widths)
     # Arguments of the step, not constants of its program, which would hold them once more.
     weights = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype")}
@@ -132,7 +132,7 @@ def learn_rotations(
     def loss_of(matrices: dict[str, jax.Array], weights: Flat, batch: Any) -> jax.Array:
         turns = {name: Rotation(matrix=matrix) for name, matrix in matrices.items()}
         turned = {path: leaf for path, leaf in weights.items() if path not in gains}
-        new = unflatten(treedef, flat | weights | rotate_flat(spec, turned, turns))
+        new = unflatten(structure, flat | weights | rotate_flat(spec, turned, turns))
         return loss(new, *(batch if isinstance(batch, tuple | list) else (batch,)))
 
     @jax.jit

@@ -63,9 +63,9 @@ def fuse_norms(folds: Fold | Sequence[Fold]) -> Transform:
     folds = check_folds(_NAME, folds)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         refuse_tied(_NAME, folds, context.tied)
-        return unflatten(treedef, fuse_flat(_NAME, folds, flat, context.layout))
+        return unflatten(structure, fuse_flat(_NAME, folds, flat, context.layout))
 
     return stateless(update, name=_NAME, moves_inputs=True)
 

@@ -124,7 +124,7 @@ def outlier_tune(
     wanted = frozenset({"count", "min", "max"})
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         context.require("stats", _NAME)
         sites = norm_sites(_NAME, folds, flat, context.layout, stats=context.stats)
         read = {path: flat[path] for site in sites for path in site.readers}
@@ -146,7 +146,7 @@ def outlier_tune(
             centred = symmetrize and can_shift(site)
             steps = activation_steps(low, high, bits=bits, alpha=alpha, symmetrize=centred)
             flat = fold_steps(flat, site, steps, context.layout)
-        return unflatten(treedef, flat)
+        return unflatten(structure, flat)
 
     return scales_groups(update, _NAME, wanted)
 

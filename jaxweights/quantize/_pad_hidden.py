@@ -66,7 +66,7 @@ def pad_hidden(
         )
     check_count(_NAME, "multiple", multiple)
     check_flags(_NAME, interleave=interleave)
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     fail(
         _NAME,
         [
@@ -83,7 +83,7 @@ def pad_hidden(
     new = dict(flat)
     for path in spec.leaves_of(width):
         new[path] = _pad_leaf(spec, path, flat[path], width, index)
-    return unflatten(treedef, new)
+    return unflatten(structure, new)
 
 
 def padded_index(size: int, length: int, *, interleave: bool) -> np.ndarray:

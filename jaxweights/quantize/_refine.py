@@ -82,7 +82,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
     check_count(_NAME, "sweeps", sweeps)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         if any(is_float(leaf) and len(leaf.shape) > 1 for leaf in flat.values()):
             context.require("stats", _NAME)
         stats: Any = context.stats
@@ -106,7 +106,7 @@ def refine(quantizer: Transform, *, sweeps: int = 4) -> Transform:
             if context.progress is not None:
                 context.progress(path, done, len(changed))
         fail(_NAME, problems)
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     def needs(params: Params, *, named: bool = False) -> Needs:
         return needs_around(_NAME, quantizer, params, named=named)

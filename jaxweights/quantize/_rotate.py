@@ -95,7 +95,7 @@ def rotate(
     _check_settings(spec, widths, online, kind, given)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         chosen = {path: leaf for path, leaf in flat.items() if path in spec.axes}
         fail(_NAME, _unfit(spec, chosen, (*widths, *online), inverse))
         if inverse:
@@ -115,7 +115,7 @@ def rotate(
         still = gains_of(spec, widths)  # ones by now
         turned = {path: leaf for path, leaf in flat.items() if path not in still}
         flat = flat | rotate_flat(spec, turned, turns, transposed=inverse)
-        return unflatten(treedef, flat if inverse else _wrap(flat, spec, online, context))
+        return unflatten(structure, flat if inverse else _wrap(flat, spec, online, context))
 
     return stateless(update, name=_NAME, moves_inputs=True)
 

@@ -104,7 +104,7 @@ def smooth(
     wanted = frozenset({"count", "min", "max"})
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(params)
+        flat, structure = flatten(params)
         targets = group_targets(flat, context, _NAME, wanted)
         groups = find_groups(_NAME, folds, flat, context, targets, shared=True)
         new, finite = dict(flat), {}
@@ -119,7 +119,7 @@ def smooth(
                 for path in group.quantized:
                     new[path] = keep_scale(new[path], scale, group.views[path])
         fail(_NAME, nonfinite_leaves(flat, finite))
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     return scales_groups(update, _NAME, wanted)
 

@@ -155,7 +155,7 @@ def _globally(
     inner = leafwise(rate, wrap=lambda leaf, result, view: _Scored(leaf, result[0], view), **common)
 
     def update(params: Params, context: Context) -> Params:
-        flat, treedef = flatten(inner.update(params, (), context)[0])
+        flat, structure = flatten(inner.update(params, (), context)[0])
         scored = {path: leaf for path, leaf in flat.items() if isinstance(leaf, _Scored)}
         total = sum(leaf.scores.size for leaf in scored.values())
         if not total:
@@ -174,7 +174,7 @@ def _globally(
         new: Flat = dict(flat)
         for (path, entry), lowest in zip(scored.items(), removed, strict=True):
             new[path] = _apply_mask(entry, ~lowest, form)
-        return unflatten(treedef, new)
+        return unflatten(structure, new)
 
     return dataclasses.replace(
         inner, update=lambda params, state, c: (update(params, c), state), scope="tree"

@@ -16,7 +16,7 @@ from tests.models._cases import CASES
 
 def random_like(params, seed=0):
     """Weights of the same shapes, none of them zero or equal, so that every move shows."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     rng = np.random.default_rng(seed)
     leaves = {
         path: jnp.asarray(
@@ -25,7 +25,7 @@ def random_like(params, seed=0):
         )
         for path, x in flat.items()
     }
-    return unflatten(treedef, leaves)
+    return unflatten(structure, leaves)
 
 
 def random_permutations(spec, seed=1):

@@ -269,12 +269,12 @@ def compiled_step(fn, params, batch, names):
     from jaxweights.core import flatten
     from jaxweights.lift._infer_layout import trace_model
 
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     trace = trace_model(fn, params, (batch,))
     needs = dict.fromkeys(flat, frozenset(names))
     wanted, _ = _assign(needs, flat, trace.layout, dict(trace.owners))
     run = lambda flat, batch: _input_records(  # noqa: E731
-        fn, flat, None, treedef, trace.layout, wanted, batch, None
+        fn, flat, None, structure, trace.layout, wanted, batch, None
     )
     return jax.jit(run).lower(flat, batch).compile()
 

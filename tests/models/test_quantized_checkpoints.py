@@ -89,8 +89,8 @@ def test_it_is_continued_with_factors_and_saved_on_its_own_grid(gptq_folder, tmp
         path: jw.quantize.requantize(kernel, kernel.materialize()).weight
         for path, kernel in kernels(loaded.params).items()
     }
-    flat, treedef = jw.core.flatten(loaded.params)
-    again(tmp_path / "yes", loaded, jw.core.unflatten(treedef, flat | back), form="gptq")
+    flat, structure = jw.core.flatten(loaded.params)
+    again(tmp_path / "yes", loaded, jw.core.unflatten(structure, flat | back), form="gptq")
     same_tensors(tmp_path / "yes", tensors | float32_biases(tensors))
 
 

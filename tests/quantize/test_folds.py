@@ -15,7 +15,7 @@ from tests.quantize._fold_models import LLAMAS, TOKENS, model, stats_of
 
 def fold_all(params, folds, layout, seed=0):
     """Folds a random scale at every site."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     scales = []
     for i, site in enumerate(find_sites("test", folds, flat, layout)):
         reader = flat[site.readers[0]]
@@ -25,7 +25,7 @@ def fold_all(params, folds, layout, seed=0):
         scale = jnp.exp(jax.random.normal(key, (*rows[:-1], rows[-1] // times)))
         scales.append((site, scale))
         flat = fold_scale(flat, site, scale, layout)
-    return unflatten(treedef, flat), scales
+    return unflatten(structure, flat), scales
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_any_scale_folded_at_every_site_leaves_the_function_as_it_is(name, sites
     changed = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, folded)))]
     assert sum(changed) >= 2 * sites
     # The inverse scales bring the weights back.
-    flat, treedef = flatten(folded)
+    flat, structure = flatten(folded)
     for site, scale in reversed(scales):
         flat = fold_scale(flat, site, 1 / scale, layout)
-    back = unflatten(treedef, flat)
+    back = unflatten(structure, flat)
     for a, b in zip(*map(jax.tree.leaves, (params, back)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
@@ -88,7 +88,7 @@ HEADS = [
 def test_groups_in_patterns_pair_layers_and_gains_may_be_stored_less_one():
     params, x = unstacked(), jax.random.normal(jax.random.key(5), (3, 6))
     layout = jw.infer_layout(unstacked_fn, params, x)
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     sites = find_sites("test", HEADS, flat, layout)
     assert [(s.readers, s.writers, s.shifts) for s in sites] == [
         (("layer_0/v/kernel",), ("layer_0/norm/scale",), ()),
@@ -101,14 +101,14 @@ def test_groups_in_patterns_pair_layers_and_gains_may_be_stored_less_one():
         flat = fold_scale(
             flat, site, jnp.exp(jax.random.normal(jax.random.key(i), (width,))), layout
         )
-    folded = unflatten(treedef, flat)
+    folded = unflatten(structure, flat)
     assert check_same_function(unstacked_fn, params, folded, [x]) < 1e-5
     plain = [dataclasses.replace(HEADS[0], one_plus=False)]
     wrong = dict(flatten(params)[0])
     for site in find_sites("test", plain, wrong, layout):
         wrong = fold_scale(wrong, site, jnp.full(6, 2.0), layout)
     with pytest.raises(ValueError, match="differs by"):
-        check_same_function(unstacked_fn, params, unflatten(treedef, wrong), [x])
+        check_same_function(unstacked_fn, params, unflatten(structure, wrong), [x])
 
 
 def test_repeated_entries_are_spread_and_gathered_as_query_heads_share_values():

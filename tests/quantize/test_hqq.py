@@ -177,3 +177,14 @@ def test_values_that_are_not_finite_are_refused():
         ValueError, match="'kernel': 1 of 24 blocks hold values that are not finite"
     ):
         jw.apply(hqq(bits=4), bad)
+
+
+def test_weights_that_are_almost_equal_keep_their_differences_where_offsets_can_hold_them():
+    weight = 1 + 1e-4 * jax.random.uniform(jax.random.key(0), (64, 4))
+    found = {
+        dtype: jw.apply(hqq(bits=4, group_size=64, scale_dtype=dtype), {"kernel": weight})["kernel"]
+        for dtype in ("float32", "float16")
+    }
+    spread = float(weight.max() - weight.min())
+    assert jnp.abs(found["float32"].materialize() - weight).max() < spread / 15
+    assert jnp.abs(found["float16"].materialize() - weight).max() <= 1e-4  # all are 1

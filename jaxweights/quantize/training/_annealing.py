@@ -91,7 +91,7 @@ def confidence_annealing(
             )
         quantized = leaves(params)
         latent = flatten(params)[0]
-        flat, treedef = flatten(updates)
+        flat, structure = flatten(updates)
         for path, leaf in quantized.items():
             grid = grid_of(leaf)
             if grid is None:
@@ -104,6 +104,6 @@ def confidence_annealing(
                 flat[path] = dataclasses.replace(change, latent=kept)
             else:
                 flat[path] = jnp.where(grid.view.from_matrix(free), change, jnp.zeros_like(change))
-        return unflatten(treedef, flat), state
+        return unflatten(structure, flat), state
 
     return optax.GradientTransformation(init, update)

@@ -123,12 +123,12 @@ def settle(params: Params) -> Params:
       >>> bool(jnp.all(stored["kernel"].materialize() == latent["kernel"].materialize()))
       True
     """
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     settled = {
         path: leaf.quantized() if isinstance(leaf, LearnedStep) else leaf
         for path, leaf in flat.items()
     }
-    return unflatten(treedef, settled)
+    return unflatten(structure, settled)
 
 
 def lsq_round(x: jax.Array, step: ArrayLike, *, bits: int, signed: bool = True) -> jax.Array:

@@ -99,10 +99,10 @@ def shrink_embedding_gradients(
 
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         del params
-        flat, treedef = flatten(updates)
+        flat, structure = flatten(updates)
         for path in _tables(name, updates, embeddings):
             flat[path] = alpha * flat[path]
-        return unflatten(treedef, flat), state
+        return unflatten(structure, flat), state
 
     return optax.GradientTransformation(init, update)
 

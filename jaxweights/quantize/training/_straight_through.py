@@ -115,7 +115,7 @@ def fake_quant(
         raise TypeError(f"{_NAME}: tx={tx!r} is a {type(tx).__name__}, not a transform.")
     constant = _without_gradient(params)
     rounded = apply(tx, constant, stats=stats, models=models, key=key, step=step, layout=layout)
-    latent, treedef = flatten(params)
+    latent, structure = flatten(params)
     before, after = flatten(constant)[0], flatten(rounded)[0]
     fail(_NAME, _misfits(latent, after, clipped))
     new: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def fake_quant(
             if clipped == "zero":
                 source = jnp.where(_inside(before[path], value), leaf, before[path])
             new[path] = _value(source, value)
-    return unflatten(treedef, new)
+    return unflatten(structure, new)
 
 
 def _value(latent: jax.Array, value: Any) -> Any:
@@ -146,13 +146,13 @@ def _value(latent: jax.Array, value: Any) -> Any:
 
 def _without_gradient(params: Params) -> Params:
     """The same tree, which nothing is differentiated through; tied leaves stay tied."""
-    flat, treedef = flatten(params)
+    flat, structure = flatten(params)
     stopped: dict[int, Any] = {}
     for leaf in flat.values():
         if id(leaf) not in stopped:
             stop = is_weight(leaf) or isinstance(leaf, Tracer)
             stopped[id(leaf)] = jax.lax.stop_gradient(leaf) if stop else leaf
-    return unflatten(treedef, {path: stopped[id(leaf)] for path, leaf in flat.items()})
+    return unflatten(structure, {path: stopped[id(leaf)] for path, leaf in flat.items()})
 
 
 def _misfits(latent: dict[str, Any], after: dict[str, Any], clipped: Clipped) -> list[str]:
