@@ -222,7 +222,8 @@ def _fit(
     _, offset, _ = jax.lax.fori_loop(0, steps + 1, move, start) if groups.size else start
     codes = jnp.clip(jnp.round(divide(groups - offset, step)), 0, top).astype(jnp.int32)
     stored = offset[:, 0].astype(scale_dtype)
-    scale = jnp.where(jnp.isfinite(stored), scale[:, 0], jnp.inf)  # for who looks at scales only
+    infinite = jnp.full_like(stored, jnp.inf)
+    scale = jnp.where(jnp.isfinite(stored), scale[:, 0], infinite)  # for who looks at scales only
     return codes.reshape(rows * size, out_dim), scale, stored
 
 

@@ -146,9 +146,10 @@ def usable_blocks(weight: Scaled) -> jax.Array:
 def _may_vanish(weight: Scaled) -> bool:
     """Whether a scale of 0 tells that its dtype has none so small.
 
-    Scales of scales may be 0 for other reasons, and bytes hold powers of two alone.
+    Float32 has; where it holds 0, a method means it. So may scales of scales, and bytes hold
+    powers of two alone.
     """
-    return not is_weight(weight.scale) and weight.scale.dtype.itemsize > 1
+    return not is_weight(weight.scale) and weight.scale.dtype.itemsize == 2
 
 
 def describe_bad_scales(path: Path, codes: Codes) -> str | None:

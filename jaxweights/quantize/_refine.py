@@ -195,7 +195,7 @@ def _refine_matrix(
         operands[name] for name in ("codes", "scale", "zero_point", "offset", "value", "gram")
     )
     in_dim, dtype, unit = codes.shape[0], scale.dtype, unit_of(value)
-    value, scale = value / unit, (scale.astype(jnp.float32) / unit).astype(dtype)
+    value, scale = value / unit, stored_as(scale.astype(jnp.float32) / unit, dtype)
     offset = None if offset is None else offset.astype(jnp.float32) / unit
     of_row = operands["group_index"]
     together = group_size if of_row is None else None  # rows of groups of neighbouring rows
@@ -217,7 +217,7 @@ def _refine_matrix(
 
     start = _Columns(codes, scale, error_of(codes, scale))
     best = jax.lax.fori_loop(0, sweeps, sweep, start)
-    return best.codes, (best.scale.astype(jnp.float32) * unit).astype(dtype)
+    return best.codes, stored_as(best.scale.astype(jnp.float32) * unit, dtype)
 
 
 def _keep(best: _Columns, codes: jax.Array, scale: jax.Array, error: jax.Array) -> _Columns:

@@ -71,3 +71,9 @@ def test_zeros_one_entry_and_settings():
         statsq(bits=2.0)
     with pytest.raises(ValueError, match=r"'w': .*not finite"):
         jw.apply(statsq(bits=2), {"w": jnp.array([[jnp.nan]])})
+
+
+def test_outputs_of_zeros_stay_zeros_beside_others():
+    weight = jax.random.normal(jax.random.key(0), (16, 4)).at[:, 2].set(0)
+    found = jw.apply(statsq(bits=2), {"kernel": weight})["kernel"].materialize()
+    assert not found[:, 2].any() and found[:, [0, 1, 3]].all()
