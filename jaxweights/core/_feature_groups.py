@@ -79,9 +79,8 @@ class FeatureGroups:
             return Masked(self.split(leaf.base), self.split(leaf.mask))
         return leaf.reshape(self.split_shape)
 
-    def statistic(self, name: Statistic, value: jax.Array) -> jax.Array:
+    def statistic(self, value: jax.Array) -> jax.Array:
         """A statistic `(*stack, groups, ...)` with its axes in the order of the split kernel."""
-        del name
         return jnp.moveaxis(value, self._groups_axis, self._place)
 
     def pooled(self, name: Statistic, value: jax.Array) -> jax.Array:

@@ -245,8 +245,9 @@ def _statistics(
     inputs: dict[str, Any] = {name: context.stats.get(path, name) for name in sorted(wanted)}
     gradients = wanted & frozenset(GRADIENT_STATISTICS)
     if groups is not None:
-        move = groups.statistic if grouped == "split" else groups.pooled
-        inputs |= {name: move(name, inputs[name]) for name in wanted - gradients}
+        for name in wanted - gradients:
+            own = inputs[name]
+            inputs[name] = groups.statistic(own) if grouped == "split" else groups.pooled(name, own)
     for name in gradients:
         own = inputs[name]
         own = groups.split(own) if groups is not None and grouped == "split" else own

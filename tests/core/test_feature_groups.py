@@ -41,7 +41,7 @@ def test_a_split_kernel_has_the_matrices_of_its_groups_and_joins_to_itself(name)
     # A statistic has its groups behind the stack, wherever the split kernel has them.
     stack = tuple(shape[a] for a in view.stack_axes(len(shape)))
     numbers = jnp.broadcast_to(jnp.arange(3), (*stack, 3))
-    moved = groups.statistic("count", numbers)
+    moved = groups.statistic(numbers)
     assert moved.shape == matrices.shape[:-2]
     for g in range(3):
         expected = View.of(cut(kernel, g).shape, axes).to_matrix(cut(kernel, g))

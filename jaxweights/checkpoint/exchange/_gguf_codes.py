@@ -267,7 +267,7 @@ def unfit_gguf(weight: Quantized) -> list[str]:
                 f"has codes from {centred.min()} to {centred.max()} around its zero points, but "
                 "Q8_0 holds -128 to 127. Quantize on a symmetric grid"
             )
-    remedy = "Set weights as small to 0, dequantize it with `materialize`, or leave it out"
+    remedy = "Set what is so small to 0, dequantize it with `materialize`, or leave it out"
     if lost := beyond_float16(weight.scale):
         problems.append(f"has {lost}, in which GGUF holds scales. {remedy} with `partition`")
     if weight.offset is not None and (
