@@ -104,7 +104,7 @@ def fp8_matrix(
     kind = ELEMENTS[element]
     wide = weight.astype(jnp.float32)
     largest = block_max(wide, block_counts(group_size, *weight.shape))
-    scale = stored_scale(divide(largest, kind.largest), scale_dtype, largest)
+    scale = stored_scale(divide(largest, kind.largest), scale_dtype)
     units = jnp.clip(in_units(wide, scale), -kind.largest, kind.largest)
     return NarrowFloat.from_values(units.astype(kind.dtype), scale)
 

@@ -319,7 +319,7 @@ def scale_of_range(
         scale = divide(high - low, 2**grid.bits - 1)
     else:
         scale = divide(2 * amax, 2**grid.bits - 1)
-    stored = stored_scale(scale, grid.scale_dtype, amax)
+    stored = stored_scale(scale, grid.scale_dtype)
     if not grid.unsigned:
         return stored, None
     if grid.kind == "affine":

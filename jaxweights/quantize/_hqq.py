@@ -184,7 +184,7 @@ def _fit(
     # Weights that are equal, or as good as equal beside the rounding of their offset: codes are 0.
     equal = high - low <= float(jnp.finfo(scale_dtype).epsneg) / 2 * jnp.maximum(-low, high)
     spread = jnp.where(equal, 0.0, high - low)
-    scale = stored_scale(divide(spread, top), scale_dtype, spread)
+    scale = stored_scale(divide(spread, top), scale_dtype)
     step = scale.astype(jnp.float32)
 
     def move(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -264,7 +264,7 @@ def _least_error(
         return missed.reshape(rows, in_dim // rows, columns, out_dim // columns).sum((1, 3))
 
     def attempt(best: tuple[jax.Array, jax.Array], share: jax.Array) -> tuple[Any, None]:
-        scale = stored_scale(amax * share, scale_dtype, amax)
+        scale = stored_scale(amax * share, scale_dtype)
         new = error(scale)
         return (jnp.minimum(new, best[0]), jnp.where(new < best[0], scale, best[1])), None
 

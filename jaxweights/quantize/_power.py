@@ -272,7 +272,7 @@ def _encode(
 def _step(wide: jax.Array, bits: int, group_size: Block, scale_dtype: DTypeLike) -> jax.Array:
     """The step of a uniform grid: `narrow` divides by just these."""
     largest = block_max(wide, block_counts(group_size, *wide.shape))
-    return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype, largest)
+    return stored_scale(divide(largest, 2 ** (bits - 1) - 1), scale_dtype)
 
 
 def _rounded(size: jax.Array, exponent: jax.Array, top: int) -> jax.Array:
