@@ -21,8 +21,8 @@ from jaxweights.calibrate._calibrate import (
     observing,
     probed,
     refuse_incomplete,
-    refuse_mixed_groups,
 )
+from jaxweights.calibrate._mixed_groups import refuse_mixed_groups
 from jaxweights.calibrate._probe import combine_records, neutral_record
 from jaxweights.calibrate._reference import Reference
 from jaxweights.calibrate._scanned import Leaves, ScannedModel, array_leaves, find_layers

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jaxweights.calibrate._mixed_groups import refuse_mixed_groups
 from jaxweights.calibrate._probe import Probe, combine_records, neutral_record, observe
 from jaxweights.calibrate._reference import Reference
 from jaxweights.core import Layout, Needs, Params, Path, Stats, flatten, unflatten
@@ -23,7 +24,7 @@ from jaxweights.core._stats import (
     MATRIX_STATISTICS,
     STATISTICS,
 )
-from jaxweights.lift._infer_layout import Trace, arrays_of, trace_model
+from jaxweights.lift._infer_layout import arrays_of, trace_model
 from jaxweights.lift._lift import evaluate_lifted
 from jaxweights.lift._walk import Walk
 from jaxweights.weights import InputChange, View
@@ -206,24 +207,6 @@ def _check_paths(needs: Needs, flat: Mapping[Path, Any]) -> None:
             f"{nearest(path, flat)}."
             for path in needs
             if path not in flat
-        ],
-    )
-
-
-def refuse_mixed_groups(trace: Trace, paths: Iterable[Path]) -> None:
-    """Refuses kernels that are used in convolutions of different numbers of feature groups."""
-    groups: dict[Path, set[int]] = {}
-    for use in trace.uses:
-        if use.kind in ("dot", "conv"):
-            groups.setdefault(use.path, set()).add(use.groups)
-    fail(
-        "calibrate",
-        [
-            f"{path!r}: the model convolves with it in {sorted(groups[path])} feature groups by "
-            "turns, so that no statistics serve all its uses. Leave this weight out of needs, with "
-            "`partition`, or give each use a kernel of its own."
-            for path in paths
-            if len(groups.get(path, ())) > 1
         ],
     )
 

@@ -13,7 +13,7 @@ from jaxweights.core._context import Context
 from jaxweights.core._feature_groups import columns_like_gram
 from jaxweights.core._map_over_stack import map_over_stack
 from jaxweights.core._paths import Path
-from jaxweights.quantize._output_error import summed_error
+from jaxweights.quantize._output_error import output_error
 from jaxweights.weights._axes import View
 from jaxweights.weights._weight import materialize
 
@@ -88,6 +88,6 @@ def _output_error(
         # The outputs of all feature groups are those of one matrix.
         old, new, gram = given
         old, new = (columns_like_gram(x, gram) for x in (old, new))
-        return summed_error(old, new, gram, relative=relative)
+        return output_error(old, new, gram, relative=relative)
 
     return jnp.sum(map_over_stack(one, (old, dense.astype(jnp.float32), gram), old.shape[:-2]))

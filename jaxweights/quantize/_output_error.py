@@ -14,9 +14,9 @@ _LEAST_ROWS = 256  # below which smaller products cost more than fewer of them s
 
 
 def output_error(
-    weight: Float[Array, "in out"],
-    approximation: Float[Array, "in out"],
-    gram: Float[Array, "in in"],
+    weight: Float[Array, "*stack in out"],
+    approximation: Float[Array, "*stack in out"],
+    gram: Float[Array, "*stack in in"],
     *,
     relative: bool = False,
 ) -> Float[Array, ""]:
@@ -27,14 +27,14 @@ def output_error(
     methods compare what they could do.
 
     Args:
-      weight: W, `(in, out)`, floating.
-      approximation: What takes its place, `(in, out)`, floating.
-      gram: H, `(in, in)`: a sum over tokens, or a mean, of which the result then is a mean.
+      weight: W, `(*stack, in, out)`, floating.
+      approximation: What takes its place, `(*stack, in, out)`, floating.
+      gram: H, `(*stack, in, in)`: a sum over tokens, or a mean, of which the result then is a mean.
       relative: Whether to divide by :math:`\operatorname{tr}(W^\top H W)`, the outputs' own sum of
         squares. Then the scale of `gram` does not matter, and no change is 0 even of zero outputs.
 
     Returns:
-      The error, float32, accumulated in float32.
+      The error, float32, accumulated in float32, in all matrices of a stack together.
 
     Example:
       >>> weight = jnp.array([[2.0], [1.0]])
@@ -44,20 +44,8 @@ def output_error(
       >>> float(output_error(weight, jnp.zeros_like(weight), gram, relative=True))
       1.0
     """
-    return summed_error(weight, approximation, gram, relative=relative)
-
-
-def summed_error(
-    weight: Float[Array, "*stack in out"],
-    approximation: Float[Array, "*stack in out"],
-    gram: Float[Array, "*stack in in"],
-    *,
-    relative: bool = False,
-) -> Float[Array, ""]:
-    """As `output_error`, of all outputs of the matrices of a stack."""
     weight = weight.astype(jnp.float32)
     gram = gram.astype(jnp.float32)
-
     change = weight - approximation.astype(jnp.float32)
     if not relative:
         return jnp.sum(output_errors(change, gram))
